@@ -1,0 +1,64 @@
+"""Which devices there are and how much memory they have; no array library."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mlacli.errors import BackendError, UsageError
+from mlacli.params import SplitParams
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A place to compute on. `total` and `free` in bytes; kind "planned" needn't exist."""
+
+    name: str
+    kind: Literal["cpu", "cuda", "planned"]
+    total: int
+    free: int
+
+
+def find_devices(split: SplitParams) -> tuple[Device, ...]:
+    """The devices of -dev, or those that --vram describes."""
+    if split.vram:
+        return tuple(Device(f"gpu{i}", "planned", n, n) for i, n in enumerate(split.vram))
+    for name in split.devices:
+        if name != "cpu":
+            raise BackendError(
+                f"device {name} is not available: this version of mlacli computes on cpu only",
+                "use -dev cpu, or --vram with the plan command to plan for GPUs",
+            )
+    total, free = host_memory()
+    return tuple(Device(name, "cpu", total, free) for name in split.devices)
+
+
+def main_device(split: SplitParams, devices: tuple[Device, ...]) -> Device:
+    """The device that -mg names; UsageError when there are fewer."""
+    if split.main_gpu >= len(devices):
+        raise UsageError(
+            f"-mg {split.main_gpu} names no device: there are {len(devices)}",
+            f"give an index from 0 to {len(devices) - 1}",
+        )
+    return devices[split.main_gpu]
+
+
+def host_memory() -> tuple[int, int]:
+    """(total, available) bytes of this host, bounded by the control group's limit."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = total
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable:")) * 1024
+    except (OSError, StopIteration):
+        free = total // 2  # no such file outside Linux: take half
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        if limit != "max":
+            total, free = min(total, int(limit)), min(free, int(limit) - used)
+    except (OSError, ValueError):
+        return total, free
+    return total, free

@@ -1,0 +1,79 @@
+"""The error tree: everything mlacli raises for bad input or environment.
+
+A message says what, which value and which limit; the hint says what to do. `cli/` alone turns
+these into one `Error:` line and an exit code. Our own broken invariants stay `assert`s.
+"""
+
+from __future__ import annotations
+
+
+class MlacliError(Exception):
+    """Bad input or environment; `hint` says what to do about it."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(MlacliError):
+    """An unknown flag, a bad value, or flags that exclude each other."""
+
+    exit_code = 2
+
+
+class StrictDowngrade(MlacliError):
+    """`--strict`: the run would differ from what was asked."""
+
+    exit_code = 3
+
+
+class GgufError(MlacliError):
+    """A file that can't be read as GGUF."""
+
+
+class MissingTensor(GgufError):
+    """A tensor that the architecture needs is not in the file."""
+
+
+class BadTensorShape(GgufError):
+    """A tensor whose shape contradicts the metadata."""
+
+
+class UnsupportedFeature(MlacliError):
+    """A valid architecture, tensor type or feature that mlacli does not run."""
+
+
+class PlanError(MlacliError):
+    """The model can't be divided as asked."""
+
+
+class MemoryBudgetError(MlacliError):
+    """A device is too small for its part of the plan."""
+
+    def __init__(self, device: str, need: int, have: int, hint: str = "") -> None:
+        super().__init__(
+            f"device {device} needs {need / 2**30:.2f} GiB, has {have / 2**30:.2f} GiB", hint
+        )
+        self.device, self.need, self.have = device, need, have
+
+
+class ContextFull(MlacliError):
+    """More tokens than the context holds."""
+
+
+class BackendError(MlacliError):
+    """A device or its libraries failed."""
+
+
+class RankError(BackendError):
+    """A rank died; the others were stopped."""
+
+    def __init__(self, rank: int, cause: BaseException) -> None:
+        super().__init__(
+            f"rank {rank} failed: {type(cause).__name__}: {cause}",
+            "set MLACLI_DEBUG=1 to see the traceback",
+        )
+        self.rank = rank

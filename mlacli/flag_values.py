@@ -1,0 +1,162 @@
+"""From a word to a value: one parser per kind of flag value, each raising UsageError.
+
+No click, no flag names: `flags.py` says which flag takes which kind and adds the name to the error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from mlacli.errors import UsageError
+
+Parse = Callable[[str], Any]
+
+
+def close(word: str, known: Iterable[str]) -> str:
+    """'did you mean ...?', or nothing when no known word is near."""
+    found = difflib.get_close_matches(word, list(known), 1, 0.6)
+    return f"did you mean {found[0]}?" if found else ""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """'did you mean ...?', or the list of what is known."""
+    known = list(known)
+    return close(word, known) or "known: " + ", ".join(known)
+
+
+def _bad(kind: str, word: str, hint: str) -> UsageError:
+    return UsageError(f"{word!r} is not {kind}", hint)
+
+
+def integer(low: int | None = None, high: int | None = None) -> Parse:
+    """A parser for integers of at least `low` and at most `high`."""
+
+    def parse(word: str) -> int:
+        try:
+            value = int(word)
+        except ValueError:
+            raise _bad("an integer", word, "give a whole number") from None
+        if low is not None and value < low:
+            raise _bad(f"at least {low}", word, f"give a number from {low} on")
+        if high is not None and value > high:
+            raise _bad(f"at most {high}", word, f"give a number from {low} to {high}")
+        return value
+
+    return parse
+
+
+def number(word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        raise _bad("a number", word, "give a number such as 0.8") from None
+    if value != value or value in (float("inf"), float("-inf")):
+        raise _bad("a finite number", word, "give a number such as 0.8")
+    return value
+
+
+def choice(*words: str, **aliases: str) -> Parse:
+    """A parser for one of `words`; `aliases` map other spellings."""
+
+    def parse(word: str) -> str:
+        low = aliases.get(word.lower(), word.lower())
+        if low not in words:
+            raise _bad("one of " + ", ".join(words), word, close(word, words))
+        return low
+
+    return parse
+
+
+def split_mode(word: str) -> str:
+    """none | layer | graph | auto; mainline's `tensor` means graph."""
+    low = word.lower()
+    if low in ("row", "attn"):
+        raise UsageError(
+            f"split mode {word!r} is not supported", "use -sm graph (tensor parallel) or -sm layer"
+        )
+    return str(choice("none", "layer", "graph", "auto", tensor="graph")(word))
+
+
+def cache_type(word: str) -> str:
+    low = word.lower()
+    if low in ("q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1", "q6_0", "q8_kv", "q8_1"):
+        raise UsageError(f"cache type {word!r} is not supported", "the nearest is q8_0")
+    return str(choice("f32", "f16", "bf16", "q8_0")(word))
+
+
+def on_off(word: str) -> bool:
+    low = word.lower()
+    if low not in ("on", "off", "auto", "1", "0"):
+        raise _bad("on, off or auto", word, "use -fa on or -fa off")
+    return low in ("on", "auto", "1")
+
+
+def size(word: str) -> int:
+    """Bytes from a number with K, M, G or T (powers of 1024); G when no unit is given."""
+    m = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", word.strip().lower())
+    if not m:
+        raise _bad("a memory size", word, "write it as 24G or 512M")
+    return int(float(m[1]) * 1024 ** ("kmgt".index(m[2] or "g") + 1))
+
+
+def sizes(word: str) -> tuple[int, ...]:
+    return tuple(size(part) for part in word.split(","))
+
+
+def shares(word: str) -> tuple[float, ...]:
+    """Proportions separated by `,` or `/`; an empty entry is 0."""
+    values = tuple(number(part) if part.strip() else 0.0 for part in re.split(r"[,/]", word))
+    if any(v < 0 for v in values):
+        raise _bad("a list of non-negative shares", word, "write it as 3,1")
+    if not any(values):
+        raise _bad("a list with a non-zero share", word, "leave -ts out for equal shares")
+    return values
+
+
+def devices(word: str) -> tuple[str, ...]:
+    names = tuple(part.strip().lower() for part in word.split(","))
+    for name in names:
+        if not re.fullmatch(r"cpu|cuda\d+", name):
+            raise _bad("a device", name, "devices are cpu and cuda0, cuda1, ...; e.g. -dev cpu,cpu")
+    return names
+
+
+def layers(word: str) -> int | None:
+    """A layer count; `all`, `auto` and negative numbers mean every layer."""
+    if word.lower() in ("all", "auto"):
+        return None
+    value: int = integer()(word)
+    return None if value < 0 else value
+
+
+def override_kv(word: str) -> tuple[str, Any]:
+    """KEY=TYPE:VALUE with TYPE int, float, bool or str."""
+    m = re.fullmatch(r"([^=]+)=(int|float|bool|str):(.*)", word, re.DOTALL)
+    if not m:
+        raise _bad("KEY=TYPE:VALUE", word, "e.g. deepseek2.expert_used_count=int:4")
+    key, kind, text = m[1], m[2], m[3]
+    if kind == "bool":
+        if text not in ("true", "false"):
+            raise _bad("true or false", text, "write KEY=bool:true")
+        return key, text == "true"
+    parsers: dict[str, Parse] = {"int": integer(), "float": number, "str": str}
+    return key, parsers[kind](text)
+
+
+def token_ids(word: str) -> tuple[int, ...]:
+    parts = [p for p in re.split(r"[,\s]+", word.strip()) if p]
+    if not parts:
+        raise _bad("a list of token ids", word, "write it as 1,2,3")
+    return tuple(integer(0)(p) for p in parts)
+
+
+def text(word: str) -> str:
+    return word
+
+
+def seed(word: str) -> int | None:
+    value: int = integer(-1)(word)
+    return None if value in (-1, 0xFFFFFFFF) else value & 0xFFFFFFFF

@@ -1,0 +1,335 @@
+"""Every flag once: names, value, default, help. The parser, --help and the library read this table.
+
+No click here: `cli/words.py` walks a command line by it, `load()` looks up the long names.
+Spelling and defaults are llama.cpp's and ik_llama.cpp's; what those have and mlacli has not is in
+`flags_refused.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any
+
+from mlacli.errors import UsageError
+from mlacli.flag_values import (
+    Parse,
+    cache_type,
+    choice,
+    devices,
+    integer,
+    layers,
+    nearest,
+    number,
+    on_off,
+    override_kv,
+    seed,
+    shares,
+    size,
+    sizes,
+    split_mode,
+    text,
+    token_ids,
+)
+from mlacli.params import ContextParams, ModelParams, Params, SamplingParams, SplitParams
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One flag. `parse` None = a switch; `key` is its first long name with underscores."""
+
+    names: tuple[str, ...]
+    parse: Parse | None
+    help: str
+    metavar: str = ""
+    default: Any = None
+    optional: str | None = None  # the value meant when the next word isn't one (-fa)
+    repeats: bool = False
+
+    @property
+    def key(self) -> str:
+        return next(n for n in self.names if n.startswith("--"))[2:].replace("-", "_")
+
+
+MODEL: tuple[Flag, ...] = (
+    Flag(
+        ("-m", "--model"),
+        text,
+        "GGUF file, of a split set any part; the bundled model by default",
+        "FILE",
+    ),
+    Flag(
+        ("--override-kv", "-okv"),
+        override_kv,
+        "override a metadata key, KEY=TYPE:VALUE",
+        "KV",
+        repeats=True,
+    ),
+)
+
+DEVICES: tuple[Flag, ...] = (
+    Flag(
+        ("-dev", "--device"),
+        devices,
+        "devices, in rank order: cpu,cpu or cuda0,cuda1",
+        "LIST",
+        ("cpu",),
+    ),
+    Flag(
+        ("-sm", "--split-mode"),
+        split_mode,
+        "none | layer | graph | auto; layer with several devices, none with one",
+        "MODE",
+    ),
+    Flag(
+        ("-ts", "--tensor-split"),
+        shares,
+        "share of each device, e.g. 3,1; equal or by memory by default",
+        "SHARES",
+        (),
+    ),
+    Flag(("-mg", "--main-gpu"), integer(0), "device used by -sm none, an index into -dev", "N", 0),
+    Flag(
+        ("-ngl", "--gpu-layers", "--n-gpu-layers"),
+        layers,
+        "layers kept on GPUs, counted from the last; all by default",
+        "N",
+    ),
+    Flag(
+        ("--expert-split",),
+        choice("width", "layer", "id"),
+        "routed experts under graph: width | layer | id",
+        "RULE",
+        "width",
+    ),
+    Flag(("--margin",), size, "memory that stays free on each device", "SIZE", 1 << 30),
+)
+
+PLACEMENT: tuple[Flag, ...] = (
+    Flag(
+        ("-ncmoe", "--n-cpu-moe"),
+        integer(0),
+        "keep routed experts of N layers in host memory",
+        "N",
+        0,
+    ),
+    Flag(("-cmoe", "--cpu-moe"), None, "keep all routed experts in host memory"),
+    Flag(
+        ("-ot", "--override-tensor"),
+        text,
+        "place tensors, regex=DEVICE[,...]",
+        "RULES",
+        repeats=True,
+    ),
+    Flag(("-rtr", "--run-time-repack"), None, "repack weights while loading"),
+    Flag(("-muge", "--merge-up-gate-experts"), None, "one product for expert gate and up"),
+)
+
+CONTEXT: tuple[Flag, ...] = (
+    Flag(
+        ("-c", "--ctx-size"),
+        integer(0),
+        "context size; 0 = what the model and memory allow",
+        "N",
+        0,
+    ),
+    Flag(("-b", "--batch-size"), integer(1), "logical batch", "N", 2048),
+    Flag(("-ub", "--ubatch-size"), integer(1), "tokens per forward in prefill", "N", 512),
+    Flag(
+        ("-mla", "--mla-use"),
+        integer(0, 3),
+        "attention form: 1 absorbed, 2 and 3 expanded prefill",
+        "N",
+        3,
+    ),
+    Flag(
+        ("-fa", "--flash-attn"),
+        on_off,
+        "block-wise attention: on | off | auto",
+        "WORD",
+        True,
+        optional="on",
+    ),
+    Flag(
+        ("-ctk", "--cache-type-k"),
+        cache_type,
+        "type of the latent cache: f32 f16 bf16 q8_0",
+        "TYPE",
+        "f16",
+    ),
+    Flag(("-ctv", "--cache-type-v"), cache_type, "no effect: the latent row holds V too", "TYPE"),
+    Flag(
+        ("-gap", "--graph-attn-precision"),
+        choice("f16", "f32"),
+        "rounding of query, cached row and probabilities: f16 | f32",
+        "TYPE",
+        "f16",
+    ),
+    Flag(
+        ("-grt", "--graph-reduce-type"),
+        choice("f32", "f16", "bf16", "q8_0"),
+        "type of the partial sums of ubatches over 32 tokens",
+        "TYPE",
+        "f32",
+    ),
+    Flag(
+        ("-t", "--threads"),
+        integer(1),
+        "CPU threads, divided among CPU ranks; all cores by default",
+        "N",
+    ),
+)
+
+RUN: tuple[Flag, ...] = (
+    Flag(("--strict",), None, "exit 3 instead of running differently than asked"),
+    Flag(("-v", "--verbose"), None, "print each tensor's shard per rank"),
+)
+
+PROMPT: tuple[Flag, ...] = (
+    Flag(("-p", "--prompt"), text, "prompt", "TEXT"),
+    Flag(("-f", "--file"), text, "read the prompt from a file, - for stdin", "FILE"),
+    Flag(("--prompt-ids",), token_ids, "prompt as token ids, e.g. 1,2,3", "IDS"),
+    Flag(
+        ("-n", "--predict", "--n-predict"),
+        integer(-2),
+        "tokens to generate; -1 no limit, -2 until the context is full",
+        "N",
+        -1,
+    ),
+    Flag(("-e", "--escape"), None, r"expand \n, \t, \xNN in -p (on by default)"),
+    Flag(("--no-escape",), None, "leave escapes in -p alone"),
+    Flag(("--no-display-prompt",), None, "don't print the prompt"),
+    Flag(("--ignore-eos",), None, "go on after an end-of-generation token"),
+)
+
+SAMPLING: tuple[Flag, ...] = (
+    Flag(("-s", "--seed"), seed, "seed; -1, the default, draws one", "N"),
+    Flag(("--temp", "--temperature"), number, "temperature; 0 or less is greedy", "T", 0.8),
+    Flag(("--top-k",), integer(), "keep the K likeliest tokens; 0 or less keeps all", "K", 40),
+    Flag(("--top-p",), number, "keep the likeliest tokens up to probability P", "P", 0.95),
+    Flag(("--min-p",), number, "drop tokens under P times the likeliest", "P", 0.05),
+)
+
+SWEEP: tuple[Flag, ...] = (
+    Flag(
+        ("-n", "--predict", "--n-predict"),
+        integer(-2),
+        "decode steps per row; a quarter of -ub when not positive",
+        "N",
+        -1,
+    ),
+    Flag(("-nrep", "--n-repetitions"), integer(1), "repetitions of the first row", "N", 1),
+    Flag(("-wb", "--warmup-batch"), None, "warm up with one ubatch"),
+    Flag(("--output-format",), choice("md", "jsonl", table="md"), "md | jsonl", "WORD", "md"),
+)
+
+PLAN: tuple[Flag, ...] = (
+    Flag(("--vram",), sizes, "plan for devices that needn't exist, e.g. 80G,80G,24G", "SIZES", ()),
+    Flag(("--json",), None, "print the plan as JSON"),
+)
+
+COMMON: tuple[Flag, ...] = MODEL + DEVICES + PLACEMENT + CONTEXT + RUN
+GENERATION: tuple[Flag, ...] = PROMPT + SAMPLING
+
+Sections = tuple[tuple[str, tuple[Flag, ...]], ...]
+_COMMON_SECTIONS: Sections = (
+    ("Model", MODEL),
+    ("Devices and split", DEVICES),
+    ("Placement", PLACEMENT),
+    ("Context and precision", CONTEXT),
+    ("Run", RUN),
+)
+COMMANDS: Mapping[str, Sections] = MappingProxyType(
+    {
+        "run-model": (("Prompt", PROMPT), ("Sampling", SAMPLING), *_COMMON_SECTIONS),
+        "sweep-bench": (("Benchmark", SWEEP), *_COMMON_SECTIONS),
+        "plan": (("Plan", PLAN), *_COMMON_SECTIONS),
+    }
+)
+
+EXCLUSIVE: tuple[tuple[str, ...], ...] = (("prompt", "file", "prompt_ids"),)
+
+ENVIRONMENT: Mapping[str, str] = MappingProxyType(
+    {
+        "LLAMA_ARG_MODEL": "model",
+        "LLAMA_ARG_CTX_SIZE": "ctx_size",
+        "LLAMA_ARG_BATCH": "batch_size",
+        "LLAMA_ARG_UBATCH": "ubatch_size",
+        "LLAMA_ARG_N_GPU_LAYERS": "gpu_layers",
+        "LLAMA_ARG_THREADS": "threads",
+        "LLAMA_ARG_N_PREDICT": "predict",
+        "LLAMA_ARG_FLASH_ATTN": "flash_attn",
+        "LLAMA_ARG_CACHE_TYPE_K": "cache_type_k",
+        "LLAMA_ARG_CACHE_TYPE_V": "cache_type_v",
+        "LLAMA_ARG_DEVICE": "device",
+        "LLAMA_ARG_SPLIT_MODE": "split_mode",
+        "LLAMA_ARG_TENSOR_SPLIT": "tensor_split",
+        "LLAMA_ARG_MAIN_GPU": "main_gpu",
+        "LLAMA_ARG_N_CPU_MOE": "n_cpu_moe",
+    }
+)  # read before the words of the command line, which win
+
+
+def parse_value(flag: Flag, value: Any, spelled: str) -> Any:
+    """`value` parsed when it is a word; errors name the flag as typed."""
+    if flag.parse is None:
+        return bool(value)
+    if isinstance(value, bool):
+        value = "on" if value else "off"
+    try:
+        return flag.parse(str(value)) if isinstance(value, (str, int, float)) else value
+    except UsageError as e:
+        raise UsageError(f"{spelled}: {e.message}", e.hint) from None
+
+
+def by_long_name(table: Iterable[Flag]) -> dict[str, Flag]:
+    """Every long name, with underscores, to its flag."""
+    return {n[2:].replace("-", "_"): f for f in table for n in f.names if n.startswith("--")}
+
+
+def library_values(table: Iterable[Flag], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`load()`'s keyword arguments as key -> parsed value; unknown names raise UsageError."""
+    known = by_long_name(table)
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in known:
+            raise UsageError(f"unknown parameter {name!r}", nearest(name, known))
+        flag = known[name]
+        if flag.repeats:
+            words = [value] if isinstance(value, str) else list(value)
+            values[flag.key] = tuple(parse_value(flag, w, name) for w in words)
+        else:
+            values[flag.key] = parse_value(flag, value, name)
+    return values
+
+
+_RENAMED = {
+    "split_mode": "mode",
+    "device": "devices",
+    "ctx_size": "n_ctx",
+    "batch_size": "n_batch",
+    "gpu_layers": "n_gpu_layers",
+    "ubatch_size": "n_ubatch",
+    "mla_use": "mla",
+    "threads": "n_threads",
+}
+
+
+def to_params(values: Mapping[str, Any], typed: Mapping[str, str] | None = None) -> Params:
+    """Params from key -> parsed value; keys of other concerns (the prompt, say) are ignored."""
+    settled = {_RENAMED.get(k, k): v for k, v in values.items() if v is not None}
+    if "override_kv" in settled:
+        settled["override_kv"] = MappingProxyType(dict(settled["override_kv"]))
+
+    def group(cls: type) -> dict[str, Any]:
+        return {f.name: settled[f.name] for f in fields(cls) if f.name in settled}
+
+    return Params(
+        model=ModelParams(**group(ModelParams)),
+        split=SplitParams(**group(SplitParams)),
+        context=ContextParams(**group(ContextParams)),
+        sampling=SamplingParams(**group(SamplingParams)),
+        strict=bool(settled.get("strict", False)),
+        typed=MappingProxyType(dict(typed or {})),
+    )

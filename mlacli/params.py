@@ -1,0 +1,91 @@
+"""Flags after all defaults are settled: frozen dataclasses, no click, no array library.
+
+`flags.py` turns words into values; this module turns values into the four parameter groups that
+the plan, the ranks and the sampler read. What depends on the file (context size, split mode after
+the guard) is settled in `prepare.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+SplitMode = Literal["none", "layer", "graph", "auto"]
+ExpertSplit = Literal["width", "layer", "id"]
+CacheType = Literal["f32", "f16", "bf16", "q8_0"]
+KvValue = int | float | bool | str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelParams:
+    """What is read, and how; the five placement flags that graph mode can't take live here too."""
+
+    override_kv: Mapping[str, KvValue] = field(default_factory=lambda: MappingProxyType({}))
+    n_cpu_moe: int = 0
+    cpu_moe: bool = False
+    run_time_repack: bool = False
+    merge_up_gate_experts: bool = False
+    override_tensor: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitParams:
+    """Who computes what. `mode` None = layer with several devices, none with one."""
+
+    mode: SplitMode | None = None
+    devices: tuple[str, ...] = ("cpu",)
+    vram: tuple[int, ...] = ()  # bytes of devices that needn't exist; plan only
+    margin: int = 1 << 30  # bytes of each device that stay free
+    tensor_split: tuple[float, ...] = ()
+    main_gpu: int = 0
+    n_gpu_layers: int | None = None  # None = all
+    expert_split: ExpertSplit = "width"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextParams:
+    """Sizes and precision of a run. `n_ctx` 0 = the smaller of the training context and what fits.
+
+    n_batch and n_ubatch are clipped as llama.cpp does: ubatch to batch, both to the context.
+    """
+
+    n_ctx: int = 0
+    n_batch: int = 2048
+    n_ubatch: int = 512
+    mla: int = 3
+    flash_attn: bool = True
+    cache_type_k: CacheType = "f16"
+    cache_type_v: str | None = None  # the latent row holds V too: reported as without effect
+    graph_attn_precision: Literal["f16", "f32"] = "f16"
+    graph_reduce_type: Literal["f32", "f16", "bf16", "q8_0"] = "f32"
+    n_threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """The sampler chain; temp <= 0 is greedy. `seed` None = a fresh one, printed with the run."""
+
+    seed: int | None = None
+    temp: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Params:
+    """All four groups, and how each given flag was spelled (`typed`: key -> word)."""
+
+    model: ModelParams = ModelParams()
+    split: SplitParams = SplitParams()
+    context: ContextParams = ContextParams()
+    sampling: SamplingParams = SamplingParams()
+    strict: bool = False
+    typed: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    def spelled(self, key: str) -> str:
+        """The flag as the user typed it, else its long name."""
+        return self.typed.get(key, "--" + key.replace("_", "-"))
