@@ -1,0 +1,1 @@
+"""GGUF files: header, weights by byte range, tokenizer."""
