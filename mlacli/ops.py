@@ -1,0 +1,190 @@
+"""The op interface that model files are written against, one object per rank.
+
+Fine ops are abstract; coarse ops have composed defaults made of fine ones, which a backend may
+replace by fused kernels. Letters: n tokens, t cache rows, d model width, h local heads, r kv rank,
+k nope, p rope, v value, E experts, f expert width. `Act` and `Weight` are opaque to models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from mlacli.models.parts import Routing
+    from mlacli.parallel.comm import Comm
+    from mlacli.params import ContextParams
+
+Act = Any  # an activation of the backend
+Weight = Any  # a weight of the backend, in its GGUF bytes or repacked
+EXPAND_FROM = 128  # tokens in a ubatch from which -mla 2 and 3 expand keys and values (B 3.8)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Arrays of one forward: token ids and positions [n], rotation [n, p/2], wanted rows."""
+
+    tokens: Act
+    pos: Act
+    cos: Act
+    sin: Act
+    n: int
+    n_kv: int  # cache rows in use once this step's are stored
+    out_rows: Sequence[int]
+
+
+class LayerWeights:
+    """One layer's weights by GGUF name without `blk.N.` and `.weight`; None when not held here."""
+
+    def __init__(self, weights: dict[str, Weight]) -> None:
+        self._weights = weights
+
+    def __getattr__(self, name: str) -> Weight:
+        return self._weights.get(name)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWeights:
+    """A rank's weights. token_embd None: not the first stage; output_norm None: not the last."""
+
+    token_embd: Weight
+    output_norm: Weight
+    output: Weight  # None also on a last-stage rank without vocabulary rows
+    layers: dict[int, LayerWeights] = field(default_factory=dict)
+
+
+class Ops(Protocol):
+    """Everything a model file may call."""
+
+    comm: Comm
+    context: ContextParams
+
+    # ---- fine ops: a backend defines these --------------------------------------------------
+
+    def step(
+        self, tokens: Sequence[int], n_past: int, frequencies: Sequence[float],
+        out_rows: Sequence[int],
+    ) -> Step: ...  # fmt: skip
+
+    def upload(self, pieces: Any, shard: Any) -> Weight:
+        """A weight from a shard's bytes."""
+        ...
+
+    def new_rows(self, n_ctx: int, width: int, cache_type: str) -> Any:
+        """Cache rows [n_ctx, width] of one layer."""
+        ...
+
+    def embed(self, tokens: Act, w: Weight) -> Act:
+        """Rows of w [n, d]."""
+        ...
+
+    def matmul(self, x: Act, w: Weight) -> Act:
+        """x w^T: [n, in] -> [n, out]."""
+        ...
+
+    def rms_norm(self, x: Act, w: Weight, eps: float) -> Act:
+        """x / sqrt(mean(x^2) + eps) * w."""
+        ...
+
+    def rope(self, x: Act, step: Step) -> Act:
+        """x [n, p] or [n, h, p] with pairs (2i, 2i+1) rotated."""
+        ...
+
+    def silu_mul(self, gate: Act, up: Act) -> Act:
+        """silu(gate) * up."""
+        ...
+
+    def add(self, a: Act, b: Act) -> Act: ...
+
+    def columns(self, x: Act, start: int, stop: int) -> Act:
+        """The last axis from start to stop."""
+        ...
+
+    def rows(self, x: Act, wanted: Sequence[int]) -> Act: ...
+
+    def store(self, rows: Any, c_kv: Act, k_pe: Act, step: Step) -> None:
+        """Write one cache row per token: c_kv, then k_pe."""
+        ...
+
+    def heads_up(self, x: Act, w: Weight) -> Act:
+        """Per head x[:, h] w[h]^T: [n, h, a], [h, b, a] -> [n, h, b]."""
+        ...
+
+    def split_heads(self, q: Act, k: int, p: int) -> tuple[Act, Act]:
+        """[n, h * (k + p)] -> ([n, h, k], [n, h, p])."""
+        ...
+
+    def attend_absorbed(
+        self, q_lat: Act, q_pe: Act, rows: Any, r: int, step: Step, scale: float
+    ) -> Act:
+        """Block-wise softmax over latent rows: [n, h, r]."""
+        ...
+
+    def attend_expanded(
+        self, q_nope: Act, q_pe: Act, rows: Any, k_b: Weight, v_b: Weight, step: Step,
+        scale: float,
+    ) -> Act:  # fmt: skip
+        """The same with keys and values built per head, block by block: [n, h, v]."""
+        ...
+
+    def route(self, x: Act, gate: Weight, bias: Weight | None, routing: Routing) -> Any:
+        """Chosen expert ids and their weights, [n, n_used] each; ties go to the lower id."""
+        ...
+
+    def moe_up(self, x: Act, chosen: Any, w: LayerWeights) -> Any:
+        """silu(gate_e x) * up_e x for each chosen expert held here."""
+        ...
+
+    def moe_down(self, h: Any, chosen: Any, w: LayerWeights) -> Act:
+        """Weighted sum over chosen experts held here [n, d]."""
+        ...
+
+    # ---- coarse ops: composed defaults ------------------------------------------------------
+
+    def project(
+        self, x: Act, q_a: Weight | None, kv_a: Weight, r: int
+    ) -> tuple[Act | None, Act, Act]:
+        """(q_a x or None, c_kv [n, r], k_pe [n, p]): the mirrored products of one input."""
+        kv = self.matmul(x, kv_a)
+        q = None if q_a is None else self.matmul(x, q_a)
+        return q, self.columns(kv, 0, r), self.columns(kv, r, kv.shape[-1])
+
+    def gated(self, x: Act, gate: Weight, up: Weight) -> Act:
+        """silu(gate x) * up x."""
+        return self.silu_mul(self.matmul(x, gate), self.matmul(x, up))
+
+    def mla_attention(
+        self, q_nope: Act, q_pe: Act, rows: Any, k_b: Weight, v_b: Weight, step: Step,
+        scale: float,
+    ) -> Act:  # fmt: skip
+        """Attention of local heads over the latent cache [n, h * v], absorbed or expanded.
+
+        k_b [h, r, k] takes a query into latent space, v_b [h, v, r] takes the result out of it.
+        """
+        if self.context.mla > 1 and step.n >= EXPAND_FROM:
+            o = self.attend_expanded(q_nope, q_pe, rows, k_b, v_b, step, scale)
+        else:
+            q_lat = self.heads_up(q_nope, k_b)
+            o = self.attend_absorbed(q_lat, q_pe, rows, k_b.shape[1], step, scale)
+            o = self.heads_up(o, v_b)
+        return o.reshape(step.n, -1)
+
+    def reduce_add_norm(
+        self, partial: Act | None, residual: Act, norm: Weight | None, eps: float
+    ) -> tuple[Act, Act]:
+        """(residual + sum of all ranks' partials, its norm). The residual is never rounded."""
+        residual = self.add(residual, self.comm.all_reduce(partial))
+        return residual, None if norm is None else self.rms_norm(residual, norm, eps)
+
+    def logits(self, x: Act, output: Weight | None) -> Act:
+        """[n_out, V], each rank's vocabulary rows put together in rank order."""
+        return self.comm.all_gather(None if output is None else self.matmul(x, output))
+
+    def send(self, residual: Act) -> None:
+        """Hand the residual stream to the next pipeline stage."""
+        self.comm.send(residual)
+
+    def receive(self) -> Act:
+        """The residual stream of the stage before."""
+        return self.comm.receive()
