@@ -1,0 +1,1 @@
+"""The shard plan, the ranks that obey it and how they talk."""

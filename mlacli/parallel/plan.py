@@ -1,0 +1,235 @@
+"""plan_shards(): the tensor-parallel plan as data, before any weight byte is read.
+
+(tensor table, hparams, quant types, shares) -> ShardPlan. The loader obeys nothing else, `mlacli
+plan` prints it, tests check it without a device. It never depends on the backend.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from mlacli.errors import MemoryBudgetError, PlanError, UsageError
+from mlacli.loading.quant_types import F32
+from mlacli.parallel.cuts import Range, cut
+from mlacli.parallel.memory import cache_row_bytes, scratch_bytes
+from mlacli.parallel.shards import Cutter, Part, Shard
+from mlacli.parallel.tensor_uses import tensor_uses
+
+if TYPE_CHECKING:
+    from mlacli.devices import Device
+    from mlacli.loading.gguf_file import TensorInfo
+    from mlacli.params import ContextParams, ModelParams, SplitParams
+
+CTX_STEP = 256  # context sizes are rounded up to it, as llama.cpp does with flash attention
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlan:
+    """One rank's part: what it computes, and bytes by purpose."""
+
+    rank: int
+    device: str
+    kind: str  # of the device: cpu, cuda, planned
+    layers: Range
+    heads: Range
+    vocab: Range
+    experts: str
+    asked: float  # share
+    achieved: float  # share of the bytes that are cut (of all bytes when nothing is)
+    weights: int
+    mirrored: int  # of `weights`: whole tensors that other ranks hold too
+    derived: int  # of `weights`: built at load, so not pages of the file
+    cache: int
+    scratch: int
+    dequant: int  # bound of NumPy's float32 copies; 0 on other backends
+    capacity: int  # what the device may use, the margin taken off
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.scratch + self.dequant
+
+    @property
+    def n_cached_layers(self) -> int:
+        """Layers whose latent rows this rank keeps: none when it has no heads."""
+        return self.layers[1] - self.layers[0] if self.heads[0] < self.heads[1] else 0
+
+    @property
+    def resident(self) -> int:
+        """Bytes that must fit: on the CPU, weights that are pages of the file needn't."""
+        return self.total - (self.weights - self.derived if self.kind == "cpu" else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """Everything the loader and the printed plan need to know."""
+
+    arch: str
+    mode: str
+    expert_split: str
+    n_ctx: int
+    n_ctx_train: int
+    n_ctx_fits: int  # the largest context that fits all devices
+    n_ubatch: int
+    cache_type: str
+    ranks: tuple[RankPlan, ...]
+    idle: tuple[str, ...]  # devices that hold nothing
+    shards: tuple[Shard, ...]
+
+    def of_rank(self, rank: int) -> Iterator[Shard]:
+        return (shard for shard in self.shards if shard.rank == rank)
+
+
+def plan_shards(
+    model: ModuleType, arch: str, hp: Any, tensors: Mapping[str, TensorInfo],
+    params: ModelParams, split: SplitParams, context: ContextParams,
+    devices: Sequence[Device], host: Device,
+) -> ShardPlan:  # fmt: skip
+    """The plan of a run in `split.mode` (settled) on `devices`; `context.n_ctx` 0 = what fits.
+
+    Layers that -ngl keeps off the GPUs are a first pipeline stage on `host`.
+    """
+    uses = tensor_uses(model, hp, tensors, params.merge_up_gate_experts)
+    parts = _parts(split, devices, host, hp.n_layer)
+    cutter = Cutter(hp, split.mode or "none", split.expert_split, [p.share for p in parts])
+    shards = tuple(s for part in parts for use in uses for s in cutter.shards(use, part))
+    ranks = _rank_plans(hp, parts, cutter, shards, split.margin, context)
+    row = cache_row_bytes(hp, context.cache_type_k)
+    fits = _largest_context(ranks, row)
+    wanted = context.n_ctx or min(hp.n_ctx_train, fits) or CTX_STEP
+    n_ctx = -(-wanted // CTX_STEP) * CTX_STEP
+    idle = (d.name for d in devices if not any(part.device is d for part in parts))
+    return ShardPlan(
+        arch, split.mode or "none", split.expert_split, n_ctx, hp.n_ctx_train, fits,
+        context.n_ubatch, context.cache_type_k,
+        tuple(replace(r, cache=n_ctx * row * r.n_cached_layers) for r in ranks),
+        tuple(idle), shards,
+    )  # fmt: skip
+
+
+def check_memory(plan: ShardPlan) -> None:
+    """MemoryBudgetError for the first device that its ranks don't fit."""
+    for device, ranks in _by_device(plan.ranks).items():
+        need, have = sum(rank.resident for rank in ranks), ranks[0].capacity
+        if need > have:
+            hint = (
+                f"the largest context that fits is {plan.n_ctx_fits}: use -c {plan.n_ctx_fits}"
+                if plan.n_ctx_fits
+                else "use more or larger devices, a smaller quantisation, or a smaller -ub"
+            )
+            raise MemoryBudgetError(device, need, have, hint)
+
+
+def _by_device(ranks: Sequence[RankPlan]) -> dict[str, list[RankPlan]]:
+    found: dict[str, list[RankPlan]] = {}
+    for rank in ranks:
+        found.setdefault(rank.device, []).append(rank)
+    return found
+
+
+def _largest_context(ranks: Sequence[RankPlan], row: int) -> int:
+    """Tokens whose cache fits beside everything else on every device; 0 when nothing does."""
+    fits = []
+    for on_device in _by_device(ranks).values():
+        per_token = sum(row * rank.n_cached_layers for rank in on_device)
+        room = on_device[0].capacity - sum(rank.resident for rank in on_device)
+        if per_token or room < 0:
+            fits.append(max(0, room) // max(1, per_token))
+    return min(fits) // CTX_STEP * CTX_STEP
+
+
+def _shares(split: SplitParams, devices: Sequence[Device]) -> list[float]:
+    """Each device's share: -ts, else equal within 5% of memory, else by total memory."""
+    if split.tensor_split:
+        missing = len(devices) - len(split.tensor_split)
+        if missing < 0:
+            raise UsageError(
+                f"-ts has {len(split.tensor_split)} shares for {len(devices)} devices",
+                "give at most one share per device",
+            )
+        asked = [*split.tensor_split, *[0.0] * missing]
+        return [x / sum(asked) for x in asked]
+    totals = [d.total for d in devices]
+    if max(totals) - min(totals) <= 0.05 * max(totals):
+        return [1.0 / len(devices)] * len(devices)
+    return [t / sum(totals) for t in totals]
+
+
+def _parts(split: SplitParams, devices: Sequence[Device], host: Device, n_layer: int) -> list[Part]:
+    """Who computes which layers; devices with share 0 (or no layer) take no part."""
+    n_host = 0
+    if split.n_gpu_layers is not None and any(d.kind != "cpu" for d in devices):
+        n_host = max(0, n_layer - split.n_gpu_layers)
+    if split.mode == "graph":
+        if n_host:
+            raise UsageError(
+                f"-ngl {split.n_gpu_layers} leaves {n_host} of {n_layer} layers off the GPUs, "
+                "which -sm graph can't do",
+                "use -sm layer, or leave -ngl out",
+            )
+        active = [(d, s) for d, s in zip(devices, _shares(split, devices), strict=True) if s > 0]
+        return [
+            Part(i, device, share, (0, n_layer), True, True, len(active), i)
+            for i, (device, share) in enumerate(active)
+        ]
+    if split.mode == "layer":
+        shares = _shares(split, devices)
+        stages = list(zip(devices, shares, cut(n_layer - n_host, shares), strict=True))
+    else:
+        stages = [(devices[split.main_gpu], 1.0, (0, n_layer - n_host))]
+    stages = [(d, s, (a + n_host, b + n_host)) for d, s, (a, b) in stages if a < b]
+    if n_host:
+        stages.insert(0, (host, 0.0, (0, n_host)))
+    return [
+        Part(i, device, share, layers, i == 0, i == len(stages) - 1, 1, 0)
+        for i, (device, share, layers) in enumerate(stages)
+    ]
+
+
+def _rank_plans(
+    hp: Any, parts: list[Part], cutter: Cutter, shards: Sequence[Shard],
+    margin: int, context: ContextParams,
+) -> list[RankPlan]:  # fmt: skip
+    """Every rank's plan, its cache still unpriced: that needs the context size."""
+    weights, mirrored, derived, float32 = ([0] * len(parts) for _ in range(4))
+    holders = Counter(shard.tensor for shard in shards)
+    for shard in shards:
+        weights[shard.rank] += shard.nbytes
+        derived[shard.rank] += shard.nbytes if shard.is_copy else 0
+        float32[shard.rank] += 4 * math.prod(shard.shape) if shard.qtype != F32 else 0
+        if shard.axis is None and holders[shard.tensor] > 1:
+            mirrored[shard.rank] += shard.nbytes
+    cut_bytes = [w - m for w, m in zip(weights, mirrored, strict=True)]
+    out = []
+    for part in parts:
+        i, device, on_cpu = part.rank, part.device, part.device.kind == "cpu"
+        heads, vocab = cutter.heads(part), cutter.vocab(part)
+        capacity = max(0, (device.free if on_cpu else device.total) - margin)
+        sharing = sum(other.device.name == device.name for other in parts)
+        out.append(
+            RankPlan(
+                rank=i,
+                device=device.name,
+                kind=device.kind,
+                layers=part.layers,
+                heads=heads,
+                vocab=vocab,
+                experts=cutter.experts_text(part),
+                asked=part.share,
+                achieved=cut_bytes[i] / max(1, sum(cut_bytes)),
+                weights=weights[i],
+                mirrored=mirrored[i],
+                derived=derived[i],
+                cache=0,
+                scratch=scratch_bytes(hp, context, heads, vocab, len(parts)),
+                dequant=min(float32[i], capacity // 2 // sharing) if on_cpu else 0,
+                capacity=capacity,
+            )
+        )
+    if not out:
+        raise PlanError("no device takes part", "give at least one device a share above 0")
+    return out

@@ -1,0 +1,96 @@
+"""The plan for people and programs: table rows and a JSON-ready dict. Prints nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlacli.parallel.plan import RankPlan, ShardPlan
+from mlacli.parallel.shards import Shard
+
+Rows = tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+
+def plan_rows(plan: ShardPlan) -> Rows:
+    """(columns, one row per rank): what it computes and what it holds."""
+    columns = (
+        "rank", "device", "layers", "heads", "experts", "vocab", "share", "weights", "mirrored",
+        "cache", "scratch", "f32 copies", "total", "of",
+    )  # fmt: skip
+    return columns, [_rank_row(rank) for rank in plan.ranks]
+
+
+def _rank_row(r: RankPlan) -> tuple[str, ...]:
+    return (
+        str(r.rank), r.device, _span(r.layers), _span(r.heads), r.experts, _span(r.vocab),
+        f"{r.asked:.0%} > {r.achieved:.0%}", _bytes(r.weights), _bytes(r.mirrored), _bytes(r.cache),
+        _bytes(r.scratch), _bytes(r.dequant), _bytes(r.total), _bytes(r.capacity),
+    )  # fmt: skip
+
+
+def _span(span: tuple[int, int]) -> str:
+    return f"{span[0]}..{span[1] - 1}" if span[0] < span[1] else "none"
+
+
+def _bytes(n: int) -> str:
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20)):
+        if n >= size:
+            return f"{n / size:.2f} {unit}"
+    return f"{n / 1024:.1f} KiB"
+
+
+def shard_rows(plan: ShardPlan) -> Rows:
+    """(columns, one row per shard): name, shape, type, the range along the cut axis."""
+    columns = ("rank", "tensor", "shape", "type", "bytes", "cut", "from")
+    return columns, [_shard_row(shard, plan) for shard in plan.shards]
+
+
+def _shard_row(s: Shard, plan: ShardPlan) -> tuple[str, ...]:
+    derived = "+".join(s.sources) if s.sources != (s.tensor,) else ""
+    cut = "whole" if s.axis is None else f"axis {s.axis}: " + ", ".join(map(_span, s.ranges))
+    if s.tensor.endswith(("attn_k_b.weight", "attn_v_b.weight")):
+        cut = f"heads {_span(plan.ranks[s.rank].heads)}"
+    return (
+        str(s.rank), s.tensor, "x".join(map(str, s.shape)), s.qtype.name, str(s.nbytes), cut,
+        derived,
+    )  # fmt: skip
+
+
+def plan_as_dict(plan: ShardPlan) -> dict[str, Any]:
+    """The plan in plain types; the keys are an interface (README, "plan --json").
+
+    Sizes in bytes, ranges as [first, last + 1].
+    """
+    return {
+        "architecture": plan.arch,
+        "split_mode": plan.mode,
+        "expert_split": plan.expert_split,
+        "n_ctx": plan.n_ctx,
+        "n_ctx_train": plan.n_ctx_train,
+        "n_ctx_fits": plan.n_ctx_fits,
+        "n_ubatch": plan.n_ubatch,
+        "cache_type": plan.cache_type,
+        "idle_devices": list(plan.idle),
+        "ranks": [_rank_dict(rank) for rank in plan.ranks],
+    }
+
+
+def _rank_dict(r: RankPlan) -> dict[str, Any]:
+    return {
+        "rank": r.rank,
+        "device": r.device,
+        "layers": list(r.layers),
+        "heads": list(r.heads),
+        "vocab": list(r.vocab),
+        "experts": r.experts,
+        "share": {"asked": round(r.asked, 4), "achieved": round(r.achieved, 4)},
+        "bytes": {
+            "weights": r.weights,
+            "mirrored": r.mirrored,
+            "derived": r.derived,
+            "cache": r.cache,
+            "scratch": r.scratch,
+            "float32_copies": r.dequant,
+            "total": r.total,
+            "capacity": r.capacity,
+        },
+    }
