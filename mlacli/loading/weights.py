@@ -1,0 +1,110 @@
+"""A rank's weights: the byte ranges that its shards name, and nothing else.
+
+Views of the mapped file wherever a slice allows it; what must be rebuilt (k_b out of kv_b, merged
+gate and up) is a copy, and the plan says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+from numpy.typing import NDArray
+
+from mlacli.ops import LayerWeights, ModelWeights, Ops, Weight
+
+if TYPE_CHECKING:
+    from mlacli.loading.gguf_file import GgufFile
+    from mlacli.loading.quant_types import QType
+    from mlacli.parallel.plan import ShardPlan
+    from mlacli.parallel.shards import Shard
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+
+
+def load_weights(
+    file: GgufFile, plan: ShardPlan, rank: int, hp: Any, ops: Ops,
+    progress: Callable[[int], None] | None = None,
+) -> ModelWeights:  # fmt: skip
+    """All weights of `rank`, handed to `ops`; `progress` is told each shard's bytes."""
+    top: dict[str, Weight] = {}
+    layers: dict[int, dict[str, Weight]] = {}
+    for shard in plan.of_rank(rank):
+        raw = read_shard(file, shard, hp)
+        assert raw.nbytes == shard.nbytes, f"{shard.tensor}: the plan and the bytes disagree"
+        held = top if shard.layer is None else layers.setdefault(shard.layer, {})
+        held[short_name(shard.tensor)] = ops.upload(raw, shard)
+        if progress is not None:
+            progress(shard.nbytes)
+    return ModelWeights(
+        top.get("token_embd"), top.get("output_norm"), top.get("output"),
+        {il: LayerWeights(layers[il]) for il in sorted(layers)},
+    )  # fmt: skip
+
+
+def short_name(tensor: str) -> str:
+    """`blk.3.attn_q_b.weight` -> `attn_q_b`."""
+    parts = tensor.split(".")
+    return ".".join(parts[2:-1] if parts[0] == "blk" else parts[:-1])
+
+
+def read_shard(file: GgufFile, shard: Shard, hp: Any) -> Bytes:
+    """The shard's bytes, uint8 [*leading axes, bytes of a local row]."""
+    if shard.sources[0].endswith("attn_kv_b.weight"):
+        return _from_kv_b(file, shard, hp)
+    if len(shard.sources) > 1:
+        return np.concatenate([_rows(file, source) for source in shard.sources], axis=1)
+    raw = _rows(file, shard.sources[0])
+    if len(shard.shape) == 3 and raw.ndim == 2:  # per-head tensors folded into two dimensions
+        raw = raw.reshape(-1, shard.shape[1], raw.shape[-1])
+    if shard.axis is None:
+        return raw
+    if shard.axis == raw.ndim - 1:
+        ((start, stop),) = shard.ranges
+        return raw[..., slice(*_block_bytes(start, stop, shard.qtype))]
+    pieces = [raw[(slice(None),) * shard.axis + (slice(*r),)] for r in shard.ranges]
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=shard.axis)
+
+
+def _rows(file: GgufFile, name: str) -> Bytes:
+    info = file.tensors[name]
+    raw = np.frombuffer(file.data(info), np.uint8)
+    return raw.reshape(*info.shape[:-1], info.row_bytes)
+
+
+def _block_bytes(start: int, stop: int, qtype: QType) -> tuple[int, int]:
+    """Byte range in a row of the blocks that columns [start, stop) touch."""
+    return start // qtype.block * qtype.nbytes, -(-stop // qtype.block) * qtype.nbytes
+
+
+def _from_kv_b(file: GgufFile, shard: Shard, hp: Any) -> Bytes:
+    """k_b [h, r, k] or v_b [h, v, r] of local heads; per head kv_b has k key rows, v value rows."""
+    info = file.tensors[shard.sources[0]]
+    heads = slice(*shard.ranges[0]) if shard.ranges else slice(None)
+    raw = _rows(file, info.name).reshape(hp.H, hp.k + hp.v, info.row_bytes)[heads]
+    if shard.tensor.endswith("attn_v_b.weight"):
+        return raw[:, hp.k :]
+    keys = to_float32(raw[:, : hp.k], info.qtype)  # [h, k, r]
+    return from_float32(np.ascontiguousarray(keys.transpose(0, 2, 1)), shard.qtype)
+
+
+def to_float32(raw: Bytes, qtype: QType) -> Floats:
+    """Rows of GGUF bytes as float32; float32 itself stays a view."""
+    if qtype.name == "F32":
+        return raw.view(np.float32)
+    if qtype.name == "F16":
+        return raw.view(np.float16).astype(np.float32)
+    return np.asarray(dequantize(np.ascontiguousarray(raw), GGMLQuantizationType(qtype.id)))
+
+
+def from_float32(values: Floats, qtype: QType) -> Bytes:
+    """Rows of float32 as GGUF bytes of a type that the gguf package can quantise."""
+    if qtype.name == "F32":
+        return np.ascontiguousarray(values).view(np.uint8)
+    if qtype.name == "F16":
+        return np.ascontiguousarray(values.astype(np.float16)).view(np.uint8)
+    return np.asarray(quantize(values, GGMLQuantizationType(qtype.id))).view(np.uint8)

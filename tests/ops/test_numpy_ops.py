@@ -1,0 +1,230 @@
+"""Each NumPy op against its formula in float64, and the rounding that -gap f16 means."""
+
+import math
+
+import numpy as np
+import pytest
+from kit.compare import nmse
+
+from mlacli.backends.numpy_ops import LatentRows, NumpyOps, reduce_typed
+from mlacli.backends.numpy_weights import DequantCache, NumpyWeight, row_chunks
+from mlacli.loading.quant_types import BF16, F16, F32, Q8_0
+from mlacli.loading.weights import from_float32, to_float32
+from mlacli.models.parts import Routing
+from mlacli.ops import LayerWeights
+from mlacli.parallel.comm import SoloComm
+from mlacli.params import ContextParams
+
+
+def ops(gap: str = "f32", mla: int = 3) -> NumpyOps:
+    return NumpyOps(SoloComm(), ContextParams(graph_attn_precision=gap, mla=mla), 1 << 30)
+
+
+def weight(values: np.ndarray, qtype=F32, name: str = "w", first: int = 0) -> NumpyWeight:
+    raw = from_float32(np.ascontiguousarray(values, np.float32), qtype)
+    return NumpyWeight(name, values.shape, qtype, raw, first=first)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(7)
+
+
+@pytest.mark.parametrize("qtype", [F32, F16, BF16, Q8_0])
+def test_matmul_is_x_times_w_transposed(rng, qtype) -> None:
+    x, w = rng.normal(size=(5, 64)).astype(np.float32), weight(rng.normal(size=(9, 64)), qtype)
+    want = x.astype(np.float64) @ to_float32(w.raw, qtype).astype(np.float64).T
+    assert nmse(ops().matmul(x, w), want) < 1e-12
+
+
+def test_a_weight_too_large_for_the_cache_is_unpacked_in_chunks(rng) -> None:
+    w = weight(rng.normal(size=(70_000, 256)), Q8_0)
+    chunks = list(row_chunks(w))
+    assert len(chunks) > 1
+    assert sum(part.shape[0] for _, part in chunks) == 70_000
+    x = rng.normal(size=(1, 256)).astype(np.float32)
+    small = ops()
+    small.cache = DequantCache(1000)
+    assert nmse(small.matmul(x, w), ops().matmul(x, w)) < 1e-12
+    assert small.cache.used == 0
+
+
+def test_heads_up_multiplies_head_by_head(rng) -> None:
+    x = rng.normal(size=(3, 4, 8)).astype(np.float32)
+    w = weight(rng.normal(size=(4, 6, 8)))
+    want = np.einsum("nha,hba->nhb", x, w.float32())
+    assert nmse(ops().heads_up(x, w), want) < 1e-12
+
+
+def test_rms_norm(rng) -> None:
+    x, w = rng.normal(size=(3, 16)).astype(np.float32), weight(rng.normal(size=16))
+    want = x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-6) * w.float32()
+    assert nmse(ops().rms_norm(x, w, 1e-6), want) < 1e-12
+
+
+def test_rope_turns_interleaved_pairs_and_keeps_lengths(rng) -> None:
+    o, x = ops(), rng.normal(size=(4, 3, 8)).astype(np.float32)
+    step = o.step([0] * 4, 1000, [1.0, 0.1, 0.01, 0.001], [])
+    y = o.rope(x, step)
+    for i, pos in enumerate(range(1000, 1004)):
+        for pair, theta in enumerate([1.0, 0.1, 0.01, 0.001]):
+            want = (x[i, :, 2 * pair] + 1j * x[i, :, 2 * pair + 1]) * np.exp(1j * pos * theta)
+            np.testing.assert_allclose(y[i, :, 2 * pair], want.real, atol=1e-5)
+            np.testing.assert_allclose(y[i, :, 2 * pair + 1], want.imag, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(x, axis=-1), np.linalg.norm(y, axis=-1), rtol=1e-5)
+
+
+def test_silu_mul_survives_large_inputs() -> None:
+    gate = np.array([[-1e5, -20.0, 0.0, 3.0, 1e5]], np.float32)
+    with np.errstate(over="raise", invalid="raise"):
+        got = ops().silu_mul(gate, np.ones_like(gate))
+    want = [0.0, -20 / (1 + math.exp(20)), 0.0, 3 / (1 + math.exp(-3)), 1e5]
+    np.testing.assert_allclose(got[0], want, atol=1e-7)
+
+
+def attention_case(rng, n: int, n_kv: int):
+    h, r, k, p, v = 3, 16, 8, 4, 6
+    c, k_pe = rng.normal(size=(n_kv, r)) * 2, rng.normal(size=(n_kv, p)) * 2
+    q_nope, q_pe = (rng.normal(size=(n, h, x)).astype(np.float32) for x in (k, p))
+    k_b, v_b = (
+        weight(rng.normal(size=(h, r, k)), name="k"),
+        weight(rng.normal(size=(h, v, r)), name="v"),
+    )
+    return c.astype(np.float32), k_pe.astype(np.float32), q_nope, q_pe, k_b, v_b
+
+
+def plain_attention(c, k_pe, q_nope, q_pe, k_b, v_b, scale: float) -> np.ndarray:
+    n, n_kv = len(q_nope), len(c)
+    keys = np.einsum("tr,hrk->thk", c.astype(np.float64), k_b.float32())
+    values = np.einsum("tr,hvr->thv", c.astype(np.float64), v_b.float32())
+    scores = np.einsum("nhk,thk->nht", q_nope, keys) + np.einsum("nhp,tp->nht", q_pe, k_pe)
+    scores *= scale
+    for i in range(n):
+        scores[i, :, n_kv - n + i + 1 :] = -np.inf
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("nht,thv->nhv", p / p.sum(-1, keepdims=True), values).reshape(n, -1)
+
+
+@pytest.mark.parametrize(
+    ("n", "n_kv"), [(1, 1), (1, 300), (5, 5), (7, 520), (130, 130), (140, 700)]
+)
+@pytest.mark.parametrize("mla", [1, 3])
+def test_attention_is_softmax_over_what_a_token_may_see(rng, n: int, n_kv: int, mla: int) -> None:
+    c, k_pe, q_nope, q_pe, k_b, v_b = attention_case(rng, n, n_kv)
+    o, rows = ops(mla=mla), LatentRows(n_kv + 50, 20, "f32")
+    rows.poison()
+    rows.write(np.arange(n_kv), np.concatenate([c, k_pe], -1))
+    step = o.step([0] * n, n_kv - n, [1.0, 0.5], [])
+    got = o.mla_attention(q_nope, q_pe, rows, k_b, v_b, step, 0.3)
+    want = plain_attention(c, k_pe, q_nope, q_pe, k_b, v_b, 0.3)
+    assert np.abs(want).max() > 0.5, "a flat softmax would hide mistakes"
+    assert nmse(got, want) < 1e-10
+
+
+def test_gap_f16_rounds_query_row_and_probabilities_only(rng) -> None:
+    n_kv = 200
+    c, k_pe, q_nope, q_pe, k_b, _ = attention_case(rng, 1, n_kv)
+    rows = LatentRows(n_kv, 20, "f32")
+    rows.write(np.arange(n_kv), np.concatenate([c, k_pe], -1))
+    q_lat = ops().heads_up(q_nope, k_b)
+    step = ops().step([0], n_kv - 1, [1.0, 0.5], [])
+    half = lambda x: x.astype(np.float16).astype(np.float64)  # noqa: E731
+    keys = half(np.concatenate([c, k_pe], -1))
+    scores = half(np.concatenate([q_lat, q_pe], -1))[0] @ keys.T * 0.3
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    want = half(p) @ keys[:, :16] / p.sum(-1, keepdims=True)
+    got = ops("f16").attend_absorbed(q_lat, q_pe, rows, 16, step, 0.3)
+    exact = ops("f32").attend_absorbed(q_lat, q_pe, rows, 16, step, 0.3)
+    assert nmse(got[0], want) < 1e-10
+    assert nmse(exact[0], want) > 1e-9
+
+
+@pytest.mark.parametrize(("cache_type", "bar"), [("f32", 0), ("f16", 1e-6), ("bf16", 1e-5),
+                                                 ("q8_0", 1e-4)])  # fmt: skip
+def test_cache_rows_keep_what_their_type_holds(rng, cache_type: str, bar: float) -> None:
+    values = rng.normal(size=(4, 40)).astype(np.float32)  # 40 is no multiple of a q8_0 block
+    rows = LatentRows(8, 40, cache_type)
+    rows.poison()
+    rows.write(np.arange(2, 6), values)
+    assert nmse(rows.read(2, 6), values) <= bar
+    assert rows.nbytes == 8 * {"f32": 160, "f16": 80, "bf16": 80, "q8_0": 68}[cache_type]
+
+
+def test_route_weighs_by_unbiased_scores_and_breaks_ties_low(rng) -> None:
+    gate = weight(np.zeros((6, 4)))
+    chosen = ops().route(np.ones((1, 4), np.float32), gate, None, Routing(3, True))
+    assert chosen.ids.tolist() == [[0, 1, 2]]
+    bias = weight(np.array([0, 0, 0, 0, 9.0, 5.0]), name="b")
+    chosen = ops().route(
+        np.ones((1, 4), np.float32), gate, bias, Routing(2, True, renormalise=True, scale=2.5)
+    )
+    assert chosen.ids.tolist() == [[4, 5]]
+    np.testing.assert_allclose(chosen.weights, [[1.25, 1.25]])
+
+
+def test_groups_count_their_maximum_or_their_best_two() -> None:
+    # Group 0 has the single best expert, group 1 the best pair.
+    logits = np.array([[3.0, -4, -4, -4, 2.5, 2.4, -4, -4]], np.float32)
+    gate = weight(np.eye(8))
+    softmax = ops().route(logits, gate, None, Routing(1, False, 2, 1))
+    sigmoid = ops().route(logits, gate, None, Routing(1, True, 2, 1))
+    assert softmax.ids.tolist() == [[0]]
+    assert sigmoid.ids.tolist() == [[4]]
+
+
+def test_renormalising_tiny_scores_gives_finite_weights() -> None:
+    gate = weight(np.full((4, 1), -200.0))
+    chosen = ops().route(np.ones((1, 1), np.float32), gate, None,
+                         Routing(2, True, renormalise=True))  # fmt: skip
+    assert np.isfinite(chosen.weights).all()
+
+
+def test_experts_are_summed_with_their_weights(rng) -> None:
+    n, d, f, n_experts = 6, 8, 5, 4
+    gate, up = (rng.normal(size=(n_experts, f, d)) for _ in range(2))
+    down = rng.normal(size=(n_experts, d, f))
+    x = rng.normal(size=(n, d)).astype(np.float32)
+    o = ops()
+    chosen = o.route(x, weight(rng.normal(size=(n_experts, d)), name="g"), None, Routing(2, False))
+    want = np.zeros((n, d))
+    for i in range(n):
+        for e, share in zip(chosen.ids[i], chosen.weights[i], strict=True):
+            act = gate[e] @ x[i]
+            want[i] += share * (down[e] @ (act / (1 + np.exp(-act)) * (up[e] @ x[i])))
+    parts = {"ffn_gate_exps": gate, "ffn_up_exps": up, "ffn_down_exps": down}
+    whole = LayerWeights({k: weight(v, name=k) for k, v in parts.items()})
+    assert nmse(o.moe_down(o.moe_up(x, chosen, whole), chosen, whole), want) < 1e-10
+    # Two ranks that hold experts 0..2 and 3 add up to the same.
+    total = 0
+    for start, stop in ((0, 3), (3, 4)):
+        held = LayerWeights(
+            {k: weight(v[start:stop], name=k, first=start) for k, v in parts.items()}
+        )
+        rank = ops()
+        total = total + rank.moe_down(rank.moe_up(x, chosen, held), chosen, held)
+    assert nmse(total, want) < 1e-10
+
+
+def test_the_expert_cache_drops_the_least_recently_used() -> None:
+    w = weight(np.ones((3, 4, 64)), Q8_0, "e")
+    size = 4 * 64 * 4
+    cache = DequantCache(2 * size)
+    first = cache.expert(w, 0)
+    cache.expert(w, 1)
+    assert cache.expert(w, 0) is first
+    cache.expert(w, 2)  # drops 1
+    assert cache.expert(w, 0) is first
+    assert cache.used == 2 * size
+    whole = weight(np.ones((4, 64)), Q8_0, "whole")
+    assert cache.whole(whole) is cache.whole(whole)  # makes room among experts
+    assert cache.used <= cache.budget
+
+
+def test_reduce_types_round_from_33_tokens(rng) -> None:
+    x = rng.normal(size=(33, 64)).astype(np.float32)
+    assert reduce_typed("f32") is None
+    for name, bar in (("f16", 1e-6), ("bf16", 1e-4), ("q8_0", 1e-3)):
+        typed = reduce_typed(name)
+        assert typed is not None
+        assert typed(x[:32]) is not None and np.array_equal(typed(x[:32]), x[:32])
+        assert 0 < nmse(typed(x), x) < bar
