@@ -1,0 +1,122 @@
+"""RankGroup: one worker thread per rank; the first error wins and frees the others."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from mlacli.errors import MlacliError, RankError
+from mlacli.parallel.comm import Aborted, Exchange
+
+T = TypeVar("T")
+
+
+class _Call:
+    """One function on all ranks: who is still at it and what came of it.
+
+    The workers alone count, so an interrupt of the caller can't make it wait for the wrong number.
+    """
+
+    def __init__(self, fn: Callable[[int], Any], n_ranks: int) -> None:
+        self.fn, self.results = fn, [None] * n_ranks
+        self.first: tuple[int, BaseException] | None = None
+        self.cancelled = False
+        self.finished: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.left = n_ranks
+        self._done = [False] * n_ranks
+        self._lock = threading.Lock()
+
+    def work(self, rank: int, exchange: Exchange) -> None:
+        """This rank's share; a call that comes twice (see `RankGroup._stop`) is done once."""
+        if self._done[rank]:
+            return
+        error: BaseException | None = None
+        try:
+            if self.cancelled:
+                raise Aborted
+            self.results[rank] = self.fn(rank)
+        except BaseException as e:
+            error = e
+            if not isinstance(e, Aborted):
+                exchange.abort()
+        with self._lock:
+            if self.first is None and error is not None and not isinstance(error, Aborted):
+                self.first = rank, error
+            self._done[rank] = True
+            self.left -= 1
+        if not self.left:
+            self.finished.put(None)
+
+
+class RankGroup:
+    """Runs a function of the rank number on all ranks at once. A lone rank runs in the caller."""
+
+    def __init__(self, n_ranks: int, exchange: Exchange | None = None) -> None:
+        assert n_ranks == 1 or exchange is not None
+        self.n_ranks, self.exchange = n_ranks, exchange
+        self._calls: list[queue.SimpleQueue[_Call | None]] = []
+        self._threads: list[threading.Thread] = []
+        for rank in range(n_ranks if n_ranks > 1 else 0):
+            self._calls.append(queue.SimpleQueue())
+            thread = threading.Thread(
+                target=self._work, args=(rank,), name=f"rank{rank}", daemon=True
+            )
+            self._threads.append(thread)
+            thread.start()
+
+    def run(self, fn: Callable[[int], T]) -> list[T]:
+        """[fn(0), fn(1), ...]; RankError with the first cause when a rank fails.
+
+        An interrupt of the caller stops all ranks at their next exchange before it goes on.
+        """
+        if self.n_ranks == 1:
+            return [fn(0)]
+        call = _Call(fn, self.n_ranks)
+        try:
+            for calls in self._calls:
+                calls.put(call)
+            call.finished.get()
+        except BaseException:
+            self._stop(call)
+            raise
+        assert self.exchange is not None
+        if call.first is not None:
+            self.exchange.reset()
+            rank, error = call.first
+            raise (error if isinstance(error, MlacliError) else RankError(rank, error)) from error
+        results: list[Any] = call.results
+        return results
+
+    def close(self) -> None:
+        """End the threads, also of a call that was interrupted twice."""
+        if self.exchange is not None:
+            self.exchange.abort()
+        for calls in self._calls:
+            calls.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._calls, self._threads = [], []
+
+    def _work(self, rank: int) -> None:
+        assert self.exchange is not None
+        while (call := self._calls[rank].get()) is not None:
+            call.work(rank, self.exchange)
+
+    def _stop(self, call: _Call) -> None:
+        """Ends `call` on every rank, wherever the interrupt came: it may not have reached all."""
+        assert self.exchange is not None
+        call.cancelled = True
+        self.exchange.abort()
+        for calls in self._calls:
+            calls.put(call)
+        while call.left:
+            time.sleep(0.001)
+        self.exchange.reset()
+
+
+def first_result(results: Sequence[T | None]) -> T:
+    """The result of the first rank that has one: rank 0's under graph, the last stage's else."""
+    return next(result for result in results if result is not None)
