@@ -1,0 +1,246 @@
+"""Engine: a prepared model on its ranks. Prefill by ubatch, decode, rewind; knows no backend.
+
+`load()` is the library's front door: values as on the command line, by long flag name.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from mlacli.backends import open_ranks
+from mlacli.errors import ContextFull, UsageError
+from mlacli.flags import COMMON, SAMPLING, library_values, to_params
+from mlacli.latent_cache import LatentCache
+from mlacli.loading.weights import load_weights
+from mlacli.ops import ModelWeights, Ops
+from mlacli.parallel.ranks import first_result
+from mlacli.prepare import Prepared, prepare
+from mlacli.sampling import Sampler
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from mlacli.loading.tokenizer import Tokenizer
+
+    Floats = NDArray[np.float32]
+
+
+@dataclass(slots=True)
+class Timings:
+    """Seconds and tokens of the last generation; `load_s` of the load."""
+
+    load_s: float = 0.0
+    prompt_s: float = 0.0
+    n_prompt: int = 0
+    decode_s: float = 0.0
+    n_decoded: int = 0
+    ttft_s: float = 0.0  # from the start of prefill to the first token chosen
+
+
+def load(path: str | Path | None = None, **flags: Any) -> Engine:
+    """An Engine for the file at `path` (None = the bundled model), a context manager.
+
+    Keywords are long flag names with the values of the command line: device="cpu,cpu",
+    split_mode="graph", cache_type_k="f32". Unknown names raise UsageError.
+    """
+    values = library_values(COMMON + SAMPLING, flags)
+    return Engine(prepare(path, to_params(values)))
+
+
+class Engine:
+    """Runs one sequence. Tokens 0..n_kv-1 are in the cache."""
+
+    def __init__(
+        self, prepared: Prepared, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Loads the weights; `progress` is told bytes done and bytes in all."""
+        start = time.perf_counter()
+        self.prepared, self.params = prepared, prepared.params
+        self.n_ctx, self.n_kv = prepared.plan.n_ctx, 0
+        self.context_full = False
+        self.timings = Timings()
+        self._ranks = open_ranks(prepared.plan, prepared.params.context, prepared.n_threads)
+        self._weights: list[ModelWeights] = []
+        self._caches: list[LatentCache] = []
+        try:
+            self._load(progress)
+        except BaseException:
+            self.close()
+            raise
+        self.timings.load_s = time.perf_counter() - start
+
+    def _load(self, progress: Callable[[int, int], None] | None) -> None:
+        plan, hp = self.prepared.plan, self.prepared.hparams
+        total, done = sum(rank.weights for rank in plan.ranks), 0
+
+        def count(n: int) -> None:
+            nonlocal done
+            done += n
+            if progress is not None:
+                progress(done, total)
+
+        def one_rank(rank: int) -> tuple[ModelWeights, LatentCache]:
+            ops = self._ops(rank)
+            weights = load_weights(self.prepared.gguf, plan, rank, hp, ops, count)
+            part = plan.ranks[rank]
+            layers = range(*part.layers) if part.n_cached_layers else range(0)
+            return weights, LatentCache(ops, layers, plan.n_ctx, hp.cache_width, plan.cache_type)
+
+        for weights, cache in self._ranks.group.run(one_rank):
+            self._weights.append(weights)
+            self._caches.append(cache)
+
+    def _ops(self, rank: int) -> Ops:
+        return self._ranks.ops[rank]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        self.close()
+
+    def close(self) -> None:
+        """End the ranks and let go of the file."""
+        self._ranks.close()
+        self._weights, self._caches = [], []
+        self.prepared.gguf.close()
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None for a file without tokenizer: feed it ids."""
+        return self.prepared.tokenizer()
+
+    @staticmethod
+    def peak_memory() -> int:
+        """Largest resident size of this process so far, in bytes."""
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    # ---- forward ----------------------------------------------------------------------------
+
+    def prefill(self, ids: Sequence[int], all_rows: bool = False) -> Floats:
+        """Append `ids` to the cache; logits [1, V] of the last one, or [n, V] of all."""
+        import numpy as np
+
+        self._check(ids)
+        n_batch, n_ubatch = self.params.context.n_batch, self.params.context.n_ubatch
+        out = []
+        for batch in range(0, len(ids), n_batch):
+            in_batch = ids[batch : batch + n_batch]
+            for start in range(0, len(in_batch), n_ubatch):
+                ubatch = in_batch[start : start + n_ubatch]
+                last = batch + start + len(ubatch) == len(ids)
+                rows = range(len(ubatch)) if all_rows else [len(ubatch) - 1] if last else []
+                logits = self._forward(ubatch, rows)
+                if len(rows):
+                    out.append(logits)
+        return np.concatenate(out)
+
+    def decode(self, token_id: int) -> Floats:
+        """Append one token; its logits [V]."""
+        self._check([token_id])
+        row: Floats = self._forward([token_id], [0])[0]
+        return row
+
+    def rewind(self, n_kv: int) -> None:
+        """Forget all tokens from position `n_kv` on."""
+        if not 0 <= n_kv <= self.n_kv:
+            raise UsageError(f"can't rewind to {n_kv}: {self.n_kv} tokens are cached", "")
+        self.n_kv = n_kv
+
+    def logits(self, token_ids: Sequence[int]) -> Floats:
+        """Logits [n, V] of every token of a sequence, from an empty cache."""
+        self.rewind(0)
+        return self.prefill(token_ids, all_rows=True)
+
+    def _check(self, ids: Sequence[int]) -> None:
+        n_vocab = self.prepared.hparams.n_vocab
+        if not len(ids):
+            raise UsageError("no tokens to compute", "give at least one")
+        bad = next((i for i in ids if not 0 <= i < n_vocab), None)
+        if bad is not None:
+            raise UsageError(f"token id {bad} is not in the vocabulary of {n_vocab}", "")
+        if self.n_kv + len(ids) > self.n_ctx:
+            raise ContextFull(
+                f"{self.n_kv} cached and {len(ids)} new tokens exceed the context of {self.n_ctx}",
+                "give a larger -c or fewer tokens",
+            )
+
+    def _forward(self, ids: Sequence[int], rows: Sequence[int]) -> Floats:
+        hp, model, n_past = self.prepared.hparams, self.prepared.model, self.n_kv
+        frequencies = hp.rope.frequencies(hp.p)
+
+        def one_rank(rank: int) -> Any:
+            ops = self._ops(rank)
+            step = ops.step(ids, n_past, frequencies, rows)
+            return model.forward(ops, hp, self._weights[rank], self._caches[rank], step)
+
+        results = self._ranks.group.run(one_rank)
+        self.n_kv = n_past + len(ids)
+        logits: Floats = first_result(results)
+        return logits
+
+    # ---- generation -------------------------------------------------------------------------
+
+    def generate_ids(
+        self, prompt_ids: Sequence[int], n_predict: int = -1, sampler: Sampler | None = None
+    ) -> Iterator[int]:
+        """Token ids after the prompt, from an empty cache, the end-of-generation one included.
+
+        Ends after `n_predict` tokens (negative: no limit) or at a full context, which sets
+        `context_full`.
+        """
+        sampler = sampler or Sampler(self.params.sampling, self._eog_ids())
+        eog_ids = frozenset() if self.params.sampling.ignore_eos else self._eog_ids()
+        self.context_full = False
+        self.timings = Timings(load_s=self.timings.load_s, n_prompt=len(prompt_ids))
+        start = time.perf_counter()
+        self.rewind(0)
+        logits = self.prefill(prompt_ids)[-1]
+        self.timings.prompt_s = time.perf_counter() - start
+        n = 0
+        while n_predict < 0 or n < n_predict:
+            token_id = sampler.next(logits, self.n_kv)
+            if n == 0:
+                self.timings.ttft_s = time.perf_counter() - start
+            n += 1
+            yield token_id
+            if token_id in eog_ids or n == n_predict:
+                return
+            if self.n_kv == self.n_ctx:
+                self.context_full = True
+                return
+            began = time.perf_counter()
+            logits = self.decode(token_id)
+            self.timings.decode_s += time.perf_counter() - began
+            self.timings.n_decoded += 1
+
+    def generate(
+        self, prompt: str | Sequence[int], n_predict: int = -1, **sampling: Any
+    ) -> Iterator[str]:
+        """Text pieces after the prompt; `sampling` by long flag name (temp=0, top_k=40, ...)."""
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise UsageError("the file has no tokenizer", "use generate_ids")
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        chosen = to_params(library_values(SAMPLING, sampling)).sampling if sampling else None
+        sampler = Sampler(chosen or self.params.sampling, self._eog_ids())
+        stream = tokenizer.stream()
+        for token_id in self.generate_ids(ids, n_predict, sampler):
+            if token_id not in tokenizer.eog_ids:
+                yield stream.push(token_id)
+        yield stream.flush()
+
+    def _eog_ids(self) -> frozenset[int]:
+        return self.tokenizer.eog_ids if self.tokenizer else frozenset()

@@ -1,0 +1,183 @@
+"""Everything before weights load: header, guard, checks, hparams, plan, memory.
+
+What can be known from flags and the GGUF header is refused here, and nothing after it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mlacli.compat import Finding, check, guard, raise_first_error
+from mlacli.devices import Device, find_devices, host_memory, main_device
+from mlacli.errors import GgufError, MlacliError, StrictDowngrade, UnsupportedFeature
+from mlacli.loading.gguf_file import GgufFile
+from mlacli.loading.tokenizer import Tokenizer, has_tokenizer
+from mlacli.models import model_of
+from mlacli.parallel.plan import ShardPlan, check_memory, plan_shards
+from mlacli.params import ContextParams, Params, SplitParams
+
+BUNDLED = "tinytales-q8_0.gguf"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that may be loaded: checked, planned, and priced."""
+
+    path: Path
+    gguf: GgufFile
+    arch: str
+    model: ModuleType
+    hparams: Any
+    params: Params  # settled: split.mode and the context sizes are final
+    plan: ShardPlan
+    findings: tuple[Finding, ...]
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The file's tokenizer, None when it has none."""
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer | None:
+        if not has_tokenizer(self.gguf.metadata):
+            return None
+        return Tokenizer.from_metadata(self.gguf.metadata)
+
+    @cached_property
+    def predicted_tps(self) -> float | None:
+        """Decode tokens a second to expect, from rates measured here; None off the CPU."""
+        if any(rank.kind != "cpu" for rank in self.plan.ranks):
+            return None
+        from mlacli.backends.numpy_speed import predict_tps
+
+        return predict_tps(self.plan, self.hparams)
+
+    @property
+    def n_threads(self) -> int:
+        """CPU threads of all ranks together."""
+        return self.params.context.n_threads or len(os.sched_getaffinity(0))
+
+    @property
+    def effective(self) -> tuple[tuple[str, str, str], ...]:
+        """What will run, as (name, value, note)."""
+        split, context, plan = self.params.split, self.params.context, self.plan
+        graph, skipped = split.mode == "graph", self.hparams.n_skipped
+        fits = f"trained with {plan.n_ctx_train}, {plan.n_ctx_fits} fit"
+        rows = [
+            ("model", str(self.path), self.gguf.metadata.text("general.name")),
+            ("architecture", self.arch, f"{skipped} MTP blocks skipped" if skipped else ""),
+            ("split mode", str(split.mode), f"experts by {split.expert_split}" if graph else ""),
+            ("devices", ",".join(r.device for r in plan.ranks), ", ".join(plan.idle) and "idle: "
+             + ", ".join(plan.idle)),
+            ("context", str(plan.n_ctx), fits),
+            ("batch", f"{context.n_batch} / {context.n_ubatch}", "logical / physical"),
+            ("attention", f"-mla {context.mla} -fa on", f"-gap {context.graph_attn_precision}"),
+            ("cache type", context.cache_type_k, ""),
+            ("reduce type", context.graph_reduce_type if graph else "-", ""),
+            ("threads", str(self.n_threads), f"{max(1, self.n_threads // len(plan.ranks))} a rank"),
+        ]  # fmt: skip
+        rows += [(f.flag, f.verdict, f.message) for f in self.findings if f.level == "note"]
+        return tuple(rows)
+
+
+def bundled_model() -> Path:
+    """The small model that ships with mlacli."""
+    return Path(str(files("mlacli.bundled").joinpath(BUNDLED)))
+
+
+def prepare(path: str | Path | None, params: Params) -> Prepared:
+    """The model at `path` (None = the bundled one) ready to load; every refusal comes from here."""
+    file = GgufFile.open(path or bundled_model(), params.model.override_kv)
+    try:
+        return _prepare(file, params)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _prepare(file: GgufFile, params: Params) -> Prepared:
+    if "general.architecture" not in file.metadata:
+        raise GgufError(
+            f"{file.path.name} names no architecture", "it is no model file: convert it again"
+        )
+    arch = file.arch
+    params, findings = guard(arch, params)
+    model = model_of(arch)
+    findings += check(arch, params)
+    raise_first_error(findings)
+    if params.strict:
+        _refuse_changes(findings)
+    hp = model.Hparams.from_gguf(file)
+    _check_types(file)
+    devices = find_devices(params.split)
+    main_device(params.split, devices)
+    host = Device("host", "cpu", *host_memory())
+    context = replace(params.context, n_ubatch=min(params.context.n_ubatch, params.context.n_batch))
+
+    def planned(split: SplitParams) -> ShardPlan:
+        return plan_shards(
+            model, arch, hp, file.tensors, params.model, split, context, devices, host
+        )
+
+    split = _settle_mode(params.split, devices, planned)
+    plan = planned(split)
+    check_memory(plan)
+    if context.n_ctx > hp.n_ctx_train:
+        findings += (_beyond_training(params, plan),)
+    context = _clipped(context, plan.n_ctx)
+    plan = replace(plan, n_ubatch=context.n_ubatch)
+    params = replace(params, split=split, context=context)
+    return Prepared(file.path, file, arch, model, hp, params, plan, findings)
+
+
+def _refuse_changes(findings: Sequence[Finding]) -> None:
+    for finding in findings:
+        if finding.verdict in ("downgraded", "changed"):
+            raise StrictDowngrade(finding.message, finding.hint + ", or leave --strict out")
+
+
+def _settle_mode(split: SplitParams, devices: tuple[Device, ...], planned: Any) -> SplitParams:
+    """`split` with its mode decided: by the number of devices, or under auto by what fits."""
+    if split.mode is None:
+        return replace(split, mode="layer" if len(devices) > 1 else "none")
+    if split.mode != "auto":
+        return split
+    alone = replace(split, mode="none")
+    try:
+        check_memory(planned(alone))
+    except MlacliError:
+        return replace(split, mode="layer" if len(devices) > 1 else "none")
+    return alone
+
+
+def _clipped(context: ContextParams, n_ctx: int) -> ContextParams:
+    n_batch = min(context.n_batch, n_ctx)
+    return replace(context, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=min(context.n_ubatch, n_batch))
+
+
+def _beyond_training(params: Params, plan: ShardPlan) -> Finding:
+    return Finding(
+        "warning", params.spelled("ctx_size"), "no effect",
+        f"the context of {plan.n_ctx} exceeds the training context of {plan.n_ctx_train}",
+        "text beyond it may degrade",
+    )  # fmt: skip
+
+
+def _check_types(file: GgufFile) -> None:
+    """Every tensor must be of a type that NumPy can unpack."""
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import _type_traits  # the package has no public list
+
+    for info in file.tensors.values():
+        name = info.qtype.name
+        if name not in ("F32", "F16") and GGMLQuantizationType[name] not in _type_traits:
+            raise UnsupportedFeature(
+                f"tensor {info.name} has type {name}, which can't be multiplied",
+                "use a file quantised with types such as Q4_K_M, IQ4_XS or Q8_0",
+            )

@@ -1,0 +1,114 @@
+"""The guard and the other flag rules, over every architecture name that the original knows."""
+
+from types import MappingProxyType
+
+import pytest
+
+from mlacli.compat import MLA_ARCHS, check, guard, raise_first_error
+from mlacli.errors import UsageError
+from mlacli.flags import COMMON, by_long_name, to_params
+from mlacli.params import Params
+
+# GGUF names of the architectures that ik_llama.cpp's graph mode takes at its PR 1821 (B 2.1).
+GRAPH_CAPABLE = (
+    "llama", "qwen3", "qwen3moe", "qwen3vl", "glm4moe", "mistral3", "command-r", "cohere2", "mimo2",
+    "hunyuan-moe", "gpt-oss", "ernie4_5-moe", "minimax-m2", "seed_oss", "step35", "qwen35",
+    "qwen35moe", "gemma4", "deepseek2", "glm-dsa", "mistral4",
+)  # fmt: skip
+OFFENDERS = {
+    "-ncmoe": {"n_cpu_moe": 3},
+    "-cmoe": {"cpu_moe": True},
+    "-rtr": {"run_time_repack": True},
+    "-muge": {"merge_up_gate_experts": True},
+    "-ot": {"override_tensor": ("exps=CPU",)},
+}
+KEYS = {name: flag.key for flag in by_long_name(COMMON).values() for name in flag.names}
+
+
+def params(*offenders: str, mode: str = "graph", **more: object) -> Params:
+    values = {"split_mode": mode, "device": ("cpu", "cpu"), **more}
+    typed = {"split_mode": "-sm"}
+    for word in offenders:
+        values |= OFFENDERS[word]
+        typed[KEYS[word]] = word
+    typed |= {key: word for word, key in reversed(KEYS.items()) if key in more}
+    return to_params(values, MappingProxyType(typed))
+
+
+@pytest.mark.parametrize("word", OFFENDERS)
+@pytest.mark.parametrize("arch", GRAPH_CAPABLE)
+def test_only_mla_architectures_are_downgraded(arch: str, word: str) -> None:
+    settled, findings = guard(arch, params(word))
+    if arch in MLA_ARCHS:
+        assert settled.split.mode == "layer"
+        (finding,) = findings
+        assert (finding.level, finding.flag, finding.verdict) == ("warning", word, "downgraded")
+        assert word in finding.message and word in finding.hint
+    else:
+        assert settled.split.mode == "graph"
+        assert findings == ()
+
+
+def test_the_mla_architectures_are_those_three() -> None:
+    assert set(MLA_ARCHS) == {"deepseek2", "glm-dsa", "mistral4"}
+
+
+def test_one_warning_names_the_first_offender_in_the_originals_order() -> None:
+    order = ["-ncmoe", "-rtr", "-muge", "-ot"]
+    for i in range(len(order)):
+        _, findings = guard("deepseek2", params(*reversed(order[i:])))
+        assert [f.flag for f in findings] == [order[i]]
+
+
+@pytest.mark.parametrize("mode", ["layer", "none", "auto"])
+def test_other_modes_keep_their_flags(mode: str) -> None:
+    settled, findings = guard("deepseek2", params(*OFFENDERS, mode=mode))
+    assert settled.split.mode == mode
+    assert findings == ()
+
+
+def test_zero_layers_of_host_experts_are_no_offence() -> None:
+    settled, findings = guard("deepseek2", params(n_cpu_moe=0))
+    assert settled.split.mode == "graph" and findings == ()
+
+
+@pytest.mark.parametrize(("key", "value"), [("flash_attn", False), ("mla_use", 0)])
+def test_graph_mode_without_its_attention_is_a_usage_error(key: str, value: object) -> None:
+    with pytest.raises(UsageError, match="-sm graph needs"):
+        raise_first_error(check("deepseek2", params(**{key: value})))
+
+
+def test_the_downgrade_comes_before_every_other_check() -> None:
+    # -sm graph -fa off -cmoe runs in layer mode in the original: here layer mode lacks -fa off,
+    # so it is refused for that reason and no longer for graph mode's.
+    settled, findings = guard("deepseek2", params("-cmoe", flash_attn=False))
+    assert settled.split.mode == "layer" and len(findings) == 1
+    (refusal,) = [f for f in check("deepseek2", settled) if f.level == "error"]
+    assert "graph" not in refusal.message and "not supported" in refusal.message
+
+
+def test_flags_that_mean_nothing_on_cpu_say_so() -> None:
+    notes = {f.flag: f for f in check("deepseek2", params(*OFFENDERS, mode="layer"))}
+    assert set(notes) == set(OFFENDERS) - {"-muge"}
+    assert {(f.level, f.verdict, f.message) for f in notes.values()} == {
+        ("note", "no effect", "no effect on cpu")
+    }
+
+
+@pytest.mark.parametrize("where", [{"vram": (1 << 36,)}, {"device": ("cuda0",)}])
+def test_offenders_are_refused_on_gpus_and_not_ignored(where: dict[str, object]) -> None:
+    findings = check("deepseek2", params("-ot", mode="layer", **where))
+    assert ("error", "-ot") in [(f.level, f.flag) for f in findings]
+
+
+def test_graph_on_one_device_warns() -> None:
+    (finding,) = check("deepseek2", params(device=("cpu",)))
+    assert (finding.level, finding.flag, finding.verdict) == ("warning", "-sm", "changed")
+
+
+def test_flags_of_another_mode_are_reported_without_effect() -> None:
+    given = {"main_gpu": 1, "cache_type_v": "f16", "gpu_layers": 3}
+    assert [f.flag for f in check("deepseek2", params(**given))] == ["-ctv", "-mg", "-ngl"]
+    given = {"expert_split": "id", "graph_reduce_type": "f16"}
+    found = check("deepseek2", params(mode="layer", **given))
+    assert [f.flag for f in found] == ["--expert-split", "-grt"]
