@@ -1,0 +1,6 @@
+"""python -m mlacli."""
+
+from mlacli.cli import main
+
+if __name__ == "__main__":
+    main()

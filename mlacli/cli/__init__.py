@@ -1,0 +1,134 @@
+"""The `mlacli` command: lazy subcommands, and the one place where errors become exit codes.
+
+Nothing heavy is imported here, so that --help costs neither numpy nor gguf nor cupy.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from typing import NoReturn
+
+import click
+
+from mlacli import __version__
+from mlacli.errors import MlacliError, UsageError
+from mlacli.flag_values import nearest
+
+_COMMANDS = {
+    "run-model": ("mlacli.cli.run_model", "generate text from a prompt"),
+    "sweep-bench": ("mlacli.cli.sweep_bench", "prefill and decode speed over the context"),
+    "check-flags": ("mlacli.cli.check_flags", "what a llama.cpp command line would do here"),
+    "plan": ("mlacli.cli.plan", "shards and memory per device, from the file header"),
+}
+
+_HELP = """\
+Usage: mlacli COMMAND [FLAGS]
+
+  Runs MLA-attention GGUF models with head-wise tensor parallelism, with llama.cpp's flags.
+
+Commands:
+{commands}
+
+Other:
+  --version     version
+  -h, --help    this text; `mlacli COMMAND --help` lists the flags of a command"""
+
+
+class LazyGroup(click.Group):
+    """Imports a subcommand's module when it is called, not when it is listed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command = importlib.import_module(_COMMANDS[cmd_name][0]).command
+        assert isinstance(command, click.Command)
+        return command
+
+    def get_help(self, ctx: click.Context) -> str:
+        rows = (f"  {name:<14}{summary}" for name, (_, summary) in _COMMANDS.items())
+        return _HELP.format(commands="\n".join(rows))
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        first = args[0] if args else "--help"
+        if first in ("-h", "--help"):
+            click.echo(self.get_help(ctx))
+            ctx.exit()
+        if first == "--version":
+            click.echo(f"mlacli {__version__}")
+            ctx.exit()
+        if first.startswith("-"):
+            raise UsageError(f"{first} before a command", "write mlacli run-model " + first)
+        if first not in _COMMANDS:
+            raise UsageError(f"unknown command {first!r}", nearest(first, _COMMANDS))
+        return super().parse_args(ctx, ["--", *args])
+
+
+cli = LazyGroup("mlacli", add_help_option=False)
+
+
+def run(args: list[str]) -> int:
+    """The exit code of one command line; what went wrong is one line on stderr."""
+    try:
+        with cli.make_context("mlacli", list(args)) as ctx:
+            cli.invoke(ctx)
+        sys.stdout.flush()
+        return 0
+    except click.exceptions.Exit as e:
+        return _flushed(e.exit_code)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return _silenced()
+    except MlacliError as e:
+        return _failed(e.message, e.hint, e.exit_code)
+    except click.ClickException as e:
+        return _failed(e.format_message(), "", 2)
+    except Exception as e:
+        what = f"internal error: {type(e).__name__}: {e}"
+        return _failed(what, "set MLACLI_DEBUG=1 to see the traceback", 1)
+
+
+def _failed(message: str, hint: str, code: int) -> int:
+    """Prints the one `Error:` line, after what was already written to stdout."""
+    if os.environ.get("MLACLI_DEBUG", "0") not in ("", "0"):
+        traceback.print_exc()
+    text = f"Error: {message} ({hint})" if hint else f"Error: {message}"
+    try:
+        sys.stdout.flush()
+        print(" ".join(text.split()), file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        _silenced()
+    return code
+
+
+def _flushed(code: int) -> int:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _silenced()
+    return code
+
+
+def _silenced() -> int:
+    """Points both streams at nothing, so that the interpreter's last flush can't fail either."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (BrokenPipeError, ValueError):
+            os.dup2(nothing, stream.fileno())
+    return 0
+
+
+def main() -> NoReturn:
+    """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # text in an ASCII locale
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,222 @@
+"""What the commands print. stdout carries the result alone, stderr everything else.
+
+The only file that knows rich, imported when a table or a progress bar is drawn; NO_COLOR and
+streams that are no terminal are rich's business.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+_LONG = 200  # rows; drawing more takes rich seconds
+
+
+class Finding(Protocol):
+    """The part of a `compat.Finding` that is printed."""
+
+    @property
+    def level(self) -> str: ...
+    @property
+    def message(self) -> str: ...
+    @property
+    def hint(self) -> str: ...
+
+
+class Timings(Protocol):
+    """The part of `engine.timings` that is printed; seconds and token counts."""
+
+    @property
+    def load_s(self) -> float: ...
+    @property
+    def prompt_s(self) -> float: ...
+    @property
+    def n_prompt(self) -> int: ...
+    @property
+    def decode_s(self) -> float: ...
+    @property
+    def n_decoded(self) -> int: ...
+    @property
+    def ttft_s(self) -> float: ...
+
+
+def result(text: str) -> None:
+    """One line or block of the result."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def note(text: str) -> None:
+    log(f"note: {text}")
+
+
+def warning(text: str) -> None:
+    log(f"warning: {text}")
+
+
+def findings(found: Iterable[Finding]) -> None:
+    """Warnings and notes of the guard, one line each."""
+    for f in found:
+        text = f"{f.message} ({f.hint})" if f.hint else f.message
+        (note if f.level == "note" else warning)(text)
+
+
+def effective(rows: Iterable[tuple[str, str, str]]) -> None:
+    """The configuration that really runs: name, value, note."""
+    rows = list(rows)
+    names = max((len(r[0]) for r in rows), default=0)
+    values = max((len(r[1]) for r in rows if r[2]), default=0)
+    log("configuration:")
+    for name, value, remark in rows:
+        log(f"  {name:<{names}}  {value:<{values}}  {remark}".rstrip())
+
+
+def table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    to_stderr: bool = False,
+    turn: bool = False,
+) -> None:
+    """An aligned table, numbers to the right: rich's on a terminal, plain lines elsewhere.
+
+    `turn`: on a terminal too narrow for it, rows become columns.
+    """
+    stream = sys.stderr if to_stderr else sys.stdout
+    cells = [list(row) for row in rows]
+    lines = _plain_lines(columns, cells)
+    if not stream.isatty() or len(cells) > _LONG:
+        stream.write("".join(line + "\n" for line in lines))
+    elif turn and max(map(len, lines)) > shutil.get_terminal_size().columns:
+        turned = [list(row) for row in zip(columns, *cells, strict=True)]
+        _rich_table(stream, turned[0], turned[1:])
+    else:
+        _rich_table(stream, columns, cells)
+    stream.flush()
+
+
+def _plain_lines(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    right = _numeric_columns(columns, rows)
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    return [
+        "  ".join(
+            f"{cell:>{w}}" if r else f"{cell:<{w}}"
+            for cell, w, r in zip(row, widths, right, strict=True)
+        ).rstrip()
+        for row in (columns, ["-" * w for w in widths], *rows)
+    ]
+
+
+def _rich_table(stream: TextIO, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name, numbers in zip(columns, _numeric_columns(columns, rows), strict=True):
+        drawn.add_column(name, justify="right" if numbers else "left")
+    for row in rows:
+        drawn.add_row(*(Text(cell) for cell in row))
+    Console(file=stream).print(drawn)
+
+
+def _numeric_columns(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[bool]:
+    """For each column, whether every cell that says something starts with a digit."""
+    said = [[row[i] for row in rows if row[i] not in ("", "-")] for i in range(len(columns))]
+    return [bool(cells) and all(c[0].isdigit() for c in cells) for cells in said]
+
+
+class LoadProgress:
+    """Counts bytes read, on a terminal only; rank threads may call it."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._lock = threading.Lock()
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, t: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __call__(self, done: int, total: int) -> None:
+        if not self._stream.isatty() or not total:
+            return
+        with self._lock:
+            if self._bar is None:
+                self._bar = self._open(total)
+            self._bar.update(self._bar.task_ids[0], completed=done)
+
+    def _open(self, total: int) -> Progress:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+        columns = (TextColumn("loading"), BarColumn(), DownloadColumn(binary_units=True))
+        bar = Progress(*columns, console=Console(file=self._stream), transient=True)
+        bar.add_task("loading", total=total)
+        bar.start()
+        return bar
+
+    def close(self) -> None:
+        with self._lock:
+            if self._bar is not None:
+                self._bar.stop()
+                self._bar = None
+
+
+class TokenStream:
+    """Pieces to stdout as they come; the text ends with a newline however the run ends."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stdout
+        self._last = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, t: TracebackType | None
+    ) -> None:
+        if kind is None or not issubclass(kind, BrokenPipeError):
+            self.close()
+
+    def write(self, piece: str) -> None:
+        if piece:
+            self._stream.write(piece)
+            self._stream.flush()
+            self._last = piece[-1]
+
+    def close(self) -> None:
+        if self._last not in ("", "\n"):
+            self._stream.write("\n")
+        self._last = ""
+        self._stream.flush()
+
+
+def timings(t: Timings, peak_memory: int) -> None:
+    """Load, prompt, decode and memory, one line each."""
+    prompt, decode = _rate(t.n_prompt, t.prompt_s), _rate(t.n_decoded, t.decode_s)
+    first = f", first token after {t.ttft_s:.3f} s" if t.ttft_s else ""
+    log(f"load    {t.load_s:10.3f} s")
+    log(f"prompt  {t.prompt_s:10.3f} s {t.n_prompt:7d} tokens {prompt}{first}")
+    log(f"decode  {t.decode_s:10.3f} s {t.n_decoded:7d} tokens {decode}")
+    log(f"memory  {peak_memory / 2**20:10.1f} MiB peak")
+
+
+def _rate(n: int, seconds: float) -> str:
+    return f"{n / seconds:9.2f} t/s" if n and seconds > 0 else f"{'-':>9} t/s"

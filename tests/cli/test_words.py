@@ -1,0 +1,176 @@
+"""The grammar of a command line, by the real flag tables."""
+
+from dataclasses import fields
+
+import pytest
+
+from mlacli import flags
+from mlacli.cli.words import walk
+from mlacli.flags import COMMANDS, COMMON, ENVIRONMENT, GENERATION, PLAN, SWEEP, to_params
+from mlacli.flags_refused import BY_NAME, REFUSED
+from mlacli.params import ContextParams, ModelParams, SamplingParams, SplitParams
+
+TABLE = COMMON + GENERATION
+
+
+def values(*words, environ=None):
+    line = walk(TABLE, words, environ)
+    assert not line.problems, [p.error.message for p in line.problems]
+    return line.values
+
+
+def error(*words, table=TABLE):
+    line = walk(table, words)
+    assert line.problems
+    e = line.problems[0].error
+    return f"{e.message} ({e.hint})"
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        (["-ub", "128"], "ubatch_size", 128),
+        (["-ub=128"], "ubatch_size", 128),
+        (["--ubatch-size=128"], "ubatch_size", 128),
+        (["--ubatch_size", "128"], "ubatch_size", 128),
+        (["--ctx_size=64"], "ctx_size", 64),
+        (["-n", "-1"], "predict", -1),
+        (["-n", "-2"], "predict", -2),
+        (["-p", "--model"], "prompt", "--model"),
+        (["-p", "-n"], "prompt", "-n"),
+        (["-p", "a=b"], "prompt", "a=b"),
+        (["-p", ""], "prompt", ""),
+        (["--prompt=a=b"], "prompt", "a=b"),
+        (["-fa"], "flash_attn", True),
+        (["-fa", "off"], "flash_attn", False),
+        (["-fa", "AUTO"], "flash_attn", True),
+        (["-fa", "0"], "flash_attn", False),
+        (["-fa=off"], "flash_attn", False),
+        (["--flash_attn", "1"], "flash_attn", True),
+        (["-sm", "tensor"], "split_mode", "graph"),
+        (["-ts", "3/1"], "tensor_split", (3.0, 1.0)),
+        (["-ts", "1,,2"], "tensor_split", (1.0, 0.0, 2.0)),
+        (["--margin", "512M"], "margin", 512 << 20),
+        (["-dev", "CPU,cpu"], "device", ("cpu", "cpu")),
+        (["-cmoe"], "cpu_moe", True),
+        (["--prompt-ids", "1, 2 3"], "prompt_ids", (1, 2, 3)),
+        (["-ngl", "all"], "gpu_layers", None),
+        (["-ngl", "99"], "gpu_layers", 99),
+        (["-s", "-1"], "seed", None),
+        (["-s", "4294967295"], "seed", None),
+        (["-ot", "a=CPU", "-ot", "b=CPU"], "override_tensor", ("a=CPU", "b=CPU")),
+        (["--override-kv", "a.b=int:4"], "override_kv", (("a.b", 4),)),
+    ],
+)
+def test_values(words, key, value):
+    assert values(*words) == {key: value}
+
+
+def test_the_word_after_a_bare_fa_is_left_alone():
+    assert values("-fa", "-ub", "64") == {"flash_attn": True, "ubatch_size": 64}
+    assert "unexpected word 'yes' (-fa takes on, off or auto)" in error("-fa", "yes")
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["-mx", "file"], "unknown flag -mx (did you mean -m?)"),
+        (["-mfile.gguf"], "unknown flag -mfile.gguf"),
+        (["-ub128"], "unknown flag -ub128 (did you mean -ub?)"),
+        (["--ctx-sise", "5"], "unknown flag --ctx-sise (did you mean --ctx-size?)"),
+        (["--zzz"], "unknown flag --zzz (--help lists the flags)"),
+        (["hello"], "unexpected word 'hello'"),
+        (["--"], "unknown flag --"),
+        (["-"], "unexpected word '-'"),
+        (["-ub"], "-ub needs a value (write -ub N)"),
+        (["-ub", "many"], "-ub: 'many' is not an integer"),
+        (["-b", "0"], "-b: '0' is not at least 1"),
+        (["-mla", "4"], "-mla: '4' is not at most 3"),
+        (["--strict=1"], "--strict takes no value"),
+        (["-fa=maybe"], "-fa: 'maybe' is not on, off or auto"),
+        (["-sm", "row"], "-sm: split mode 'row' is not supported (use -sm graph"),
+        (["-sm", "grahp"], "(did you mean graph?)"),
+        (["-gap", "bf16"], "-gap: 'bf16' is not one of f16, f32"),
+        (["-grt", "fp16"], "-grt: 'fp16' is not one of"),
+        (["-ctk", "q4_0"], "-ctk: cache type 'q4_0' is not supported (the nearest is q8_0)"),
+        (["-ts", "0,0"], "-ts: '0,0' is not a list with a non-zero share"),
+        (["--temp", "nan"], "--temp: 'nan' is not a finite number"),
+        (["-dev", "gpu0"], "-dev: 'gpu0' is not a device"),
+        (["-p", "a", "-f", "b"], "-p and -f exclude each other"),
+        (["--lora", "x"], "--lora is not supported (merge the adapter"),
+        (["--repeat_penalty", "1.1"], "--repeat_penalty is not supported"),
+        (["-no-fa"], "-no-fa is not supported (use -fa off)"),
+        (["-hf", "a/b"], "-hf is not supported (download the file"),
+    ],
+)
+def test_errors(words, text):
+    assert text in error(*words)
+
+
+def test_a_refused_flag_takes_its_values_along():
+    line = walk(TABLE, ["-amb", "512", "--lora-scaled", "f", "0.5", "--jinja", "-ub", "64"])
+    assert [(p.word, p.text) for p in line.problems] == [
+        ("-amb", "512"),
+        ("--lora-scaled", "f 0.5"),
+        ("--jinja", None),
+    ]
+    assert line.values == {"ubatch_size": 64}
+
+
+def test_typed_words_and_repeats():
+    line = walk(TABLE, ["--ctx_size", "1", "-e", "--no-escape", "-c", "2", "-ot", "a", "-ot", "b"])
+    assert line.values["ctx_size"] == 2
+    assert line.typed == {
+        "escape": "-e",
+        "no_escape": "--no-escape",
+        "ctx_size": "-c",
+        "override_tensor": "-ot",
+    }
+    assert line.repeated() == ["-c is given 2 times; the last one counts (2)"]
+    params = to_params(line.values, line.typed)
+    assert params.spelled("override_tensor") == "-ot"
+    assert params.spelled("threads") == "--threads"
+
+
+def test_the_environment_comes_before_the_words():
+    environ = {"LLAMA_ARG_CTX_SIZE": "512", "LLAMA_ARG_N_PREDICT": "7", "LLAMA_ARG_BATCH": ""}
+    assert values("-c", "1024", environ=environ) == {"ctx_size": 1024, "predict": 7}
+    line = walk(TABLE, ["-c", "1024"], environ)
+    assert line.repeated() == []
+    line = walk(TABLE, [], {"LLAMA_ARG_CTX_SIZE": "x"})
+    assert line.problems[0].error.message == "LLAMA_ARG_CTX_SIZE: 'x' is not an integer"
+
+
+def test_defaults_of_what_was_not_given():
+    line = walk(TABLE, [])
+    assert line["predict"] == -1
+    assert line["no_display_prompt"] is False
+    assert line["model"] is None
+
+
+def test_tables_agree_with_the_parameter_groups():
+    """A default is written in the table for --help and in params for the library: once each."""
+    defaults = {}
+    for group in (ModelParams, SplitParams, ContextParams, SamplingParams):
+        for f in fields(group):
+            if f.name != "override_kv":
+                defaults[f.name] = getattr(group(), f.name)
+    reached = set()
+    for flag in COMMON + GENERATION + PLAN:
+        name = flags._RENAMED.get(flag.key, flag.key)
+        if name in defaults:
+            reached.add(name)
+            if not flag.repeats:
+                assert (flag.default if flag.parse else False) == defaults[name], flag.names
+    assert reached == set(defaults), "a parameter that no flag sets"
+
+
+def test_every_name_is_in_one_table_once():
+    for name, sections in COMMANDS.items():
+        names = [n for _, table in sections for flag in table for n in flag.names]
+        assert len(names) == len(set(names)), name
+    accepted = {n for flag in COMMON + GENERATION + SWEEP + PLAN for n in flag.names}
+    refused = [n for flag in REFUSED for n in flag.names]
+    assert len(refused) == len(BY_NAME)
+    assert not accepted & set(refused)
+    assert set(ENVIRONMENT.values()) <= {flag.key for flag in COMMON + GENERATION}
