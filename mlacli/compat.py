@@ -120,7 +120,7 @@ def _idle(params: Params) -> Iterable[Finding]:
     graph_only = "it acts under -sm graph only"
     rules = (
         ("cache_type_v", True, "the latent row holds V too: -ctk is the type of both"),
-        ("main_gpu", mode != "none", "it picks the device of -sm none only"),
+        ("main_gpu", mode in ("layer", "graph"), "it picks the device of -sm none only"),
         ("tensor_split", mode == "none", "-sm none uses one device"),
         ("expert_split", mode != "graph", graph_only),
         ("graph_reduce_type", mode != "graph", graph_only),

@@ -16,7 +16,7 @@ from typing import Any
 
 from mlacli.compat import Finding, check, guard, raise_first_error
 from mlacli.devices import Device, find_devices, host_memory, main_device
-from mlacli.errors import GgufError, MlacliError, StrictDowngrade, UnsupportedFeature
+from mlacli.errors import GgufError, MemoryBudgetError, StrictDowngrade, UnsupportedFeature
 from mlacli.loading.gguf_file import GgufFile
 from mlacli.loading.tokenizer import Tokenizer, has_tokenizer
 from mlacli.models import model_of
@@ -151,7 +151,7 @@ def _settle_mode(split: SplitParams, devices: tuple[Device, ...], planned: Any) 
     alone = replace(split, mode="none")
     try:
         check_memory(planned(alone))
-    except MlacliError:
+    except MemoryBudgetError:
         return replace(split, mode="layer" if len(devices) > 1 else "none")
     return alone
 
