@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
+from mlacli.attention_forms import AttentionForm
 from mlacli.backends import open_ranks
 from mlacli.errors import ContextFull, UsageError
 from mlacli.flags import COMMON, SAMPLING, library_values, to_params
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from mlacli.loading.tokenizer import Tokenizer
 
     Floats = NDArray[np.float32]
+
+Phase = Literal["prefill", "decode"]
 
 
 @dataclass(slots=True)
@@ -67,6 +70,7 @@ class Engine:
         self.n_ctx, self.n_kv = prepared.plan.n_ctx, 0
         self.context_full = False
         self.timings = Timings()
+        self.forms: dict[Phase, set[AttentionForm]] = {"prefill": set(), "decode": set()}
         self._ranks = open_ranks(prepared.plan, prepared.params.context, prepared.n_threads)
         self._weights: list[ModelWeights] = []
         self._caches: list[LatentCache] = []
@@ -92,7 +96,7 @@ class Engine:
             weights = load_weights(self.prepared.gguf, plan, rank, hp, ops, count)
             part = plan.ranks[rank]
             layers = range(*part.layers) if part.n_cached_layers else range(0)
-            return weights, LatentCache(ops, layers, plan.n_ctx, hp.cache_width, plan.cache_type)
+            return weights, LatentCache(ops, layers, plan.n_ctx, plan.cache)
 
         for weights, cache in self._ranks.group.run(one_rank):
             self._weights.append(weights)
@@ -121,6 +125,11 @@ class Engine:
         """None for a file without tokenizer: feed it ids."""
         return self.prepared.tokenizer()
 
+    @property
+    def attention_forms(self) -> dict[str, str]:
+        """The forms that attention really took so far, by phase; "" before its first run."""
+        return {phase: " + ".join(sorted(map(str, used))) for phase, used in self.forms.items()}
+
     @staticmethod
     def peak_memory() -> int:
         """Largest resident size of this process so far, in bytes."""
@@ -142,7 +151,7 @@ class Engine:
                 ubatch = in_batch[start : start + n_ubatch]
                 last = batch + start + len(ubatch) == len(ids)
                 rows = range(len(ubatch)) if all_rows else [len(ubatch) - 1] if last else []
-                logits = self._forward(ubatch, rows)
+                logits = self._forward("prefill", ubatch, rows)
                 if len(rows):
                     out.append(logits)
         return np.concatenate(out)
@@ -150,7 +159,7 @@ class Engine:
     def decode(self, token_id: int) -> Floats:
         """Append one token; its logits [V]."""
         self._check([token_id])
-        row: Floats = self._forward([token_id], [0])[0]
+        row: Floats = self._forward("decode", [token_id], [0])[0]
         return row
 
     def rewind(self, n_kv: int) -> None:
@@ -177,7 +186,7 @@ class Engine:
                 "give a larger -c or fewer tokens",
             )
 
-    def _forward(self, ids: Sequence[int], rows: Sequence[int]) -> Floats:
+    def _forward(self, phase: Phase, ids: Sequence[int], rows: Sequence[int]) -> Floats:
         hp, model, n_past = self.prepared.hparams, self.prepared.model, self.n_kv
         frequencies = hp.rope.frequencies(hp.p)
 
@@ -187,6 +196,9 @@ class Engine:
             return model.forward(ops, hp, self._weights[rank], self._caches[rank], step)
 
         results = self._ranks.group.run(one_rank)
+        for ops in self._ranks.ops:
+            self.forms[phase] |= ops.forms
+            ops.forms.clear()
         self.n_kv = n_past + len(ids)
         logits: Floats = first_result(results)
         return logits

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mlacli.attention_forms import AttentionForm, attention_form
+
 if TYPE_CHECKING:
     from mlacli.models.parts import Routing
     from mlacli.parallel.comm import Comm
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
 
 Act = Any  # an activation of the backend
 Weight = Any  # a weight of the backend, in its GGUF bytes or repacked
-EXPAND_FROM = 128  # tokens in a ubatch from which -mla 2 and 3 expand keys and values (B 3.8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +55,27 @@ class ModelWeights:
     layers: dict[int, LayerWeights] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """What one layer keeps of past tokens: the parts of attention_forms.cache_parts, else None."""
+
+    rows: Any = None  # [n_ctx, r + p]: c_kv, then k_pe
+    columns: Any = None  # [n_ctx, r], the same c_kv, transposed in memory
+    keys: Any = None  # [n_ctx, h * (k + p)]: each head's nope, then k_pe
+    values: Any = None  # [n_ctx, h * v]
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self.rows, self.columns, self.keys, self.values)
+        return sum(part.nbytes for part in parts if part is not None)
+
+
 class Ops(Protocol):
     """Everything a model file may call."""
 
     comm: Comm
     context: ContextParams
+    forms: set[AttentionForm]  # those that ran; the engine empties it
 
     # ---- fine ops: a backend defines these --------------------------------------------------
 
@@ -71,8 +88,8 @@ class Ops(Protocol):
         """A weight from a shard's bytes."""
         ...
 
-    def new_rows(self, n_ctx: int, width: int, cache_type: str) -> Any:
-        """Cache rows [n_ctx, width] of one layer."""
+    def new_rows(self, n_ctx: int, width: int, cache_type: str, transposed: bool = False) -> Any:
+        """Cache rows [n_ctx, width] of one layer, in memory [width, n_ctx] when transposed."""
         ...
 
     def embed(self, tokens: Act, w: Weight) -> Act:
@@ -107,6 +124,16 @@ class Ops(Protocol):
         """Write one cache row per token: c_kv, then k_pe."""
         ...
 
+    def store_columns(self, columns: Any, c_kv: Act, step: Step) -> None:
+        """Write c_kv to the transposed copy."""
+        ...
+
+    def store_heads(
+        self, keys: Any, values: Any, c_kv: Act, k_pe: Act, k_b: Weight, v_b: Weight, step: Step
+    ) -> None:
+        """Expand c_kv and write each head's key and value."""
+        ...
+
     def heads_up(self, x: Act, w: Weight) -> Act:
         """Per head x[:, h] w[h]^T: [n, h, a], [h, b, a] -> [n, h, b]."""
         ...
@@ -116,16 +143,23 @@ class Ops(Protocol):
         ...
 
     def attend_absorbed(
-        self, q_lat: Act, q_pe: Act, rows: Any, r: int, step: Step, scale: float
-    ) -> Act:
-        """Block-wise softmax over latent rows: [n, h, r]."""
+        self, q_lat: Act, q_pe: Act, kv: LayerCache, r: int, step: Step, scale: float,
+        blockwise: bool,
+    ) -> Act:  # fmt: skip
+        """Softmax over latent rows: [n, h, r]. Values come from the transposed copy if there."""
         ...
 
     def attend_expanded(
-        self, q_nope: Act, q_pe: Act, rows: Any, k_b: Weight, v_b: Weight, step: Step,
+        self, q_nope: Act, q_pe: Act, kv: LayerCache, k_b: Weight, v_b: Weight, step: Step,
         scale: float,
     ) -> Act:  # fmt: skip
-        """The same with keys and values built per head, block by block: [n, h, v]."""
+        """Block-wise softmax with keys and values built per head, block by block: [n, h, v]."""
+        ...
+
+    def attend_heads(
+        self, q_nope: Act, q_pe: Act, kv: LayerCache, step: Step, scale: float, blockwise: bool
+    ) -> Act:
+        """Softmax over cached keys and values of each head: [n, h, v]."""
         ...
 
     def route(self, x: Act, gate: Weight, bias: Weight | None, routing: Routing) -> Any:
@@ -154,19 +188,34 @@ class Ops(Protocol):
         """silu(gate x) * up x."""
         return self.silu_mul(self.matmul(x, gate), self.matmul(x, up))
 
+    def store_kv(
+        self, kv: LayerCache, c_kv: Act, k_pe: Act, k_b: Weight, v_b: Weight, step: Step
+    ) -> None:
+        """Write each token to every part of a layer's cache."""
+        if kv.keys is not None:
+            self.store_heads(kv.keys, kv.values, c_kv, k_pe, k_b, v_b, step)
+            return
+        self.store(kv.rows, c_kv, k_pe, step)
+        if kv.columns is not None:
+            self.store_columns(kv.columns, c_kv, step)
+
     def mla_attention(
-        self, q_nope: Act, q_pe: Act, rows: Any, k_b: Weight, v_b: Weight, step: Step,
+        self, q_nope: Act, q_pe: Act, kv: LayerCache, k_b: Weight, v_b: Weight, step: Step,
         scale: float,
     ) -> Act:  # fmt: skip
-        """Attention of local heads over the latent cache [n, h * v], absorbed or expanded.
+        """Attention of local heads over a layer's cache [n, h * v], in the form that -mla and -fa
+        ask for.
 
         k_b [h, r, k] takes a query into latent space, v_b [h, v, r] takes the result out of it.
         """
-        if self.context.mla > 1 and step.n >= EXPAND_FROM:
-            o = self.attend_expanded(q_nope, q_pe, rows, k_b, v_b, step, scale)
+        form = attention_form(self.context, step.n)
+        if form.keys == "per-head":
+            o = self.attend_heads(q_nope, q_pe, kv, step, scale, form.blockwise)
+        elif form.keys == "expanded":
+            o = self.attend_expanded(q_nope, q_pe, kv, k_b, v_b, step, scale)
         else:
-            q_lat = self.heads_up(q_nope, k_b)
-            o = self.attend_absorbed(q_lat, q_pe, rows, k_b.shape[1], step, scale)
+            q_lat, r = self.heads_up(q_nope, k_b), k_b.shape[1]
+            o = self.attend_absorbed(q_lat, q_pe, kv, r, step, scale, form.blockwise)
             o = self.heads_up(o, v_b)
         return o.reshape(step.n, -1)
 

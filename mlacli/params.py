@@ -57,7 +57,8 @@ class ContextParams:
     mla: int = 3
     flash_attn: bool = True
     cache_type_k: CacheType = "f16"
-    cache_type_v: str | None = None  # the latent row holds V too: reported as without effect
+    cache_type_v: CacheType = "f16"  # where V has a cache of its own (attention_forms)
+    attention_max_batch: int = 256  # MiB of scores where they are held whole; 0 = no bound
     graph_attn_precision: Literal["f16", "f32"] = "f16"
     graph_reduce_type: Literal["f32", "f16", "bf16", "q8_0"] = "f32"
     n_threads: int | None = None

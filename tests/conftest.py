@@ -1,5 +1,7 @@
 """Every cache row starts as NaN bits: nothing may read a row before it is written."""
 
+from typing import Any
+
 import pytest
 
 from mlacli.backends import numpy_ops
@@ -9,8 +11,8 @@ from mlacli.backends import numpy_ops
 def poisoned_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = numpy_ops.LatentRows.__init__
 
-    def poisoned(self: numpy_ops.LatentRows, n_ctx: int, width: int, cache_type: str) -> None:
-        plain(self, n_ctx, width, cache_type)
+    def poisoned(self: numpy_ops.LatentRows, *sizes: Any) -> None:
+        plain(self, *sizes)
         self.poison()
 
     monkeypatch.setattr(numpy_ops.LatentRows, "__init__", poisoned)

@@ -7,61 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mlacli.attention_forms import AttentionForm, heads_at_once
+from mlacli.backends.numpy_attention import (
+    AbsorbedKeys,
+    ExpandedKeys,
+    HeadKeys,
+    Keys,
+    blockwise,
+    expand,
+    join_heads,
+    whole_matrix,
+)
+from mlacli.backends.numpy_cache import STORED, Ints, LatentRows
 from mlacli.backends.numpy_weights import DequantCache, Floats, NumpyWeight, row_chunks
-from mlacli.loading.quant_types import BF16, Q8_0, QType
 from mlacli.loading.weights import from_float32, to_float32
-from mlacli.ops import LayerWeights, Ops, Step
+from mlacli.ops import LayerCache, LayerWeights, Ops, Step
 from mlacli.parallel.comm import Comm
-from mlacli.parallel.memory import KV_BLOCK
 from mlacli.params import ContextParams
 
 if TYPE_CHECKING:
     from mlacli.models.parts import Routing
     from mlacli.parallel.shards import Shard
-
-Ints = NDArray[np.int64]
-_STORED = {"bf16": BF16, "q8_0": Q8_0}
-
-
-class LatentRows:
-    """Cache rows [n_ctx, width] of one layer in the type of -ctk."""
-
-    def __init__(self, n_ctx: int, width: int, cache_type: str) -> None:
-        self.width = width
-        self._qtype: QType | None = _STORED.get(cache_type)
-        if self._qtype is None:
-            self._rows: Any = np.empty((n_ctx, width), cache_type.replace("f", "float"))
-        else:
-            self._padded = -(-width // self._qtype.block) * self._qtype.block
-            self._rows = np.empty((n_ctx, self._qtype.row_bytes(width)), np.uint8)
-
-    @property
-    def nbytes(self) -> int:
-        return int(self._rows.nbytes)
-
-    def poison(self) -> None:
-        """Fill with NaN bits (tests: nothing may read a row before it is written)."""
-        self._rows.view(np.uint8)[:] = 0xFF
-
-    def write(self, pos: Ints, values: Floats) -> None:
-        if self._qtype is not None:
-            padding = ((0, 0), (0, self._padded - self.width))
-            self._rows[pos] = from_float32(np.pad(values, padding), self._qtype)
-        else:
-            self._rows[pos] = values
-
-    def read(self, start: int, stop: int) -> Floats:
-        """Rows start..stop as float32 [t, width]."""
-        rows = self._rows[start:stop]
-        if self._qtype is not None:
-            return to_float32(rows, self._qtype)[:, : self.width]
-        values: Floats = rows.astype(np.float32, copy=False)
-        return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +49,7 @@ class NumpyOps(Ops):
     def __init__(self, comm: Comm, context: ContextParams, dequant: int) -> None:
         self.comm, self.context = comm, context
         self.cache = DequantCache(dequant)
-        self._half = context.graph_attn_precision == "f16"
+        self.forms = set()
 
     # ---- inputs and weights -----------------------------------------------------------------
 
@@ -100,8 +71,10 @@ class NumpyOps(Ops):
             first=shard.start if shard.axis == 0 else 0,
         )  # fmt: skip
 
-    def new_rows(self, n_ctx: int, width: int, cache_type: str) -> LatentRows:
-        return LatentRows(n_ctx, width, cache_type)
+    def new_rows(
+        self, n_ctx: int, width: int, cache_type: str, transposed: bool = False
+    ) -> LatentRows:
+        return LatentRows(n_ctx, width, cache_type, transposed)
 
     # ---- products ---------------------------------------------------------------------------
 
@@ -163,66 +136,53 @@ class NumpyOps(Ops):
         q = q.reshape(len(q), -1, k + p)
         return q[..., :k], q[..., k:]
 
+    def store_columns(self, columns: LatentRows, c_kv: Floats, step: Step) -> None:
+        columns.write(step.pos, c_kv)
+
+    def store_heads(
+        self, keys: LatentRows, values: LatentRows, c_kv: Floats, k_pe: Floats,
+        k_b: NumpyWeight, v_b: NumpyWeight, step: Step,
+    ) -> None:  # fmt: skip
+        k, v = expand(c_kv, k_pe, self._dense(k_b), self._dense(v_b))
+        keys.write(step.pos, k.reshape(step.n, -1))
+        values.write(step.pos, v.reshape(step.n, -1))
+
     def attend_absorbed(
-        self, q_lat: Floats, q_pe: Floats, rows: LatentRows, r: int, step: Step, scale: float
-    ) -> Floats:
-        n, h, _ = q_lat.shape
-        # All heads share the keys, so heads times tokens are the rows of one product.
-        q = self._round(np.concatenate([q_lat, q_pe], axis=-1))
-        q = q.transpose(1, 0, 2).reshape(1, h * n, -1)
-
-        def block(start: int, stop: int) -> tuple[Floats, Floats]:
-            keys = self._round(rows.read(start, stop))
-            return q @ keys.T * np.float32(scale), keys[None, :, :r]
-
-        o = self._online_softmax(np.tile(step.pos, h), step.n_kv, block)
-        return o.reshape(h, n, r).transpose(1, 0, 2)
+        self, q_lat: Floats, q_pe: Floats, kv: LayerCache, r: int, step: Step, scale: float,
+        blockwise: bool,
+    ) -> Floats:  # fmt: skip
+        rounded = self._rounding(blockwise)
+        keys = AbsorbedKeys(join_heads(q_lat, q_pe), kv.rows, kv.columns, r, rounded)
+        return self._attend(keys, step, scale, AttentionForm("absorbed", blockwise))
 
     def attend_expanded(
-        self, q_nope: Floats, q_pe: Floats, rows: LatentRows, k_b: NumpyWeight,
-        v_b: NumpyWeight, step: Step, scale: float,
+        self, q_nope: Floats, q_pe: Floats, kv: LayerCache, k_b: NumpyWeight, v_b: NumpyWeight,
+        step: Step, scale: float,
     ) -> Floats:  # fmt: skip
-        up_k, up_v = self._dense(k_b), self._dense(v_b)  # [h, r, k], [h, v, r]
-        r = up_k.shape[1]
-        q_nope, q_pe = (self._round(q).transpose(1, 0, 2) for q in (q_nope, q_pe))
+        up_k, up_v, rounded = self._dense(k_b), self._dense(v_b), self._rounding(True)
+        keys = ExpandedKeys(join_heads(q_nope, q_pe), kv.rows, up_k, up_v, rounded)
+        return self._attend(keys, step, scale, AttentionForm("expanded", True))
 
-        def block(start: int, stop: int) -> tuple[Floats, Floats]:
-            row = self._round(rows.read(start, stop))
-            c_kv, k_pe = row[:, :r], row[:, r:]
-            scores = q_nope @ (c_kv @ up_k).transpose(0, 2, 1) + q_pe @ k_pe.T
-            return scores * np.float32(scale), c_kv @ up_v.transpose(0, 2, 1)
+    def attend_heads(
+        self, q_nope: Floats, q_pe: Floats, kv: LayerCache, step: Step, scale: float,
+        blockwise: bool,
+    ) -> Floats:  # fmt: skip
+        q, rounded = join_heads(q_nope, q_pe), self._rounding(blockwise)
+        keys = HeadKeys(q, kv.keys, kv.values, rounded)
+        return self._attend(keys, step, scale, AttentionForm("per-head", blockwise))
 
-        return self._online_softmax(step.pos, step.n_kv, block).transpose(1, 0, 2)
+    def _attend(self, keys: Keys, step: Step, scale: float, form: AttentionForm) -> Floats:
+        self.forms.add(form)
+        if form.blockwise:
+            return blockwise(keys, step.pos, step.n_kv, scale, self._rounding(True))
+        at_once = heads_at_once(self.context, len(keys.q), step.n, step.n_kv)
+        return whole_matrix(keys, step.pos, step.n_kv, scale, at_once)
 
-    def _online_softmax(
-        self, pos: Ints, n_kv: int, block: Callable[[int, int], tuple[Floats, Floats]]
-    ) -> Floats:
-        """softmax(scores) values [b, m, w], block by block with a running maximum and sum.
-
-        `block(start, stop)` gives scores [b, m, t] and values [b, t, w]; row m sees cache rows up
-        to pos[m]. Every row sees position 0, so the first block has no empty row.
-        """
-        top: Any = np.float32(0)
-        total, o = top, top
-        for start in range(0, n_kv, KV_BLOCK):
-            stop = min(start + KV_BLOCK, n_kv)
-            scores, values = block(start, stop)
-            if stop - 1 > pos.min():
-                scores[:, pos[:, None] < np.arange(start, stop)] = -np.inf
-            peak = scores.max(axis=-1, keepdims=True)
-            old, top = top, peak if start == 0 else np.maximum(top, peak)
-            p = np.exp(scores - top)
-            part = p.sum(axis=-1, keepdims=True)
-            update = self._round(p) @ values
-            if start == 0:
-                total, o = part, update
-            else:
-                keep = np.exp(old - top)
-                total, o = total * keep + part, o * keep + update
-        return np.asarray(o / total)
-
-    def _round(self, x: Floats) -> Floats:
-        return x.astype(np.float16).astype(np.float32) if self._half else x
+    def _rounding(self, blockwise: bool) -> Callable[[Floats], Floats]:
+        """-gap: block-wise attention rounds query, cached row as read and probabilities."""
+        if not blockwise or self.context.graph_attn_precision == "f32":
+            return lambda x: x
+        return lambda x: x.astype(np.float16).astype(np.float32)
 
     # ---- routed experts ---------------------------------------------------------------------
 
@@ -286,7 +246,7 @@ def reduce_typed(reduce_type: str) -> Callable[[Floats], Floats] | None:
             return x
         if reduce_type == "f16":
             return x.astype(np.float16).astype(np.float32)
-        qtype = _STORED[reduce_type]
+        qtype = STORED[reduce_type]
         return to_float32(from_float32(np.ascontiguousarray(x), qtype), qtype)
 
     return typed

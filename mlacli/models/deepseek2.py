@@ -274,7 +274,7 @@ def attention(
         return None
     q_a, c_kv, k_pe = ops.project(x, w.attn_q_a, w.attn_kv_a_mqa, hp.r)  # mirrored
     c_kv = ops.rms_norm(c_kv, w.attn_kv_a_norm, hp.eps)
-    cache.store(ops, il, c_kv, ops.rope(k_pe, step), step)  # one row per token: c_kv then k_pe
+    cache.store(ops, il, c_kv, ops.rope(k_pe, step), w.attn_k_b, w.attn_v_b, step)
     if w.attn_q_a is None:
         q = ops.matmul(x, w.attn_q)
     else:

@@ -4,33 +4,65 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mlacli.attention_forms import EXPAND_FROM, AttentionForm, cache_parts, forms_up_to
+
 if TYPE_CHECKING:
     from mlacli.parallel.cuts import Range
     from mlacli.params import ContextParams
 
 KV_BLOCK = 256  # cache rows that one step of block-wise attention covers
-_BYTES_PER_32 = {"f32": 128, "f16": 64, "bf16": 64, "q8_0": 34}
 
 
-def cache_row_bytes(hp: Any, cache_type: str) -> int:
-    """Bytes of one token's latent row in one layer; a started q8_0 block counts whole."""
-    if cache_type == "q8_0":
-        return -(-int(hp.cache_width) // 32) * _BYTES_PER_32["q8_0"]
-    return int(hp.cache_width) * _BYTES_PER_32[cache_type] // 32
+def cache_row_bytes(hp: Any, context: ContextParams) -> int:
+    """Bytes of one token in one layer's cache."""
+    return sum(part.token_bytes for part in cache_parts(hp, context))
 
 
-def scratch_bytes(hp: Any, context: ContextParams, heads: Range, vocab: Range, n_ranks: int) -> int:
+def scratch_bytes(
+    hp: Any, context: ContextParams, n_ctx: int, heads: Range, vocab: Range, n_ranks: int
+) -> int:
     """Peak activation bytes of one ubatch: the larger of the attention and FFN phases, plus logits.
 
-    Float32 throughout; n tokens, h local heads. Attention holds queries, one block of scores and
-    its exponentials, the accumulator twice, one block of expanded keys and values.
+    Float32 throughout; n tokens, h local heads.
     """
-    n, h = context.n_ubatch, heads[1] - heads[0]
-    width = max(hp.r, hp.k + hp.p, hp.v)
+    n, h = min(context.n_ubatch, n_ctx), heads[1] - heads[0]
     stream = 4 * n * hp.d
-    attention = n * (hp.q + hp.r + hp.p) + n * h * (2 * (hp.k + hp.p) + 3 * width)
-    attention += 2 * n * h * KV_BLOCK + KV_BLOCK * h * (hp.k + hp.p + hp.v)
+    attention = max(
+        _attention(hp, context, form, min(n, EXPAND_FROM - 1) if i else n, n_ctx, h)
+        for i, form in enumerate(forms_up_to(context, n))
+    )
     ffn = n * 3 * max((*hp.F, *(x * max(1, hp.n_shared) for x in hp.f), 1))
     ffn += 2 * n * hp.d + 2 * n * hp.E
     logits = 2 * max(vocab[1] - vocab[0], hp.n_vocab if vocab[1] and n_ranks > 1 else 0)
     return int(4 * (stream + max(attention, ffn) + logits))
+
+
+def _attention(
+    hp: Any, context: ContextParams, form: AttentionForm, n: int, n_ctx: int, h: int
+) -> int:
+    """Values held at once while n tokens attend in `form` to a full cache.
+
+    The mirrored products, the queries as they came and as this form takes them, scores, the
+    accumulator before and after a block with what is added, one block of keys and values.
+    """
+    absorbed = form.keys == "absorbed"
+    key, value = (hp.r + hp.p, hp.r) if absorbed else (hp.k + hp.p, hp.v)
+    held = n * (hp.q + 2 * (hp.r + hp.p)) + n * h * (hp.k + 2 * hp.p)
+    held += n * h * (key + 3 * value + (hp.r if absorbed else 0))
+    rows = 0 if form.keys == "per-head" else hp.r + hp.p
+    block = KV_BLOCK * 3 * (rows + (0 if absorbed else h * (key + value)))
+    return int(held + block + _scores(context, form, n, n_ctx, h))
+
+
+def _scores(context: ContextParams, form: AttentionForm, n: int, n_ctx: int, h: int) -> int:
+    """A block's scores with their f16 and rounded copies; or what -amb bounds, and a block.
+
+    The most over all depths up to n_ctx: while few rows are cached, more heads stand together.
+    """
+    block = 5 * n * KV_BLOCK // 2
+    if form.blockwise:
+        return h * block
+    one_head = n * n_ctx
+    bound = (context.attention_max_batch << 20) // 4 or h * one_head
+    heads = min(h, max(1, bound // (n * KV_BLOCK)))
+    return min(h * one_head, max(one_head, bound)) + heads * block

@@ -7,12 +7,14 @@ plan` prints it, tests check it without a device. It never depends on the backen
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from mlacli.attention_forms import CachePart, cache_parts
 from mlacli.errors import MemoryBudgetError, PlanError, UsageError
 from mlacli.loading.quant_types import F32
 from mlacli.parallel.cuts import Range, cut
@@ -75,7 +77,7 @@ class ShardPlan:
     n_ctx_train: int
     n_ctx_fits: int  # the largest context that fits all devices
     n_ubatch: int
-    cache_type: str
+    cache: tuple[CachePart, ...]  # of each cached layer
     ranks: tuple[RankPlan, ...]
     idle: tuple[str, ...]  # devices that hold nothing
     shards: tuple[Shard, ...]
@@ -98,23 +100,20 @@ def plan_shards(
     cutter = Cutter(hp, split.mode or "none", split.expert_split, [p.share for p in parts])
     shards = tuple(s for part in parts for use in uses for s in cutter.shards(use, part))
     ranks = _rank_plans(hp, parts, cutter, shards, split.margin, context)
-    row = cache_row_bytes(hp, context.cache_type_k)
-    fits = _largest_context(ranks, row)
+    fits = _largest_context(ranks, hp, context)
     wanted = context.n_ctx or min(hp.n_ctx_train, fits) or CTX_STEP
     n_ctx = -(-wanted // CTX_STEP) * CTX_STEP
     idle = (d.name for d in devices if not any(part.device is d for part in parts))
     return ShardPlan(
         arch, split.mode or "none", split.expert_split, n_ctx, hp.n_ctx_train, fits,
-        context.n_ubatch, context.cache_type_k,
-        tuple(replace(r, cache=n_ctx * row * r.n_cached_layers) for r in ranks),
+        context.n_ubatch, cache_parts(hp, context), _priced(ranks, hp, context, n_ctx),
         tuple(idle), shards,
     )  # fmt: skip
 
 
 def check_memory(plan: ShardPlan) -> None:
     """MemoryBudgetError for the first device that its ranks don't fit."""
-    for device, ranks in _by_device(plan.ranks).items():
-        need, have = sum(rank.resident for rank in ranks), ranks[0].capacity
+    for device, need, have in _needs(plan.ranks):
         if need > have:
             hint = (
                 f"the largest context that fits is {plan.n_ctx_fits}: use -c {plan.n_ctx_fits}"
@@ -124,22 +123,40 @@ def check_memory(plan: ShardPlan) -> None:
             raise MemoryBudgetError(device, need, have, hint)
 
 
-def _by_device(ranks: Sequence[RankPlan]) -> dict[str, list[RankPlan]]:
-    found: dict[str, list[RankPlan]] = {}
+def _needs(ranks: Sequence[RankPlan]) -> Iterator[tuple[str, int, int]]:
+    """(device, bytes that its ranks need together, bytes that it has)."""
+    by_device: dict[str, list[RankPlan]] = {}
     for rank in ranks:
-        found.setdefault(rank.device, []).append(rank)
-    return found
+        by_device.setdefault(rank.device, []).append(rank)
+    for device, on_device in by_device.items():
+        yield device, sum(rank.resident for rank in on_device), on_device[0].capacity
 
 
-def _largest_context(ranks: Sequence[RankPlan], row: int) -> int:
-    """Tokens whose cache fits beside everything else on every device; 0 when nothing does."""
-    fits = []
-    for on_device in _by_device(ranks).values():
-        per_token = sum(row * rank.n_cached_layers for rank in on_device)
-        room = on_device[0].capacity - sum(rank.resident for rank in on_device)
-        if per_token or room < 0:
-            fits.append(max(0, room) // max(1, per_token))
-    return min(fits) // CTX_STEP * CTX_STEP
+def _priced(
+    ranks: Sequence[RankPlan], hp: Any, context: ContextParams, n_ctx: int
+) -> tuple[RankPlan, ...]:
+    """`ranks` with the cache and scratch of a context of `n_ctx`."""
+    row, n = cache_row_bytes(hp, context), len(ranks)
+    return tuple(
+        replace(
+            rank,
+            cache=n_ctx * row * rank.n_cached_layers,
+            scratch=scratch_bytes(hp, context, n_ctx, rank.heads, rank.vocab, n),
+        )
+        for rank in ranks
+    )
+
+
+def _largest_context(ranks: Sequence[RankPlan], hp: Any, context: ContextParams) -> int:
+    """Tokens whose cache and scratch fit beside the weights on every device; 0 when none do."""
+
+    def is_too_much(steps: int) -> bool:
+        priced = _priced(ranks, hp, context, steps * CTX_STEP)
+        return any(need > have for _, need, have in _needs(priced))
+
+    # One layer's cache alone fills the largest device at `most`.
+    most = max(rank.capacity for rank in ranks) // cache_row_bytes(hp, context) // CTX_STEP + 1
+    return bisect_left(range(1, most + 1), True, key=is_too_much) * CTX_STEP
 
 
 def _shares(split: SplitParams, devices: Sequence[Device]) -> list[float]:
@@ -194,7 +211,7 @@ def _rank_plans(
     hp: Any, parts: list[Part], cutter: Cutter, shards: Sequence[Shard],
     margin: int, context: ContextParams,
 ) -> list[RankPlan]:  # fmt: skip
-    """Every rank's plan, its cache still unpriced: that needs the context size."""
+    """Every rank's plan, cache and scratch still unpriced: they need the context size."""
     weights, mirrored, derived, float32 = ([0] * len(parts) for _ in range(4))
     holders = Counter(shard.tensor for shard in shards)
     for shard in shards:
@@ -225,7 +242,7 @@ def _rank_plans(
                 mirrored=mirrored[i],
                 derived=derived[i],
                 cache=0,
-                scratch=scratch_bytes(hp, context, heads, vocab, len(parts)),
+                scratch=0,
                 dequant=min(float32[i], capacity // 2 // sharing) if on_cpu else 0,
                 capacity=capacity,
             )

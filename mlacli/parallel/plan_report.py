@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mlacli.attention_forms import CachePart
 from mlacli.parallel.plan import RankPlan, ShardPlan
 from mlacli.parallel.shards import Shard
 
@@ -68,9 +69,19 @@ def plan_as_dict(plan: ShardPlan) -> dict[str, Any]:
         "n_ctx_train": plan.n_ctx_train,
         "n_ctx_fits": plan.n_ctx_fits,
         "n_ubatch": plan.n_ubatch,
-        "cache_type": plan.cache_type,
+        "cache_type": plan.cache[0].cache_type,
+        "cache": [_part_dict(part) for part in plan.cache],
         "idle_devices": list(plan.idle),
         "ranks": [_rank_dict(rank) for rank in plan.ranks],
+    }
+
+
+def _part_dict(part: CachePart) -> dict[str, Any]:
+    return {
+        "part": part.name,
+        "values_per_token": part.width,
+        "type": part.cache_type,
+        "bytes_per_token": part.token_bytes,
     }
 
 

@@ -1,4 +1,4 @@
-"""Each NumPy op against its formula in float64, and the rounding that -gap f16 means."""
+"""Each NumPy op against its formula in float64; attention is in test_attention.py."""
 
 import math
 
@@ -16,8 +16,8 @@ from mlacli.parallel.comm import SoloComm
 from mlacli.params import ContextParams
 
 
-def ops(gap: str = "f32", mla: int = 3) -> NumpyOps:
-    return NumpyOps(SoloComm(), ContextParams(graph_attn_precision=gap, mla=mla), 1 << 30)
+def ops() -> NumpyOps:
+    return NumpyOps(SoloComm(), ContextParams(), 1 << 30)
 
 
 def weight(values: np.ndarray, qtype=F32, name: str = "w", first: int = 0) -> NumpyWeight:
@@ -82,63 +82,6 @@ def test_silu_mul_survives_large_inputs() -> None:
     np.testing.assert_allclose(got[0], want, atol=1e-7)
 
 
-def attention_case(rng, n: int, n_kv: int):
-    h, r, k, p, v = 3, 16, 8, 4, 6
-    c, k_pe = rng.normal(size=(n_kv, r)) * 2, rng.normal(size=(n_kv, p)) * 2
-    q_nope, q_pe = (rng.normal(size=(n, h, x)).astype(np.float32) for x in (k, p))
-    k_b, v_b = (
-        weight(rng.normal(size=(h, r, k)), name="k"),
-        weight(rng.normal(size=(h, v, r)), name="v"),
-    )
-    return c.astype(np.float32), k_pe.astype(np.float32), q_nope, q_pe, k_b, v_b
-
-
-def plain_attention(c, k_pe, q_nope, q_pe, k_b, v_b, scale: float) -> np.ndarray:
-    n, n_kv = len(q_nope), len(c)
-    keys = np.einsum("tr,hrk->thk", c.astype(np.float64), k_b.float32())
-    values = np.einsum("tr,hvr->thv", c.astype(np.float64), v_b.float32())
-    scores = np.einsum("nhk,thk->nht", q_nope, keys) + np.einsum("nhp,tp->nht", q_pe, k_pe)
-    scores *= scale
-    for i in range(n):
-        scores[i, :, n_kv - n + i + 1 :] = -np.inf
-    p = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.einsum("nht,thv->nhv", p / p.sum(-1, keepdims=True), values).reshape(n, -1)
-
-
-@pytest.mark.parametrize(
-    ("n", "n_kv"), [(1, 1), (1, 300), (5, 5), (7, 520), (130, 130), (140, 700)]
-)
-@pytest.mark.parametrize("mla", [1, 3])
-def test_attention_is_softmax_over_what_a_token_may_see(rng, n: int, n_kv: int, mla: int) -> None:
-    c, k_pe, q_nope, q_pe, k_b, v_b = attention_case(rng, n, n_kv)
-    o, rows = ops(mla=mla), LatentRows(n_kv + 50, 20, "f32")
-    rows.poison()
-    rows.write(np.arange(n_kv), np.concatenate([c, k_pe], -1))
-    step = o.step([0] * n, n_kv - n, [1.0, 0.5], [])
-    got = o.mla_attention(q_nope, q_pe, rows, k_b, v_b, step, 0.3)
-    want = plain_attention(c, k_pe, q_nope, q_pe, k_b, v_b, 0.3)
-    assert np.abs(want).max() > 0.5, "a flat softmax would hide mistakes"
-    assert nmse(got, want) < 1e-10
-
-
-def test_gap_f16_rounds_query_row_and_probabilities_only(rng) -> None:
-    n_kv = 200
-    c, k_pe, q_nope, q_pe, k_b, _ = attention_case(rng, 1, n_kv)
-    rows = LatentRows(n_kv, 20, "f32")
-    rows.write(np.arange(n_kv), np.concatenate([c, k_pe], -1))
-    q_lat = ops().heads_up(q_nope, k_b)
-    step = ops().step([0], n_kv - 1, [1.0, 0.5], [])
-    half = lambda x: x.astype(np.float16).astype(np.float64)  # noqa: E731
-    keys = half(np.concatenate([c, k_pe], -1))
-    scores = half(np.concatenate([q_lat, q_pe], -1))[0] @ keys.T * 0.3
-    p = np.exp(scores - scores.max(-1, keepdims=True))
-    want = half(p) @ keys[:, :16] / p.sum(-1, keepdims=True)
-    got = ops("f16").attend_absorbed(q_lat, q_pe, rows, 16, step, 0.3)
-    exact = ops("f32").attend_absorbed(q_lat, q_pe, rows, 16, step, 0.3)
-    assert nmse(got[0], want) < 1e-10
-    assert nmse(exact[0], want) > 1e-9
-
-
 @pytest.mark.parametrize(("cache_type", "bar"), [("f32", 0), ("f16", 1e-6), ("bf16", 1e-5),
                                                  ("q8_0", 1e-4)])  # fmt: skip
 def test_cache_rows_keep_what_their_type_holds(rng, cache_type: str, bar: float) -> None:
@@ -148,6 +91,20 @@ def test_cache_rows_keep_what_their_type_holds(rng, cache_type: str, bar: float)
     rows.write(np.arange(2, 6), values)
     assert nmse(rows.read(2, 6), values) <= bar
     assert rows.nbytes == 8 * {"f32": 160, "f16": 80, "bf16": 80, "q8_0": 68}[cache_type]
+
+
+@pytest.mark.parametrize("cache_type", ["f32", "f16", "bf16"])
+def test_transposed_rows_hold_the_same_values_token_by_token_in_memory(rng, cache_type) -> None:
+    values = rng.normal(size=(4, 40)).astype(np.float32)
+    plain, turned = LatentRows(8, 40, cache_type), LatentRows(8, 40, cache_type, True)
+    for rows in (plain, turned):
+        rows.poison()
+        rows.write(np.arange(2, 6), values)
+    assert np.array_equal(turned.read(2, 6), plain.read(2, 6))
+    assert np.isnan(turned.read(0, 2)).all() and np.isnan(turned.read(6, 8)).all()
+    assert turned.nbytes == plain.nbytes
+    memory = turned._rows.ravel(order="K").reshape(40, 8)  # value by value: [r, n_ctx]
+    assert np.array_equal(memory[:, 2:6], plain._rows[2:6].T)
 
 
 def test_route_weighs_by_unbiased_scores_and_breaks_ties_low(rng) -> None:

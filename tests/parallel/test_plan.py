@@ -16,7 +16,7 @@ from mlacli.errors import MemoryBudgetError, UsageError
 from mlacli.flags import to_params
 from mlacli.loading.gguf_file import GgufFile, Metadata
 from mlacli.models import deepseek2
-from mlacli.parallel.memory import cache_row_bytes
+from mlacli.parallel.memory import cache_row_bytes, scratch_bytes
 from mlacli.parallel.plan import plan_shards
 from mlacli.parallel.plan_report import plan_as_dict, plan_rows, shard_rows
 from mlacli.params import ContextParams, ModelParams, SplitParams
@@ -427,17 +427,35 @@ def test_shares_don_t_follow_free_memory(model):
 def test_cache_bytes(model, cache_type, row):
     """Latent rows of 576 values, whole on each rank with heads (behaviour of the original, 4.8)."""
     source = model("v2lite")
-    assert cache_row_bytes(source[1], cache_type) == row
-    plan = plan_of(
-        source, gpus(*[80] * 20), context=ContextParams(n_ctx=1000, cache_type_k=cache_type)
-    )
+    context = ContextParams(n_ctx=1000, cache_type_k=cache_type)
+    assert cache_row_bytes(source[1], context) == row
+    plan = plan_of(source, gpus(*[80] * 20), context=context)
     assert plan.n_ctx == 1024
     assert [r.cache for r in plan.ranks] == [27 * 1024 * row] * 16 + [0] * 4
 
 
 def test_started_q8_0_block_of_a_row_counts(model):
     """r + p = 528 fills 16.5 blocks."""
-    assert cache_row_bytes(model("v2lite", layers=2, p=16)[1], "q8_0") == 17 * 34
+    hp = model("v2lite", layers=2, p=16)[1]
+    assert cache_row_bytes(hp, ContextParams(cache_type_k="q8_0")) == 17 * 34
+
+
+@pytest.mark.parametrize(
+    ("mla", "flash_attn", "row"),
+    [
+        *((mla, True, 576 * 4) for mla in (1, 2, 3)),
+        (1, False, 576 * 4 + 512 * 2),  # and values of type -ctv, transposed
+        *((mla, False, 576 * 4) for mla in (2, 3)),
+        *((0, fa, 16 * (192 * 4 + 128 * 2)) for fa in (True, False)),
+    ],
+)
+def test_cache_bytes_of_each_attention_form(model, mla, flash_attn, row):
+    """Keys are float32 here and values f16, of 16 heads with 128 + 64 and 128 values."""
+    source = model("v2lite")
+    context = ContextParams(n_ctx=512, cache_type_k="f32", mla=mla, flash_attn=flash_attn)
+    assert cache_row_bytes(source[1], context) == row
+    plan = plan_of(source, gpus(80, 80), "layer", context)
+    assert [r.cache for r in plan.ranks] == [n * 512 * row for n in (14, 13)]
 
 
 def prepared(source, **values):
@@ -450,11 +468,16 @@ def prepared(source, **values):
     [("v2lite", "graph", (10, 10)), ("v2lite", "layer", (16, 5)), ("v2lite", "none", (16,)),
      ("glm47flash", "graph", (80, 80, 24)), ("v3", "graph", (80,) * 8)],
 )  # fmt: skip
-def test_n_ctx_fits_is_the_largest(model, preset, mode, gib):
+@pytest.mark.parametrize(
+    "form", [{}, {"mla_use": 0}, {"mla_use": 1, "flash_attn": False, "attention_max_batch": 0}]
+)
+def test_n_ctx_fits_is_the_largest(model, preset, mode, gib, form):
     """-c of n_ctx_fits is accepted, one step of 256 more (even one token) is refused."""
+    if mode == "graph" and form:
+        form = {"mla_use": 1}
     source = model(preset)
     vram = tuple(n * G for n in gib)
-    ask = {"vram": vram, "split_mode": mode}
+    ask = {"vram": vram, "split_mode": mode, **form}
     fits = prepared(source, **ask).plan.n_ctx_fits
     assert fits % 256 == 0 and fits > 0
     full = prepared(source, **ask, ctx_size=fits).plan
@@ -491,8 +514,8 @@ def test_ranks_on_one_device_share_its_memory(model):
     """Two ranks on one device of 20 GiB: their needs add up against one capacity."""
     source = model("v2lite")
     one = Device("cuda0", "cuda", 20 * G, 20 * G)
-    plan = plan_of(source, (one, one), context=ContextParams(n_ctx=256), margin=0)
-    alone = plan_of(source, gpus(20, 20), context=ContextParams(n_ctx=256), margin=0)
+    plan = plan_of(source, (one, one), context=ContextParams(n_ctx=512), margin=0)
+    alone = plan_of(source, gpus(20, 20), context=ContextParams(n_ctx=512), margin=0)
     assert len(plan.ranks) == 2 and plan.idle == ()
     free = 20 * G - sum(r.total - r.cache for r in plan.ranks)
     assert plan.n_ctx_fits == free // (2 * 27 * 1152) // 256 * 256 < alone.n_ctx_fits
@@ -606,3 +629,13 @@ def test_a_plan_that_does_not_fit_is_printed_before_it_is_refused(
     assert code == 1
     assert out.splitlines()[2].split()[:2] == ["0", "gpu0"]
     assert err.splitlines()[-1].startswith("Error: device gpu0 needs ")
+
+
+def test_scratch_never_shrinks_with_the_context(model):
+    """Else the largest context that fits would be no boundary: -amb trades heads for depth."""
+    hp = model("v2lite")[1]
+    for mla, fa in ((0, False), (1, False), (2, True), (3, True)):
+        context = ContextParams(mla=mla, flash_attn=fa, attention_max_batch=128)
+        sizes = [scratch_bytes(hp, context, n, (0, 16), (0, 0), 1) for n in range(256, 65536, 256)]
+        assert sizes == sorted(sizes)
+        assert (sizes[2] == sizes[-1]) is (mla == 3)  # block-wise: 512 tokens, whatever the depth
