@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from mlacli.attention_forms import LEAST_SCORES_MIB, has_values, is_blockwise
 from mlacli.errors import UsageError
-from mlacli.params import Params
+from mlacli.params import ContextParams, Params
 
 MLA_ARCHS = ("deepseek2", "glm-dsa", "mistral4")
 
@@ -89,13 +90,14 @@ def _refused(params: Params) -> Iterable[Finding]:
         flag = params.spelled(key)
         return Finding("error", flag, "refused", message.format(flag=flag), hint)
 
-    graph = "-sm graph needs {flag} " if _mode(params) == "graph" else "{flag} "
-    if not params.context.flash_attn:
-        rest = "on" if graph.startswith("-sm") else "off is not supported by this version"
-        yield no("flash_attn", graph + rest, "leave it out: block-wise attention is the default")
-    if params.context.mla == 0:
-        rest = "1, 2 or 3" if graph.startswith("-sm") else "0 is not supported by this version"
-        yield no("mla_use", graph + rest, "use -mla 3, the default")
+    context, layer = params.context, "or use -sm layer"
+    if _mode(params) == "graph" and not context.flash_attn:
+        yield no("flash_attn", "-sm graph needs {flag} on", f"leave it out: on is default; {layer}")
+    if _mode(params) == "graph" and context.mla == 0:
+        yield no("mla_use", "-sm graph needs {flag} 1, 2 or 3", f"use -mla 3, the default, {layer}")
+    if has_values(context) and not context.flash_attn and context.cache_type_v == "q8_0":
+        hint = "use f16 or bf16, or leave -fa off out"
+        yield no("cache_type_v", "{flag} q8_0 needs -fa on", hint)
     if not _on_cpu(params):
         for flag in offenders(params):
             yield Finding(
@@ -112,14 +114,45 @@ def _changed(params: Params) -> Iterable[Finding]:
             "-sm graph on one device runs as one rank",
             "name several devices, e.g. -dev cpu,cpu",
         )  # fmt: skip
+    if _is_lifted(_as_graph_runs(params)):
+        flag = params.spelled("attention_max_batch")
+        yield Finding(
+            "warning", flag, "changed", f"{flag} is lifted to {LEAST_SCORES_MIB} MiB, the least",
+            f"give {LEAST_SCORES_MIB} or more, or a smaller -ub",
+        )  # fmt: skip
+
+
+def _is_lifted(context: ContextParams) -> bool:
+    return 0 < context.attention_max_batch < LEAST_SCORES_MIB and not is_blockwise(context)
+
+
+def _as_graph_runs(params: Params) -> ContextParams:
+    """Graph mode always decodes block-wise, so that -mla 2 is 3 there (B 3.8)."""
+    is_same = _mode(params) == "graph" and params.context.mla == 2
+    return replace(params.context, mla=3) if is_same else params.context
+
+
+def settled(params: Params) -> Params:
+    """`params` as they run, once `check` has said what changes."""
+    context = _as_graph_runs(params)
+    if _is_lifted(context):
+        context = replace(context, attention_max_batch=LEAST_SCORES_MIB)
+    return replace(params, context=context)
 
 
 def _idle(params: Params) -> Iterable[Finding]:
     mode = _mode(params)
     on_cpu = _on_cpu(params)
+    context = _as_graph_runs(params)
     graph_only = "it acts under -sm graph only"
+    v_type = "the latent row holds V too: -ctk is the type of both"
+    if context.mla > 1 and not context.flash_attn:
+        v_type += ", where ik_llama.cpp takes -ctv without flash attention"
     rules = (
-        ("cache_type_v", True, "the latent row holds V too: -ctk is the type of both"),
+        ("cache_type_v", not has_values(context), v_type),
+        ("mla_use", context.mla != params.context.mla, "under -sm graph 2 is the same as 3"),
+        ("graph_attn_precision", not context.flash_attn, "-fa off rounds nothing"),
+        ("attention_max_batch", is_blockwise(context), "block-wise attention holds no matrix"),
         ("main_gpu", mode in ("layer", "graph"), "it picks the device of -sm none only"),
         ("tensor_split", mode == "none", "-sm none uses one device"),
         ("expert_split", mode != "graph", graph_only),

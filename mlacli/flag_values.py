@@ -82,7 +82,7 @@ def split_mode(word: str) -> str:
 
 def cache_type(word: str) -> str:
     low = word.lower()
-    if low in ("q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1", "q6_0", "q8_kv", "q8_1"):
+    if re.fullmatch(r"(i?q|tq|mxfp|nvfp)\d.*", low) and low != "q8_0":
         raise UsageError(f"cache type {word!r} is not supported", "the nearest is q8_0")
     return str(choice("f32", "f16", "bf16", "q8_0")(word))
 

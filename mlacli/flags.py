@@ -139,14 +139,14 @@ CONTEXT: tuple[Flag, ...] = (
     Flag(
         ("-mla", "--mla-use"),
         integer(0, 3),
-        "attention form: 1 absorbed, 2 and 3 expanded prefill",
+        "attention: 0 cached per head, 1 absorbed, 2 and 3 expanded prefill",
         "N",
         3,
     ),
     Flag(
         ("-fa", "--flash-attn"),
         on_off,
-        "block-wise attention: on | off | auto",
+        "block-wise attention, or whole score matrices: on | off | auto",
         "WORD",
         True,
         optional="on",
@@ -154,11 +154,24 @@ CONTEXT: tuple[Flag, ...] = (
     Flag(
         ("-ctk", "--cache-type-k"),
         cache_type,
-        "type of the latent cache: f32 f16 bf16 q8_0",
+        "type of the latent cache, of K under -mla 0: f32 f16 bf16 q8_0",
         "TYPE",
         "f16",
     ),
-    Flag(("-ctv", "--cache-type-v"), cache_type, "no effect: the latent row holds V too", "TYPE"),
+    Flag(
+        ("-ctv", "--cache-type-v"),
+        cache_type,
+        "type of V where it has its own cache: -mla 0, and 1 with -fa off",
+        "TYPE",
+        "f16",
+    ),
+    Flag(
+        ("-amb", "--attention-max-batch"),
+        integer(0),
+        "score matrices held at once by -fa off, at least 128; 0 = all",
+        "MIB",
+        256,
+    ),
     Flag(
         ("-gap", "--graph-attn-precision"),
         choice("f16", "f32"),
@@ -183,7 +196,7 @@ CONTEXT: tuple[Flag, ...] = (
 
 RUN: tuple[Flag, ...] = (
     Flag(("--strict",), None, "exit 3 instead of running differently than asked"),
-    Flag(("-v", "--verbose"), None, "print each tensor's shard per rank"),
+    Flag(("-v", "--verbose"), None, "print each tensor's shard per rank, and how attention ran"),
 )
 
 PROMPT: tuple[Flag, ...] = (

@@ -34,7 +34,6 @@ _SAMPLER = "the chain is --top-k, --top-p, --min-p, --temp"
 _ROPE = "set the metadata key with --override-kv"
 _ALWAYS = "not needed; leave it out"
 _SHIFT = "MLA models don't shift; give a larger -c"
-_MLA = "use -mla 0, 1, 2 or 3 and -ub to bound the scratch memory"
 
 REFUSED: tuple[Refused, ...] = (
     Refused(("--host", "--port", "--api-key", "--path", "--alias", "-a"), 1, _SERVER),
@@ -76,7 +75,6 @@ REFUSED: tuple[Refused, ...] = (
     Refused(("--list-devices",), 0, "leave it out"),
     Refused(("--rpc",), 1, "ranks run on the devices of -dev"),
     Refused(("-no-fa", "--no-flash-attn"), 0, "use -fa off"),
-    Refused(("-amb", "--attention-max-batch"), 1, _MLA),
     Refused(("-smf16",), 0, "use -grt f16"),
     Refused(("-smf32",), 0, "use -grt f32"),
     Refused(("-khad", "--k-cache-hadamard", "-vhad"), 0, "leave it out, or use -ctk f16"),

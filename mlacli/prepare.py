@@ -14,7 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mlacli.compat import Finding, check, guard, raise_first_error
+from mlacli.attention_forms import attention_text
+from mlacli.compat import Finding, check, guard, raise_first_error, settled
 from mlacli.devices import Device, find_devices, host_memory, main_device
 from mlacli.errors import GgufError, MemoryBudgetError, StrictDowngrade, UnsupportedFeature
 from mlacli.loading.gguf_file import GgufFile
@@ -23,6 +24,10 @@ from mlacli.models import model_of
 from mlacli.parallel.plan import ShardPlan, check_memory, plan_shards
 from mlacli.params import ContextParams, Params, SplitParams
 
+_CACHED = {
+    "rows": "latent rows", "columns": "their transposed values",
+    "keys": "keys per head", "values": "values per head",
+}  # fmt: skip
 BUNDLED = "tinytales-q8_0.gguf"
 
 
@@ -81,8 +86,10 @@ class Prepared:
              + ", ".join(plan.idle)),
             ("context", str(plan.n_ctx), fits),
             ("batch", f"{context.n_batch} / {context.n_ubatch}", "logical / physical"),
-            ("attention", f"-mla {context.mla} -fa on", f"-gap {context.graph_attn_precision}"),
-            ("cache type", context.cache_type_k, ""),
+            ("attention", f"-mla {context.mla} -fa {'on' if context.flash_attn else 'off'}",
+             attention_text(context)),
+            ("cache type", " / ".join(part.cache_type for part in plan.cache),
+             " / ".join(_CACHED[part.name] for part in plan.cache)),
             ("reduce type", context.graph_reduce_type if graph else "-", ""),
             ("threads", str(self.n_threads), f"{max(1, self.n_threads // len(plan.ranks))} a rank"),
         ]  # fmt: skip
@@ -121,6 +128,7 @@ def _prepare(file: GgufFile, params: Params) -> Prepared:
     model = model_of(arch)
     findings += check(arch, params)
     raise_first_error(findings)
+    params = settled(params)
     if params.strict:
         _refuse_changes(findings)
     hp = model.Hparams.from_gguf(file)

@@ -4,7 +4,7 @@ from types import MappingProxyType
 
 import pytest
 
-from mlacli.compat import MLA_ARCHS, check, guard, raise_first_error
+from mlacli.compat import MLA_ARCHS, check, guard, raise_first_error, settled
 from mlacli.errors import UsageError
 from mlacli.flags import COMMON, by_long_name, to_params
 from mlacli.params import Params
@@ -38,14 +38,14 @@ def params(*offenders: str, mode: str = "graph", **more: object) -> Params:
 @pytest.mark.parametrize("word", OFFENDERS)
 @pytest.mark.parametrize("arch", GRAPH_CAPABLE)
 def test_only_mla_architectures_are_downgraded(arch: str, word: str) -> None:
-    settled, findings = guard(arch, params(word))
+    found, findings = guard(arch, params(word))
     if arch in MLA_ARCHS:
-        assert settled.split.mode == "layer"
+        assert found.split.mode == "layer"
         (finding,) = findings
         assert (finding.level, finding.flag, finding.verdict) == ("warning", word, "downgraded")
         assert word in finding.message and word in finding.hint
     else:
-        assert settled.split.mode == "graph"
+        assert found.split.mode == "graph"
         assert findings == ()
 
 
@@ -62,14 +62,14 @@ def test_one_warning_names_the_first_offender_in_the_originals_order() -> None:
 
 @pytest.mark.parametrize("mode", ["layer", "none", "auto"])
 def test_other_modes_keep_their_flags(mode: str) -> None:
-    settled, findings = guard("deepseek2", params(*OFFENDERS, mode=mode))
-    assert settled.split.mode == mode
+    found, findings = guard("deepseek2", params(*OFFENDERS, mode=mode))
+    assert found.split.mode == mode
     assert findings == ()
 
 
 def test_zero_layers_of_host_experts_are_no_offence() -> None:
-    settled, findings = guard("deepseek2", params(n_cpu_moe=0))
-    assert settled.split.mode == "graph" and findings == ()
+    found, findings = guard("deepseek2", params(n_cpu_moe=0))
+    assert found.split.mode == "graph" and findings == ()
 
 
 @pytest.mark.parametrize(("key", "value"), [("flash_attn", False), ("mla_use", 0)])
@@ -79,12 +79,67 @@ def test_graph_mode_without_its_attention_is_a_usage_error(key: str, value: obje
 
 
 def test_the_downgrade_comes_before_every_other_check() -> None:
-    # -sm graph -fa off -cmoe runs in layer mode in the original: here layer mode lacks -fa off,
-    # so it is refused for that reason and no longer for graph mode's.
-    settled, findings = guard("deepseek2", params("-cmoe", flash_attn=False))
-    assert settled.split.mode == "layer" and len(findings) == 1
-    (refusal,) = [f for f in check("deepseek2", settled) if f.level == "error"]
-    assert "graph" not in refusal.message and "not supported" in refusal.message
+    # -sm graph -fa off -mla 0 -cmoe runs in layer mode, where both are allowed.
+    given = params("-cmoe", flash_attn=False, mla_use=0)
+    downgraded, findings = guard("deepseek2", given)
+    assert downgraded.split.mode == "layer" and len(findings) == 1
+    assert not [f for f in check("deepseek2", downgraded) if f.level == "error"]
+    assert [f.flag for f in check("deepseek2", given) if f.level == "error"] == ["-fa", "-mla"]
+
+
+def attention(**given: object) -> Params:
+    return params(mode="layer", **given)
+
+
+@pytest.mark.parametrize("mla", range(4))
+@pytest.mark.parametrize("flash_attn", [True, False])
+def test_v_has_a_type_where_it_has_a_cache(mla: int, flash_attn: bool) -> None:
+    given = {"mla_use": mla, "flash_attn": flash_attn}
+    own = mla == 0 or (mla == 1 and not flash_attn)
+    found = {f.flag: f for f in check("deepseek2", attention(**given, cache_type_v="f16"))}
+    assert ("-ctv" in found) is not own
+    if not own:
+        assert found["-ctv"].verdict == "no effect"
+        assert ("ik_llama.cpp" in found["-ctv"].message) is not flash_attn or mla == 1
+    found = {f.flag: f for f in check("deepseek2", attention(**given, cache_type_v="q8_0"))}
+    assert (found.get("-ctv") is not None and found["-ctv"].level == "error") is (
+        own and not flash_attn
+    )
+
+
+def test_gap_and_amb_say_where_they_have_no_effect() -> None:
+    def idle(mode: str = "layer", **given: object) -> list[str]:
+        given |= {"graph_attn_precision": "f16", "attention_max_batch": 300}
+        findings = check("deepseek2", params(mode=mode, **given))
+        return [f.flag for f in findings if f.flag in ("-gap", "-amb")]
+
+    for mla in range(4):
+        assert idle(mla_use=mla, flash_attn=False) == ["-gap"]
+        assert idle(mla_use=mla) == ([] if mla == 2 else ["-amb"])
+    assert idle("graph", mla_use=2) == ["-amb"]
+
+
+@pytest.mark.parametrize(
+    ("given", "runs", "warned"),
+    [(0, 0, False), (1, 128, True), (127, 128, True), (128, 128, False)],
+)
+def test_a_small_amb_is_lifted_where_it_acts(given: int, runs: int, warned: bool) -> None:
+    asked = attention(attention_max_batch=given, flash_attn=False)
+    assert settled(asked).context.attention_max_batch == runs
+    found = [(f.flag, f.verdict) for f in check("deepseek2", asked)]
+    assert (("-amb", "changed") in found) is warned
+    elsewhere = attention(attention_max_batch=given)
+    assert settled(elsewhere) == elsewhere
+    assert [f.verdict for f in check("deepseek2", elsewhere)] == ["no effect"]
+
+
+def test_mla_2_is_3_under_graph() -> None:
+    two = params(mla_use=2, attention_max_batch=5)
+    assert settled(two).context.mla == 3
+    assert {(f.flag, f.verdict) for f in check("deepseek2", two)} == {
+        ("-mla", "no effect"), ("-amb", "no effect")
+    }  # fmt: skip
+    assert settled(attention(mla_use=2)).context.mla == 2
 
 
 def test_flags_that_mean_nothing_on_cpu_say_so() -> None:

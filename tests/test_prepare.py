@@ -78,9 +78,7 @@ def test_guard_comes_before_the_attention_checks(toy):
     for bad in ({"flash_attn": False}, {"mla_use": 0}):
         with pytest.raises(UsageError, match="-sm graph needs"):
             ask(toy, split_mode="graph", **bad, **TWO)
-        with pytest.raises(UsageError) as caught:
-            ask(toy, split_mode="graph", cpu_moe=True, **bad, **TWO)
-        assert "graph" not in caught.value.message
+        assert ask(toy, split_mode="graph", cpu_moe=True, **bad, **TWO).plan.mode == "layer"
 
 
 def test_guard_comes_before_the_one_device_warning(toy):
@@ -164,7 +162,7 @@ def test_a_refused_file_is_closed(toy, monkeypatch):
     close = GgufFile.close
     monkeypatch.setattr(GgufFile, "close", lambda self: closed.append(1) or close(self))
     with pytest.raises(UsageError):
-        ask(toy, flash_attn=False)
+        ask(toy, flash_attn=False, split_mode="graph")
     assert closed == [1]
 
 
@@ -280,9 +278,26 @@ def test_effective_rows(toy):
     assert rows["devices"] == ("cpu,cpu", "")
     assert rows["context"][0] == "512" and "trained with 2048" in rows["context"][1]
     assert rows["batch"][0] == "512 / 512"
-    assert rows["attention"] == ("-mla 3 -fa on", "-gap f16")
-    assert rows["cache type"][0] == "f16" and rows["reduce type"][0] == "f32"
+    forms = "prefill expanded block-wise (absorbed block-wise under 128 tokens), decode absorbed"
+    assert rows["attention"] == ("-mla 3 -fa on", f"{forms} block-wise; -gap f16")
+    assert rows["cache type"] == ("f16", "latent rows") and rows["reduce type"][0] == "f32"
     assert all(len(row) == 3 for row in found.effective)
+
+
+def test_effective_attention_is_what_runs(toy):
+    """-fa off has no -gap, -mla 2 is 3 under graph, a small -amb is lifted."""
+
+    def rows(**values):
+        found = {name: (value, note) for name, value, note in ask(toy, **values).effective}
+        return *found["attention"], *found["cache type"]
+
+    one = rows(mla_use=1, flash_attn=False, cache_type_k="q8_0", attention_max_batch=64)
+    assert one[0] == "-mla 1 -fa off"
+    assert one[1] == "prefill absorbed whole-matrix, decode absorbed whole-matrix; -amb 128"
+    assert one[2:] == ("q8_0 / f16", "latent rows / their transposed values")
+    assert rows(mla_use=0)[3] == "keys per head / values per head"
+    assert rows(mla_use=2)[1].endswith("decode absorbed whole-matrix; -gap f16; -amb 256")
+    assert rows(mla_use=2, split_mode="graph", **TWO) == rows(split_mode="graph", **TWO)
 
 
 def test_effective_rows_name_what_is_idle_and_without_effect(tmp_path):

@@ -63,7 +63,7 @@ def test_every_mistake_is_in_the_report_and_the_first_is_the_error(mlacli, golde
         "--jinja",
         "-ub",
         "none",
-        "-amb",
+        "--rpc",
         "512",
         "-c",
         "1",

@@ -93,6 +93,8 @@ def test_the_word_after_a_bare_fa_is_left_alone():
         (["-gap", "bf16"], "-gap: 'bf16' is not one of f16, f32"),
         (["-grt", "fp16"], "-grt: 'fp16' is not one of"),
         (["-ctk", "q4_0"], "-ctk: cache type 'q4_0' is not supported (the nearest is q8_0)"),
+        (["-ctv", "iq4_nl"], "-ctv: cache type 'iq4_nl' is not supported (the nearest is q8_0)"),
+        (["-ctv", "fp16"], "'fp16' is not one of f32, f16, bf16, q8_0 (did you mean f16?)"),
         (["-ts", "0,0"], "-ts: '0,0' is not a list with a non-zero share"),
         (["--temp", "nan"], "--temp: 'nan' is not a finite number"),
         (["-dev", "gpu0"], "-dev: 'gpu0' is not a device"),
@@ -108,9 +110,9 @@ def test_errors(words, text):
 
 
 def test_a_refused_flag_takes_its_values_along():
-    line = walk(TABLE, ["-amb", "512", "--lora-scaled", "f", "0.5", "--jinja", "-ub", "64"])
+    line = walk(TABLE, ["--rpc", "512", "--lora-scaled", "f", "0.5", "--jinja", "-ub", "64"])
     assert [(p.word, p.text) for p in line.problems] == [
-        ("-amb", "512"),
+        ("--rpc", "512"),
         ("--lora-scaled", "f 0.5"),
         ("--jinja", None),
     ]
