@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
@@ -206,6 +206,11 @@ class TokenStream:
             self._stream.write("\n")
         self._last = ""
         self._stream.flush()
+
+
+def attention(forms: Mapping[str, str]) -> None:
+    """The form that attention took in each phase."""
+    log("attention  " + ", ".join(f"{phase} {form}" for phase, form in forms.items() if form))
 
 
 def timings(t: Timings, peak_memory: int) -> None:

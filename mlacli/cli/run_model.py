@@ -74,11 +74,13 @@ def run(line: CommandLine) -> None:
                 if token_id not in eog_ids:
                     out.write(decoder.push(token_id))
             out.write(decoder.flush())
-        report(engine)
+        report(engine, line["verbose"])
 
 
-def report(engine: Engine) -> None:
+def report(engine: Engine, verbose: bool) -> None:
     """What is said after the text."""
+    if verbose:
+        console.attention(engine.attention_forms)
     if engine.context_full:
         console.note(f"stopped: the context of {engine.n_ctx} tokens is full")
     console.timings(engine.timings, engine.peak_memory())

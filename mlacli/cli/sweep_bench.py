@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from mlacli.cli import console
@@ -32,7 +32,7 @@ def run(line: CommandLine) -> None:
         rows = sweep(
             engine, shape, repetitions=line["n_repetitions"], warmup_batch=line["warmup_batch"]
         )
-        show = row_printer(head(engine), line["output_format"])
+        show = row_printer(head(engine), line["output_format"], lambda: engine.attention_forms)
         for row in rows:
             show(row)
         if shape.skipped is not None:
@@ -40,6 +40,8 @@ def run(line: CommandLine) -> None:
                 f"stopped before N_KV {shape.skipped}: a row needs {max(shape.pp, shape.tg)} "
                 f"tokens of the context of {shape.n_ctx}"
             )
+        if line["verbose"]:
+            console.attention(engine.attention_forms)
         console.log(f"memory  {engine.peak_memory() / 2**20:10.1f} MiB peak")
 
 
@@ -58,13 +60,17 @@ def head(engine: Engine) -> Head:
     }
 
 
-def row_printer(constant: Head, output_format: str) -> Callable[[SweepRow], None]:
+def row_printer(
+    constant: Head, output_format: str, forms: Callable[[], Mapping[str, str]]
+) -> Callable[[SweepRow], None]:
     """A function that prints one row; for md the table's head is printed at once.
 
     ik_llama.cpp's plot script takes the first line of stdout for the table's head.
     """
     if output_format == "jsonl":
-        return lambda row: console.result(json.dumps(constant | row_values(row)))
+        return lambda row: console.result(
+            json.dumps(constant | row_values(row) | attention_values(forms()))
+        )
     console.log("main: " + ", ".join(f"{k} = {v}" for k, v in constant.items()))
     console.result(_md_line([f"{t:>{w}}" for t, w in zip(_TITLES, _WIDTHS, strict=True)]))
     console.result("|" + "-|-".join("-" * w for w in _WIDTHS) + "-|")
@@ -81,6 +87,11 @@ def row_values(row: SweepRow) -> dict[str, int | float]:
     }
     counts = {"pp": row.pp, "tg": row.tg, "n_kv": row.n_kv}
     return counts | {k: round(v, 6) for k, v in times.items()}
+
+
+def attention_values(forms: Mapping[str, str]) -> dict[str, str]:
+    """The form that attention really took, by phase; ik_llama.cpp has no such keys."""
+    return {f"attention_{phase}": form for phase, form in forms.items()}
 
 
 def md_row(row: SweepRow) -> str:

@@ -5,7 +5,7 @@ import sys
 import types
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -131,6 +131,8 @@ class FakeEngine:
     def __exit__(self, *error):
         self.model.calls.append(("close",))
 
+    attention_forms = MappingProxyType({"prefill": "toy form", "decode": "other form"})
+
     def peak_memory(self):
         return 64 << 20
 
@@ -214,7 +216,7 @@ def fake_rules(monkeypatch):
 
     def check(arch, params):
         found = []
-        if params.context.cache_type_v is not None:
+        if "cache_type_v" in params.typed:
             word = params.spelled("cache_type_v")
             found.append(FakeFinding("note", word, "no effect", "the latent row holds V too"))
         if params.split.mode == "graph" and not params.context.flash_attn:

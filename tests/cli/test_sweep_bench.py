@@ -44,16 +44,25 @@ def test_a_row_has_the_widths_and_decimals_of_the_original():
     }
 
 
-def test_jsonl_keys_are_those_of_the_original(mlacli, fake_model):
+def test_jsonl_keys_are_those_of_the_original_and_the_attention_forms(mlacli, fake_model):
     done = mlacli(*FLAGS, "--output-format", "jsonl", "-n", "3", "-fa", "off")
     rows = [json.loads(line) for line in done.out.splitlines()]
     assert list(rows[0]) == [
         *("n_kv_max", "n_batch", "n_ubatch", "flash_attn", "n_gpu_layers", "n_threads"),
         *("n_threads_batch", "pp", "tg", "n_kv", "t_pp", "speed_pp", "t_tg", "speed_tg"),
+        *("attention_prefill", "attention_decode"),  # ours
     ]
+    assert (rows[0]["attention_prefill"], rows[0]["attention_decode"]) == ("toy form", "other form")
     assert [(r["pp"], r["tg"], r["n_kv"], r["flash_attn"]) for r in rows] == [
         (64, 3, n, 0) for n in (0, 64, 128, 192)
     ]
+
+
+@pytest.mark.parametrize("words", [FLAGS, ("run-model", "-m", "toy.gguf", "-p", "hello")])
+def test_verbose_says_which_attention_ran(mlacli, fake_model, words):
+    line = "attention  prefill toy form, decode other form\n"
+    assert line in mlacli(*words, "-v").err
+    assert line not in mlacli(*words).err
 
 
 def test_decode_comes_before_prefill_and_is_rewound(mlacli, fake_model):
