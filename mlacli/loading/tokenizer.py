@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
-from mlacli.errors import GgufError, UnsupportedFeature
+from mlacli.errors import GgufError, MlacliError, UnsupportedFeature
 from mlacli.loading.pre_tokenizers import DEFAULT, PreTokenizer, pre_tokenizer
 
 if TYPE_CHECKING:
@@ -151,12 +151,14 @@ class Tokenizer:
         return b"".join(map(self._shown, ids)).decode("utf-8", "replace")
 
     def piece(self, token_id: int) -> bytes:
-        """The bytes of one token, which may be a part of a character; special tokens by name."""
-        if not 0 <= token_id < self.n_vocab:
-            raise GgufError(
-                f"token {token_id} is outside of the vocabulary of {self.n_vocab} tokens",
-                f"the model's output has more rows than {_PREFIX}tokens has entries",
-            )
+        """The bytes of one token, which may be a part of a character; special tokens by name.
+
+        Nothing for ids past the vocabulary: models pad their output, a sampler may pick such a row.
+        """
+        if token_id < 0:
+            raise MlacliError(f"there is no token {token_id}", "ids start at 0")
+        if token_id >= self.n_vocab:
+            return b""
         text, kind = self._texts[token_id], self._types[token_id]
         if token_id in self._hidden or kind == TokenType.USER_DEFINED:
             return text.encode()
