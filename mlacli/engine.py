@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from mlacli.backends import open_ranks
+from mlacli.devices import resident_bytes
 from mlacli.errors import ContextFull, UsageError
 from mlacli.flags import COMMON, SAMPLING, library_values, to_params
 from mlacli.latent_cache import LatentCache
@@ -132,6 +133,10 @@ class Engine:
         """Largest resident size of this process so far, in bytes."""
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def memory(self) -> dict[str, int]:
+        """Bytes in use now by device. All CPU ranks are one process: its resident pages."""
+        return {r.device: resident_bytes() for r in self.prepared.plan.ranks if r.kind == "cpu"}
 
     # ---- forward ----------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from mlacli.flag_values import (
     Parse,
     cache_type,
     choice,
+    compared_modes,
     devices,
     integer,
     layers,
@@ -221,7 +222,31 @@ SWEEP: tuple[Flag, ...] = (
     ),
     Flag(("-nrep", "--n-repetitions"), integer(1), "repetitions of the first row", "N", 1),
     Flag(("-wb", "--warmup-batch"), None, "warm up with one ubatch"),
-    Flag(("--output-format",), choice("md", "jsonl", table="md"), "md | jsonl", "WORD", "md"),
+    Flag(("--sweep-stride",), integer(1), "measure every Nth row", "N", 1),
+    Flag(("--sweep-memory",), None, "report peak resident and device memory per row"),
+    Flag(
+        ("--output-format",),
+        choice("md", "jsonl", "csv", table="md"),
+        "md (or table) | jsonl | csv",
+        "WORD",
+        "md",
+    ),
+    Flag(
+        ("--compare",),
+        compared_modes,
+        "measure several split modes in turn, e.g. none,layer,graph",
+        "MODES",
+        (),
+    ),
+    Flag(("--plot",), text, "draw S_PP and S_TG over N_KV: FILE.png, .svg or .pdf", "FILE"),
+    Flag(
+        ("--results",),
+        text,
+        "with --plot: draw saved results instead of measuring; may be repeated",
+        "FILE",
+        (),
+        repeats=True,
+    ),
 )
 
 PLAN: tuple[Flag, ...] = (
@@ -248,7 +273,11 @@ COMMANDS: Mapping[str, Sections] = MappingProxyType(
     }
 )
 
-EXCLUSIVE: tuple[tuple[str, ...], ...] = (("prompt", "file", "prompt_ids"),)
+EXCLUSIVE: tuple[tuple[str, ...], ...] = (
+    ("prompt", "file", "prompt_ids"),
+    ("split_mode", "compare"),
+    ("results", "compare"),
+)
 
 ENVIRONMENT: Mapping[str, str] = MappingProxyType(
     {
