@@ -8,7 +8,7 @@ Spelling and defaults are llama.cpp's and ik_llama.cpp's; what those have and ml
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -231,13 +231,7 @@ SWEEP: tuple[Flag, ...] = (
         "WORD",
         "md",
     ),
-    Flag(
-        ("--compare",),
-        compared_modes,
-        "measure several split modes in turn, e.g. none,layer,graph",
-        "MODES",
-        (),
-    ),
+    Flag(("--compare",), compared_modes, "measure modes in turn: none,layer,graph", "MODES", ()),
     Flag(("--plot",), text, "draw S_PP and S_TG over N_KV: FILE.png, .svg or .pdf", "FILE"),
     Flag(
         ("--results",),
@@ -247,6 +241,20 @@ SWEEP: tuple[Flag, ...] = (
         (),
         repeats=True,
     ),
+)
+
+PERPLEXITY: tuple[Flag, ...] = (
+    Flag(("-f", "--file"), text, "the text to score, - for stdin", "FILE"),
+    Flag(("--chunks",), integer(-1), "score at most N chunks of -c tokens; -1 all", "N", -1),
+    Flag(("--ppl-stride",), integer(0), "overlapping windows, N tokens apart; 0 = off", "N", 0),
+    Flag(
+        ("--kl-divergence-base", "--save-all-logits"),
+        text,
+        "write log-probabilities to FILE, or read them with --kl-divergence",
+        "FILE",
+    ),
+    Flag(("--kl-divergence",), None, "compare with the file of --kl-divergence-base"),
+    Flag(("--compare",), compared_modes, "score modes against the first of them", "MODES", ()),
 )
 
 PLAN: tuple[Flag, ...] = (
@@ -265,11 +273,24 @@ _COMMON_SECTIONS: Sections = (
     ("Context and precision", CONTEXT),
     ("Run", RUN),
 )
+
+
+def _perplexity_sections() -> Sections:
+    """The common ones; -c is the length of a chunk there, 512 as in llama.cpp."""
+    chunk = "tokens of a chunk, whose second half is scored"
+    return tuple(
+        (title, tuple(replace(f, default=512, help=chunk) if f.key == "ctx_size" else f
+                      for f in flags))
+        for title, flags in _COMMON_SECTIONS
+    )  # fmt: skip
+
+
 COMMANDS: Mapping[str, Sections] = MappingProxyType(
     {
         "run-model": (("Prompt", PROMPT), ("Sampling", SAMPLING), *_COMMON_SECTIONS),
         "sweep-bench": (("Benchmark", SWEEP), *_COMMON_SECTIONS),
         "plan": (("Plan", PLAN), *_COMMON_SECTIONS),
+        "perplexity": (("Perplexity", PERPLEXITY), *_perplexity_sections()),
     }
 )
 
@@ -277,6 +298,9 @@ EXCLUSIVE: tuple[tuple[str, ...], ...] = (
     ("prompt", "file", "prompt_ids"),
     ("split_mode", "compare"),
     ("results", "compare"),
+    ("kl_divergence", "compare"),
+    ("kl_divergence_base", "compare"),
+    ("kl_divergence_base", "ppl_stride"),
 )
 
 ENVIRONMENT: Mapping[str, str] = MappingProxyType(
