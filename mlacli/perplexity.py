@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlacli.errors import MlacliError, UsageError
+from mlacli.errors import MemoryBudgetError, MlacliError, UsageError
 from mlacli.kl_divergence import Divergence, Doubles, Floats, Ints, nll
 from mlacli.kld_file import BaseFile, BaseWriter, log_softmax
 
 if TYPE_CHECKING:
     from mlacli.engine import Engine
+    from mlacli.parallel.plan import ShardPlan
 
 _VALUES = 1 << 22  # logits that are scored at once
 BEYOND_ROUNDING = 1e-3  # relative difference of two residual streams
@@ -67,6 +68,20 @@ def cut(
     n = -(-(len(tokens) - n_ctx) // stride) if stride else len(tokens) // n_ctx
     n_chunks = n if limit < 0 else min(n, limit)
     return Chunks(np.array(tokens, np.int32), n_ctx, n_chunks, bos, stride)
+
+
+def check_logits_memory(plan: ShardPlan, n_vocab: int) -> None:
+    """MemoryBudgetError when a ubatch's logits don't fit beside the plan, which counts one row.
+
+    Two copies: a rank's own and the gathered ones.
+    """
+    last = plan.ranks[-1]
+    need = last.resident + 2 * 4 * plan.n_ubatch * n_vocab
+    if need > last.capacity:
+        raise MemoryBudgetError(
+            last.device, need, last.capacity,
+            f"scoring needs the logits of all {plan.n_ubatch} tokens of a ubatch: lower -ub",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,19 @@
 """Perplexity and KL divergence against plain float64 loops; modes compared layer by layer."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import mlacli
-from mlacli.errors import MlacliError, UsageError
+from mlacli.errors import MemoryBudgetError, MlacliError, UsageError
 from mlacli.kl_divergence import Divergence, Estimate
 from mlacli.kld_file import BaseFile, BaseWriter
 from mlacli.perplexity import (
     base_chunks,
+    check_logits_memory,
     check_same_text,
     compare,
     cut,
@@ -82,6 +84,19 @@ def test_what_a_text_must_have():
         cut(IDS, 64, None, stride=64)
     assert cut(IDS, 40, None, limit=3).n_chunks == 3
     assert cut(IDS, 40, None, limit=9).n_chunks == 5
+
+
+def test_the_logits_of_a_ubatch_must_fit_too(engine):
+    plan = engine.prepared.plan
+    need = plan.ranks[0].resident + 2 * 4 * 16 * 300
+
+    def with_capacity(capacity):
+        return replace(plan, ranks=(replace(plan.ranks[0], capacity=capacity),))
+
+    check_logits_memory(with_capacity(need), 300)
+    with pytest.raises(MemoryBudgetError) as caught:
+        check_logits_memory(with_capacity(need - 1), 300)
+    assert caught.value.need == need and "lower -ub" in caught.value.hint
 
 
 def test_many_small_blocks_count_as_one(engine, monkeypatch):

@@ -50,9 +50,10 @@ def run(line: CommandLine) -> None:
 def alone(line: CommandLine, n_ctx: int) -> None:
     """The perplexity of one run; writes a base file where asked for."""
     from mlacli.kld_file import BaseWriter
-    from mlacli.perplexity import NOTHING, perplexity
+    from mlacli.perplexity import NOTHING, check_logits_memory, perplexity
 
     prepared = prepared_model(line, ctx_size=_settled(line, n_ctx))
+    check_logits_memory(prepared.plan, prepared.hparams.n_vocab)
     chunks = _chunks(line, prepared, n_ctx)
     with ExitStack() as stack:
         (engine,) = open_engines(stack, [prepared])
@@ -81,7 +82,12 @@ def alone(line: CommandLine, n_ctx: int) -> None:
 def against_base(line: CommandLine) -> None:
     """KL divergence to a base file, on its tokens; a text of -f must be the same."""
     from mlacli.kld_file import BaseFile
-    from mlacli.perplexity import base_chunks, check_same_text, kl_divergence
+    from mlacli.perplexity import (
+        base_chunks,
+        check_logits_memory,
+        check_same_text,
+        kl_divergence,
+    )
 
     if line["kl_divergence_base"] is None:
         raise UsageError("--kl-divergence needs a base", "give --kl-divergence-base FILE")
@@ -93,6 +99,7 @@ def against_base(line: CommandLine) -> None:
             f"use -c {base.n_ctx}, or leave -c out",
         )
     prepared = prepared_model(line, ctx_size=base.n_ctx)
+    check_logits_memory(prepared.plan, prepared.hparams.n_vocab)
     tokenizer = prepared.tokenizer()
     bos = tokenizer.bos_id if tokenizer is not None and tokenizer.add_bos else None
     chunks = base_chunks(base, prepared.hparams.n_vocab, bos, line["chunks"])
@@ -117,9 +124,11 @@ def against_base(line: CommandLine) -> None:
 
 def by_mode(line: CommandLine, n_ctx: int) -> None:
     """The same text in several split modes, all against the first."""
-    from mlacli.perplexity import compare
+    from mlacli.perplexity import check_logits_memory, compare
 
     modes = prepared_modes(line, line["compare"], ctx_size=_settled(line, n_ctx))
+    for mode in modes:
+        check_logits_memory(mode.plan, mode.hparams.n_vocab)
     chunks = _chunks(line, modes[0], n_ctx)
     with ExitStack() as stack:
         engines = open_engines(stack, modes)

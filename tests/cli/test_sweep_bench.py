@@ -244,3 +244,18 @@ def test_a_mode_that_would_run_as_another_is_not_compared(mlacli):
     done = mlacli("sweep-bench", "-m", MODEL, *words)
     assert done.code == 2
     assert "Error: --compare: -sm graph would run as -sm layer" in done.err
+
+
+def test_three_modes_of_a_real_model(mlacli):
+    words = ("-c", "256", "-ub", "96", "-n", "2", "-dev", "cpu,cpu", "-t", "2")
+    done = mlacli("sweep-bench", "-m", MODEL, *words, "--compare", "none,layer,graph")
+    assert done.code == 0
+    rows = [line.split("|")[1:-1] for line in done.out.splitlines()[2 : 2 + 6]]
+    assert [(int(row[2]), row[-1].strip()) for row in rows] == [
+        (n, mode) for n in (0, 96) for mode in ("none", "layer", "graph")
+    ]
+    pairs = ("layer/none", "graph/none", "graph/layer")
+    head = next(line for line in done.out.splitlines() if line.startswith("|  N_KV"))
+    assert all(f"S_PP {pair}" in head and f"S_TG {pair}" in head for pair in pairs)
+    said = [line for line in done.out.splitlines() if line.startswith(("S_PP: ", "S_TG: "))]
+    assert len(said) >= 6 and all("ahead of" in x or "overtakes" in x for x in said)
