@@ -62,3 +62,12 @@ def host_memory() -> tuple[int, int]:
     except (OSError, ValueError):
         return total, free
     return total, free
+
+
+def resident_bytes() -> int:
+    """Bytes of this process that are in memory now; 0 where the system doesn't say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -80,6 +80,14 @@ def split_mode(word: str) -> str:
     return str(choice("none", "layer", "graph", "auto", tensor="graph")(word))
 
 
+def compared_modes(word: str) -> tuple[str, ...]:
+    """Two or three different split modes."""
+    modes = tuple(split_mode(part.strip()) for part in word.split(","))
+    if "auto" in modes or len(modes) < 2 or len(set(modes)) < len(modes):
+        raise _bad("a list of different split modes", word, "write it as none,layer,graph")
+    return modes
+
+
 def cache_type(word: str) -> str:
     low = word.lower()
     if low in ("q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1", "q6_0", "q8_kv", "q8_1"):

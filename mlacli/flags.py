@@ -8,7 +8,7 @@ Spelling and defaults are llama.cpp's and ik_llama.cpp's; what those have and ml
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -17,6 +17,7 @@ from mlacli.flag_values import (
     Parse,
     cache_type,
     choice,
+    compared_modes,
     devices,
     integer,
     layers,
@@ -221,7 +222,39 @@ SWEEP: tuple[Flag, ...] = (
     ),
     Flag(("-nrep", "--n-repetitions"), integer(1), "repetitions of the first row", "N", 1),
     Flag(("-wb", "--warmup-batch"), None, "warm up with one ubatch"),
-    Flag(("--output-format",), choice("md", "jsonl", table="md"), "md | jsonl", "WORD", "md"),
+    Flag(("--sweep-stride",), integer(1), "measure every Nth row", "N", 1),
+    Flag(("--sweep-memory",), None, "report peak resident and device memory per row"),
+    Flag(
+        ("--output-format",),
+        choice("md", "jsonl", "csv", table="md"),
+        "md (or table) | jsonl | csv",
+        "WORD",
+        "md",
+    ),
+    Flag(("--compare",), compared_modes, "measure modes in turn: none,layer,graph", "MODES", ()),
+    Flag(("--plot",), text, "draw S_PP and S_TG over N_KV: FILE.png, .svg or .pdf", "FILE"),
+    Flag(
+        ("--results",),
+        text,
+        "with --plot: draw saved results instead of measuring; may be repeated",
+        "FILE",
+        (),
+        repeats=True,
+    ),
+)
+
+PERPLEXITY: tuple[Flag, ...] = (
+    Flag(("-f", "--file"), text, "the text to score, - for stdin", "FILE"),
+    Flag(("--chunks",), integer(-1), "score at most N chunks of -c tokens; -1 all", "N", -1),
+    Flag(("--ppl-stride",), integer(0), "overlapping windows, N tokens apart; 0 = off", "N", 0),
+    Flag(
+        ("--kl-divergence-base", "--save-all-logits"),
+        text,
+        "write log-probabilities to FILE, or read them with --kl-divergence",
+        "FILE",
+    ),
+    Flag(("--kl-divergence",), None, "compare with the file of --kl-divergence-base"),
+    Flag(("--compare",), compared_modes, "score modes against the first of them", "MODES", ()),
 )
 
 PLAN: tuple[Flag, ...] = (
@@ -240,15 +273,35 @@ _COMMON_SECTIONS: Sections = (
     ("Context and precision", CONTEXT),
     ("Run", RUN),
 )
+
+
+def _perplexity_sections() -> Sections:
+    """The common ones; -c is the length of a chunk there, 512 as in llama.cpp."""
+    chunk = "tokens of a chunk, whose second half is scored"
+    return tuple(
+        (title, tuple(replace(f, default=512, help=chunk) if f.key == "ctx_size" else f
+                      for f in flags))
+        for title, flags in _COMMON_SECTIONS
+    )  # fmt: skip
+
+
 COMMANDS: Mapping[str, Sections] = MappingProxyType(
     {
         "run-model": (("Prompt", PROMPT), ("Sampling", SAMPLING), *_COMMON_SECTIONS),
         "sweep-bench": (("Benchmark", SWEEP), *_COMMON_SECTIONS),
         "plan": (("Plan", PLAN), *_COMMON_SECTIONS),
+        "perplexity": (("Perplexity", PERPLEXITY), *_perplexity_sections()),
     }
 )
 
-EXCLUSIVE: tuple[tuple[str, ...], ...] = (("prompt", "file", "prompt_ids"),)
+EXCLUSIVE: tuple[tuple[str, ...], ...] = (
+    ("prompt", "file", "prompt_ids"),
+    ("split_mode", "compare"),
+    ("results", "compare"),
+    ("kl_divergence", "compare"),
+    ("kl_divergence_base", "compare"),
+    ("kl_divergence_base", "ppl_stride"),
+)
 
 ENVIRONMENT: Mapping[str, str] = MappingProxyType(
     {

@@ -96,8 +96,6 @@ REFUSED: tuple[Refused, ...] = (
     Refused(("-lv", "--verbosity", "--log-file", "-ptc"), 1, "use -v; redirect stderr to a file"),
     Refused(("-bf", "--binary-file"), 1, "use -f"),
     Refused(("--prompt-cache",), 1, "sessions can't be saved; leave it out"),
-    Refused(("--sweep-stride",), 1, "every row is measured; leave it out"),
-    Refused(("--sweep-memory",), 0, "leave it out"),
 )
 
 BY_NAME: Mapping[str, Refused] = MappingProxyType({n: r for r in REFUSED for n in r.names})

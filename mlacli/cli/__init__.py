@@ -20,6 +20,7 @@ from mlacli.flag_values import nearest
 _COMMANDS = {
     "run-model": ("mlacli.cli.run_model", "generate text from a prompt"),
     "sweep-bench": ("mlacli.cli.sweep_bench", "prefill and decode speed over the context"),
+    "perplexity": ("mlacli.cli.perplexity", "perplexity of a text, KL divergence, modes compared"),
     "check-flags": ("mlacli.cli.check_flags", "what a llama.cpp command line would do here"),
     "plan": ("mlacli.cli.plan", "shards and memory per device, from the file header"),
 }
