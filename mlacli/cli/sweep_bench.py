@@ -35,6 +35,7 @@ def run(line: CommandLine) -> None:
         show = row_printer(head(engine), line["output_format"])
         for row in rows:
             show(row)
+            console.event("timings", **row_values(row))
         if shape.skipped is not None:
             console.note(
                 f"stopped before N_KV {shape.skipped}: a row needs {max(shape.pp, shape.tg)} "
