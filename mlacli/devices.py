@@ -35,6 +35,11 @@ def find_devices(split: SplitParams) -> tuple[Device, ...]:
     return tuple(Device(name, "cpu", total, free) for name in split.devices)
 
 
+def present_devices() -> tuple[Device, ...]:
+    """Every device of this machine that a model can run on."""
+    return find_devices(SplitParams())
+
+
 def main_device(split: SplitParams, devices: tuple[Device, ...]) -> Device:
     """The device that -mg names; UsageError when there are fewer."""
     if split.main_gpu >= len(devices):

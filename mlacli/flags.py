@@ -2,19 +2,19 @@
 
 No click here: `cli/words.py` walks a command line by it, `load()` looks up the long names.
 Spelling and defaults are llama.cpp's and ik_llama.cpp's; what those have and mlacli has not is in
-`flags_refused.py`.
+`flags_foreign.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import Any
 
 from mlacli.errors import UsageError
+from mlacli.flag_entry import Flag
 from mlacli.flag_values import (
-    Parse,
     cache_type,
     choice,
     compared_modes,
@@ -33,25 +33,8 @@ from mlacli.flag_values import (
     text,
     token_ids,
 )
+from mlacli.flags_commands import CHECK, LOGS, OTHER
 from mlacli.params import ContextParams, ModelParams, Params, SamplingParams, SplitParams
-
-
-@dataclass(frozen=True, slots=True)
-class Flag:
-    """One flag. `parse` None = a switch; `key` is its first long name with underscores."""
-
-    names: tuple[str, ...]
-    parse: Parse | None
-    help: str
-    metavar: str = ""
-    default: Any = None
-    optional: str | None = None  # the value meant when the next word isn't one (-fa)
-    repeats: bool = False
-
-    @property
-    def key(self) -> str:
-        return next(n for n in self.names if n.startswith("--"))[2:].replace("-", "_")
-
 
 MODEL: tuple[Flag, ...] = (
     Flag(
@@ -184,7 +167,7 @@ CONTEXT: tuple[Flag, ...] = (
 
 RUN: tuple[Flag, ...] = (
     Flag(("--strict",), None, "exit 3 instead of running differently than asked"),
-    Flag(("-v", "--verbose"), None, "print each tensor's shard per rank"),
+    Flag(("-v", "--verbose", "--log-verbose"), None, "print each tensor's shard per rank"),
 )
 
 PROMPT: tuple[Flag, ...] = (
@@ -200,6 +183,7 @@ PROMPT: tuple[Flag, ...] = (
     ),
     Flag(("-e", "--escape"), None, r"expand \n, \t, \xNN in -p (on by default)"),
     Flag(("--no-escape",), None, "leave escapes in -p alone"),
+    Flag(("--display-prompt",), None, "print the prompt too (on by default)"),
     Flag(("--no-display-prompt",), None, "don't print the prompt"),
     Flag(("--ignore-eos",), None, "go on after an end-of-generation token"),
 )
@@ -271,7 +255,8 @@ _COMMON_SECTIONS: Sections = (
     ("Devices and split", DEVICES),
     ("Placement", PLACEMENT),
     ("Context and precision", CONTEXT),
-    ("Run", RUN),
+    ("Run", RUN + LOGS),
+    ("Other", OTHER),
 )
 
 
@@ -291,6 +276,7 @@ COMMANDS: Mapping[str, Sections] = MappingProxyType(
         "sweep-bench": (("Benchmark", SWEEP), *_COMMON_SECTIONS),
         "plan": (("Plan", PLAN), *_COMMON_SECTIONS),
         "perplexity": (("Perplexity", PERPLEXITY), *_perplexity_sections()),
+        "check-flags": (("Check", CHECK), ("Other", OTHER)),
     }
 )
 
@@ -303,25 +289,16 @@ EXCLUSIVE: tuple[tuple[str, ...], ...] = (
     ("kl_divergence_base", "ppl_stride"),
 )
 
+# Environment variable -> key; read before the words of the command line, which win.
 ENVIRONMENT: Mapping[str, str] = MappingProxyType(
     {
-        "LLAMA_ARG_MODEL": "model",
-        "LLAMA_ARG_CTX_SIZE": "ctx_size",
-        "LLAMA_ARG_BATCH": "batch_size",
-        "LLAMA_ARG_UBATCH": "ubatch_size",
-        "LLAMA_ARG_N_GPU_LAYERS": "gpu_layers",
-        "LLAMA_ARG_THREADS": "threads",
-        "LLAMA_ARG_N_PREDICT": "predict",
-        "LLAMA_ARG_FLASH_ATTN": "flash_attn",
-        "LLAMA_ARG_CACHE_TYPE_K": "cache_type_k",
-        "LLAMA_ARG_CACHE_TYPE_V": "cache_type_v",
-        "LLAMA_ARG_DEVICE": "device",
-        "LLAMA_ARG_SPLIT_MODE": "split_mode",
-        "LLAMA_ARG_TENSOR_SPLIT": "tensor_split",
-        "LLAMA_ARG_MAIN_GPU": "main_gpu",
-        "LLAMA_ARG_N_CPU_MOE": "n_cpu_moe",
+        flag.env: flag.key
+        for command, sections in COMMANDS.items()
+        for title, flags in sections
+        for flag in flags
+        if command != "check-flags" and title != "Other"
     }
-)  # read before the words of the command line, which win
+)
 
 
 def parse_value(flag: Flag, value: Any, spelled: str) -> Any:

@@ -23,15 +23,16 @@ def prepared_model(line: CommandLine, **settled: Any) -> Prepared:
 
     `settled`: values by key that the command knows better than the line.
     """
-    from mlacli.parallel.plan_report import plan_rows, shard_rows
+    from mlacli.parallel.plan_report import plan_as_dict, plan_rows, shard_rows
     from mlacli.prepare import prepare
 
     prepared = prepare(line["model"], to_params(line.values | settled, line.typed))
     if line["model"] is None:
         console.log(f"no -m given: running the bundled model {prepared.path.name}")
     console.findings(f for f in prepared.findings if f.level != "note")  # notes: in the rows below
+    console.event("plan", **plan_as_dict(prepared.plan))
     console.table(*plan_rows(prepared.plan), to_stderr=True, turn=True)
-    if line["verbose"]:
+    if line["verbose"] or line["verbosity"] >= console.TRACE:
         console.table(*shard_rows(prepared.plan), to_stderr=True)
     console.effective(prepared.effective)
     if prepared.predicted_tps is not None and prepared.predicted_tps < _SLOW:
