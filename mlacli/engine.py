@@ -182,9 +182,11 @@ class Engine:
         frequencies = hp.rope.frequencies(hp.p)
 
         def one_rank(rank: int) -> Any:
-            ops = self._ops(rank)
-            step = ops.step(ids, n_past, frequencies, rows)
-            return model.forward(ops, hp, self._weights[rank], self._caches[rank], step)
+            ops, weights, cache = self._ops(rank), self._weights[rank], self._caches[rank]
+            return ops.execute(
+                ids, n_past, frequencies, rows,
+                lambda step: model.forward(ops, hp, weights, cache, step),
+            )  # fmt: skip
 
         results = self._ranks.group.run(one_rank)
         self.n_kv = n_past + len(ids)
