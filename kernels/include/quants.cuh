@@ -3,7 +3,7 @@
 // Every quantised type goes through one form: value i of a group is
 //     d[i / 16] * (byte i of q - bias) - m[i / 16]
 // load_bytes() gives q, d and m, load_group() the values. In all types the product is exact in
-// float32 (at most 24 bits: 11 of the float16 scale, up to 8 of sub-scale, up to 7 of value), so
+// float32 (at most 23 significant bits: 11 of the float16 scale, 12 of sub-scale times value), so
 // only the subtraction of m rounds, and neither the order of factors nor FMA changes a bit.
 // With -ftz=true (CuPy's default) an MXFP4 product below 2^-126 becomes 0; nothing else differs.
 // Reads stay inside the row. A row starts at a multiple of QuantTraits::align.
@@ -344,7 +344,8 @@ template <int QTYPE>
 FORCE_INLINE void load_bytes(
         const unsigned char* row, int g, unsigned (&q)[8], float (&d)[2], float (&m)[2]) {
     constexpr int groups = QuantTraits<QTYPE>::block / 32;  // in a block
-    unpack<QTYPE>(row + (long long)(g / groups) * QuantTraits<QTYPE>::nbytes, g % groups, q, d, m);
+    const int block = (unsigned)g / groups, rest = (unsigned)g % groups;
+    unpack<QTYPE>(row + (long long)block * QuantTraits<QTYPE>::nbytes, rest, q, d, m);
 }
 
 // Value i of an F32, F16 or BF16 row.
@@ -357,7 +358,7 @@ FORCE_INLINE float load_float(const unsigned char* row, long long i) {
 
 // v = group g of a row, values 32 g .. 32 g + 31, all of which the row has.
 template <int QTYPE>
-__device__ inline void load_group(const unsigned char* row, int g, float (&v)[32]) {
+FORCE_INLINE void load_group(const unsigned char* row, int g, float (&v)[32]) {
     if constexpr (QuantTraits<QTYPE>::block == 1) {
 #pragma unroll
         for (int i = 0; i < 32; ++i) v[i] = load_float<QTYPE>(row, 32LL * g + i);
@@ -379,7 +380,7 @@ __device__ inline void load_group(const unsigned char* row, int g, float (&v)[32
 // As load_group for a row of n values: nothing past the row is read, values past it are 0.
 // Rows of quantised types hold whole groups.
 template <int QTYPE>
-__device__ inline void load_group_tail(const unsigned char* row, int g, int n, float (&v)[32]) {
+FORCE_INLINE void load_group_tail(const unsigned char* row, int g, int n, float (&v)[32]) {
     if (32LL * g + 32 <= n) return load_group<QTYPE>(row, g, v);
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
