@@ -85,6 +85,10 @@ def _on_cpu(params: Params) -> bool:
     return not params.split.vram and all(d == "cpu" for d in params.split.devices)
 
 
+def _on_gpu(params: Params) -> bool:
+    return any(device != "cpu" for device in params.split.devices)
+
+
 def _refused(params: Params) -> Iterable[Finding]:
     def no(key: str, message: str, hint: str) -> Finding:
         flag = params.spelled(key)
@@ -98,6 +102,14 @@ def _refused(params: Params) -> Iterable[Finding]:
     if has_values(context) and not context.flash_attn and context.cache_type_v == "q8_0":
         hint = "use f16 or bf16, or leave -fa off out"
         yield no("cache_type_v", "{flag} q8_0 needs -fa on", hint)
+    if _on_gpu(params):
+        rest = "is not supported on GPUs by this version"
+        if not context.flash_attn:
+            yield no("flash_attn", "{flag} off " + rest, "leave it out, or run on -dev cpu")
+        if context.mla == 0:
+            yield no("mla_use", "{flag} 0 " + rest, "leave it out, or run on -dev cpu")
+        if context.cache_type_k == "q8_0":
+            yield no("cache_type_k", "{flag} q8_0 " + rest, "use f16")
     if not _on_cpu(params):
         for flag in offenders(params):
             yield Finding(
@@ -114,7 +126,7 @@ def _changed(params: Params) -> Iterable[Finding]:
             "-sm graph on one device runs as one rank",
             "name several devices, e.g. -dev cpu,cpu",
         )  # fmt: skip
-    if _is_lifted(_as_graph_runs(params)):
+    if _is_lifted(_as_it_runs(params)):
         flag = params.spelled("attention_max_batch")
         yield Finding(
             "warning", flag, "changed", f"{flag} is lifted to {LEAST_SCORES_MIB} MiB, the least",
@@ -126,15 +138,21 @@ def _is_lifted(context: ContextParams) -> bool:
     return 0 < context.attention_max_batch < LEAST_SCORES_MIB and not is_blockwise(context)
 
 
-def _as_graph_runs(params: Params) -> ContextParams:
-    """Graph mode always decodes block-wise, so that -mla 2 is 3 there (B 3.8)."""
-    is_same = _mode(params) == "graph" and params.context.mla == 2
-    return replace(params.context, mla=3) if is_same else params.context
+def _as_it_runs(params: Params) -> ContextParams:
+    """Graph mode always decodes block-wise, so that -mla 2 is 3 there (B 3.8).
+
+    The kernels of this version have the absorbed form alone, so that 2 and 3 are 1 on GPUs.
+    """
+    context = params.context
+    if context.mla > 1 and _on_gpu(params):
+        return replace(context, mla=1)
+    is_same = _mode(params) == "graph" and context.mla == 2
+    return replace(context, mla=3) if is_same else context
 
 
 def settled(params: Params) -> Params:
     """`params` as they run, once `check` has said what changes."""
-    context = _as_graph_runs(params)
+    context = _as_it_runs(params)
     if _is_lifted(context):
         context = replace(context, attention_max_batch=LEAST_SCORES_MIB)
     return replace(params, context=context)
@@ -143,14 +161,14 @@ def settled(params: Params) -> Params:
 def _idle(params: Params) -> Iterable[Finding]:
     mode = _mode(params)
     on_cpu = _on_cpu(params)
-    context = _as_graph_runs(params)
+    context = _as_it_runs(params)
     graph_only = "it acts under -sm graph only"
     v_type = "the latent row holds V too: -ctk is the type of both"
     if context.mla > 1 and not context.flash_attn:
         v_type += ", where ik_llama.cpp takes -ctv without flash attention"
     rules = (
         ("cache_type_v", not has_values(context), v_type),
-        ("mla_use", context.mla != params.context.mla, "under -sm graph 2 is the same as 3"),
+        ("mla_use", context.mla != params.context.mla, f"it runs as -mla {context.mla} here"),
         ("graph_attn_precision", not context.flash_attn, "-fa off rounds nothing"),
         ("attention_max_batch", is_blockwise(context), "block-wise attention holds no matrix"),
         ("main_gpu", mode in ("layer", "graph"), "it picks the device of -sm none only"),

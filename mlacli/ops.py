@@ -7,7 +7,7 @@ k nope, p rope, v value, E experts, f expert width. `Act` and `Weight` are opaqu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Act = Any  # an activation of the backend
 Weight = Any  # a weight of the backend, in its GGUF bytes or repacked
+_ABSENT = "compat.py refuses forms that a backend has not"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +127,13 @@ class Ops(Protocol):
 
     def store_columns(self, columns: Any, c_kv: Act, step: Step) -> None:
         """Write c_kv to the transposed copy."""
-        ...
+        raise AssertionError(_ABSENT)
 
     def store_heads(
         self, keys: Any, values: Any, c_kv: Act, k_pe: Act, k_b: Weight, v_b: Weight, step: Step
     ) -> None:
         """Expand c_kv and write each head's key and value."""
-        ...
+        raise AssertionError(_ABSENT)
 
     def heads_up(self, x: Act, w: Weight) -> Act:
         """Per head x[:, h] w[h]^T: [n, h, a], [h, b, a] -> [n, h, b]."""
@@ -154,13 +155,13 @@ class Ops(Protocol):
         scale: float,
     ) -> Act:  # fmt: skip
         """Block-wise softmax with keys and values built per head, block by block: [n, h, v]."""
-        ...
+        raise AssertionError(_ABSENT)
 
     def attend_heads(
         self, q_nope: Act, q_pe: Act, kv: LayerCache, step: Step, scale: float, blockwise: bool
     ) -> Act:
         """Softmax over cached keys and values of each head: [n, h, v]."""
-        ...
+        raise AssertionError(_ABSENT)
 
     def route(self, x: Act, gate: Weight, bias: Weight | None, routing: Routing) -> Any:
         """Chosen expert ids and their weights, [n, n_used] each; ties go to the lower id."""
@@ -175,6 +176,13 @@ class Ops(Protocol):
         ...
 
     # ---- coarse ops: composed defaults ------------------------------------------------------
+
+    def execute(
+        self, tokens: Sequence[int], n_past: int, frequencies: Sequence[float],
+        out_rows: Sequence[int], forward: Callable[[Step], Act | None],
+    ) -> Any:  # fmt: skip
+        """The logits of one forward as a host array; a backend may capture and replay it."""
+        return forward(self.step(tokens, n_past, frequencies, out_rows))
 
     def project(
         self, x: Act, q_a: Weight | None, kv_a: Weight, r: int

@@ -142,6 +142,21 @@ def test_mla_2_is_3_under_graph() -> None:
     assert settled(attention(mla_use=2)).context.mla == 2
 
 
+@pytest.mark.parametrize("mla", [2, 3])
+def test_gpus_attend_absorbed(mla: int) -> None:
+    on_gpu = attention(device=("cuda0",), mla_use=mla)
+    assert settled(on_gpu).context.mla == 1
+    found = {f.flag: f.message for f in check("deepseek2", on_gpu)}
+    assert found["-mla"] == "it runs as -mla 1 here"
+
+
+@pytest.mark.parametrize("given", [{"flash_attn": False}, {"mla_use": 0}, {"cache_type_k": "q8_0"}])
+def test_gpus_lack_the_other_forms(given: dict[str, object]) -> None:
+    errors = [f for f in check("deepseek2", attention(device=("cuda0",), **given))
+              if f.level == "error"]  # fmt: skip
+    assert len(errors) == 1 and "on GPUs" in errors[0].message
+
+
 def test_flags_that_mean_nothing_on_cpu_say_so() -> None:
     notes = {f.flag: f for f in check("deepseek2", params(*OFFENDERS, mode="layer"))}
     assert set(notes) == set(OFFENDERS) - {"-muge"}
