@@ -1,16 +1,19 @@
-"""What the architectures share verbatim: YaRN frequencies, gated MLP, routed experts."""
+"""What the architectures share verbatim: YaRN frequencies, the walk over layers, MLP, experts."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlacli.errors import GgufError, UnsupportedFeature
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mlacli.latent_cache import LatentCache
     from mlacli.loading.gguf_file import Metadata
-    from mlacli.ops import Act, Ops
+    from mlacli.ops import Act, ModelWeights, Ops, Step
     from mlacli.ops import LayerWeights as Layer
 
 
@@ -95,6 +98,22 @@ class Routing:
     n_groups_used: int = 1
     renormalise: bool = False
     scale: float = 1.0
+
+
+def through_layers(
+    ops: Ops, hp: Any, w: ModelWeights, cache: LatentCache, step: Step,
+    layer: Callable[..., tuple[Act, Act]],
+) -> Act | None:  # fmt: skip
+    """Logits [n_out, V] after every `layer` held here; None on a stage that isn't the last."""
+    residual = ops.receive() if w.token_embd is None else ops.embed(step.tokens, w.token_embd)
+    norms = [layer_w.attn_norm for layer_w in w.layers.values()] + [w.output_norm]
+    x = ops.rms_norm(residual, norms[0], hp.eps)
+    for (il, layer_w), next_norm in zip(w.layers.items(), norms[1:], strict=True):
+        residual, x = layer(ops, hp, layer_w, cache, il, residual, x, step, next_norm)
+    if w.output_norm is None:
+        ops.send(residual)
+        return None
+    return ops.logits(ops.rows(x, step.out_rows), w.output)
 
 
 def gated_mlp(ops: Ops, x: Act, w: Layer) -> Act | None:
