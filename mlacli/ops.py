@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from mlacli.models.parts import Routing
+    from mlacli.models.parts import Routing, Temperature
     from mlacli.parallel.comm import Comm
     from mlacli.params import ContextParams
 
@@ -89,6 +89,10 @@ class Ops(Protocol):
 
     def rope(self, x: Act, step: Step) -> Act:
         """x [n, p] or [n, h, p] with pairs (2i, 2i+1) rotated."""
+        ...
+
+    def temper(self, q: Act, temperature: Temperature, step: Step) -> Act:
+        """q [n, ...] times 1 + scale * ln(1 + floor(pos / length)) of each token."""
         ...
 
     def silu_mul(self, gate: Act, up: Act) -> Act:

@@ -21,7 +21,7 @@ from mlacli.parallel.memory import KV_BLOCK
 from mlacli.params import ContextParams
 
 if TYPE_CHECKING:
-    from mlacli.models.parts import Routing
+    from mlacli.models.parts import Routing, Temperature
     from mlacli.parallel.shards import Shard
 
 Ints = NDArray[np.int64]
@@ -141,6 +141,11 @@ class NumpyOps(Ops):
         y[..., ::2] = even * cos - odd * sin
         y[..., 1::2] = even * sin + odd * cos
         return y
+
+    def temper(self, q: Floats, temperature: Temperature, step: Step) -> Floats:
+        grown = np.log1p((step.pos // temperature.length).astype(np.float32))
+        factor = np.float32(1) + np.float32(temperature.scale) * grown
+        return np.asarray(q * factor[:, None])
 
     def silu_mul(self, gate: Floats, up: Floats) -> Floats:
         return gate * _sigmoid(gate) * up

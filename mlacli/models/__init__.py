@@ -8,9 +8,9 @@ from __future__ import annotations
 from types import ModuleType
 
 from mlacli.errors import UnsupportedFeature
-from mlacli.models import deepseek2
+from mlacli.models import deepseek2, mistral4
 
-ARCHS: dict[str, ModuleType] = {"deepseek2": deepseek2}
+ARCHS: dict[str, ModuleType] = {"deepseek2": deepseek2, "mistral4": mistral4}
 
 
 def model_of(arch: str) -> ModuleType:

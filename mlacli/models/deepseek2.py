@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mlacli.models import mistral4
 from mlacli.models.hparams import Hparams
 from mlacli.models.mla_tensors import MODEL, layer_tensors
-from mlacli.models.parts import gated_mlp, routed_experts, through_layers
+from mlacli.models.parts import gated_mlp, query, routed_experts, through_layers
 
 if TYPE_CHECKING:
     from mlacli.latent_cache import LatentCache
@@ -21,7 +22,9 @@ __all__ = ["MODEL", "Hparams", "forward", "layer_tensors"]
 
 def forward(ops: Ops, hp: Hparams, w: ModelWeights, cache: LatentCache, step: Step) -> Act | None:
     """Logits [n_out, V] of the step's wanted rows; None on a pipeline stage that isn't the last."""
-    return through_layers(ops, hp, w, cache, step, layer)
+    # Mistral-Large-3 comes as deepseek2, with mistral4's attention temperature.
+    own = layer if hp.temperature is None else mistral4.layer
+    return through_layers(ops, hp, w, cache, step, own)
 
 
 def layer(
@@ -44,10 +47,7 @@ def attention(
     q_a, c_kv, k_pe = ops.project(x, w.attn_q_a, w.attn_kv_a_mqa, hp.r)  # mirrored
     c_kv = ops.rms_norm(c_kv, w.attn_kv_a_norm, hp.eps)
     cache.store(ops, il, c_kv, ops.rope(k_pe, step), step)  # one row per token: c_kv then k_pe
-    if w.attn_q_a is None:
-        q = ops.matmul(x, w.attn_q)
-    else:
-        q = ops.matmul(ops.rms_norm(q_a, w.attn_q_a_norm, hp.eps), w.attn_q_b)
+    q = query(ops, hp, x, q_a, w)
     q_nope, q_pe = ops.split_heads(q, hp.k, hp.p)  # [n, h, k], [n, h, p]: local heads
     o = ops.mla_attention(
         q_nope, ops.rope(q_pe, step), cache.rows[il], w.attn_k_b, w.attn_v_b,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlacli.errors import GgufError, UnsupportedFeature
-from mlacli.models.parts import RopeScaling, Routing
+from mlacli.models.parts import RopeScaling, Routing, Temperature
 
 if TYPE_CHECKING:
     from mlacli.loading.gguf_file import GgufFile, Metadata
@@ -30,6 +30,7 @@ class Hparams:
     v: int
     eps: float
     rope: RopeScaling
+    temperature: Temperature | None
     n_dense: int
     E: int
     F: tuple[int, ...]  # dense FFN width per layer
@@ -83,6 +84,7 @@ class Hparams:
             "attention.value_length_mla", None if mqa else key("attention.value_length", 0)
         )
         p = key("rope.dimension_count", 64, low=2)
+        rope = RopeScaling.from_gguf(meta, arch, n_ctx_train)
         hp = cls(
             n_layer=n_layer,
             n_skipped=n_skipped,
@@ -96,7 +98,8 @@ class Hparams:
             p=p,
             v=v_size,
             eps=meta.number(f"{arch}.attention.layer_norm_rms_epsilon"),
-            rope=RopeScaling.from_gguf(meta, arch, n_ctx_train),
+            rope=rope,
+            temperature=Temperature.from_gguf(meta, arch, rope.n_ctx_orig),
             n_dense=key("leading_dense_block_count", 0),
             E=key("expert_count", 0),
             F=_per_layer(meta, f"{arch}.feed_forward_length", n_layer, default=0),

@@ -89,6 +89,23 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, slots=True)
+class Temperature:
+    """Queries grow by 1 + scale * ln(1 + floor(pos / length)): sharper attention far out."""
+
+    scale: float
+    length: int
+
+    @classmethod
+    def from_gguf(cls, meta: Metadata, arch: str, n_ctx_orig: int) -> Temperature | None:
+        """None without the key or with scale 0; `length` falls back to the original context."""
+        scale = meta.number(f"{arch}.attention.temperature_scale", 0.0)
+        if scale == 0:
+            return None
+        length = meta.integer(f"{arch}.attention.temperature_length", n_ctx_orig, low=0)
+        return cls(scale, length or n_ctx_orig)
+
+
+@dataclass(frozen=True, slots=True)
 class Routing:
     """How the gate chooses experts (B 3.9 and DESIGN decision 13)."""
 
@@ -114,6 +131,13 @@ def through_layers(
         ops.send(residual)
         return None
     return ops.logits(ops.rows(x, step.out_rows), w.output)
+
+
+def query(ops: Ops, hp: Any, x: Act, q_a: Act | None, w: Layer) -> Act:
+    """Queries of local heads [n, h * (k + p)], through the low rank where the model has one."""
+    if q_a is None:
+        return ops.matmul(x, w.attn_q)
+    return ops.matmul(ops.rms_norm(q_a, w.attn_q_a_norm, hp.eps), w.attn_q_b)
 
 
 def gated_mlp(ops: Ops, x: Act, w: Layer) -> Act | None:
