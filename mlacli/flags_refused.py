@@ -80,8 +80,6 @@ REFUSED: tuple[Refused, ...] = (
     Refused(("-smf16",), 0, "use -grt f16"),
     Refused(("-smf32",), 0, "use -grt f32"),
     Refused(("-khad", "--k-cache-hadamard", "-vhad"), 0, "leave it out, or use -ctk f16"),
-    Refused(("-dsa", "--dsa"), 0, "no architecture with a sparse indexer runs yet; leave it out"),
-    Refused(("-dsatk", "--dsa-top-k", "-ictk"), 1, "the sparse indexer does not run yet"),
     Refused(("--rope-scaling", "--rope-scale", "--rope-freq-base"), 1, _ROPE),
     Refused(("--rope-freq-scale", "--yarn-orig-ctx", "--yarn-ext-factor"), 1, _ROPE),
     Refused(("--yarn-attn-factor", "--yarn-beta-fast", "--yarn-beta-slow"), 1, _ROPE),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlacli.errors import GgufError, UnsupportedFeature
+from mlacli.models.indexer import Indexer
 from mlacli.models.parts import RopeScaling, Routing, Temperature
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Hparams:
     f: tuple[int, ...]  # expert width per layer
     n_shared: int
     routing: Routing
+    indexer: Indexer | None
 
     @property
     def softmax_scale(self) -> float:
@@ -47,6 +49,11 @@ class Hparams:
     def cache_width(self) -> int:
         return self.r + self.p
 
+    @property
+    def sparse(self) -> Indexer | None:
+        """The indexer when attention is sparse, None when it is dense."""
+        return self.indexer if self.indexer is not None and self.indexer.on else None
+
     def is_dense(self, layer: int) -> bool:
         return layer < self.n_dense or self.E == 0
 
@@ -56,6 +63,8 @@ class Hparams:
             "V": self.n_vocab, "d": self.d, "H": self.H, "q": self.q, "r": self.r, "k": self.k,
             "p": self.p, "v": self.v, "E": self.E, "F": self.F[layer], "f": self.f[layer],
             "s": self.f[layer] * self.n_shared,
+            "I": self.indexer.n_heads if self.indexer else 0,
+            "i": self.indexer.width if self.indexer else 0,
         }  # fmt: skip
 
     @classmethod
@@ -84,6 +93,8 @@ class Hparams:
             "attention.value_length_mla", None if mqa else key("attention.value_length", 0)
         )
         p = key("rope.dimension_count", 64, low=2)
+        # glm-dsa has no lite models: its indexer reads the low-rank query.
+        lite = "blk.0.attn_q.weight" in file.tensors and arch != "glm-dsa"
         rope = RopeScaling.from_gguf(meta, arch, n_ctx_train)
         hp = cls(
             n_layer=n_layer,
@@ -92,7 +103,7 @@ class Hparams:
             n_vocab=_n_vocab(file),
             d=key("embedding_length", low=1),
             H=heads[0],
-            q=0 if "blk.0.attn_q.weight" in file.tensors else key("attention.q_lora_rank", low=1),
+            q=0 if lite else key("attention.q_lora_rank", low=1),
             r=key("attention.kv_lora_rank", low=1),
             k=k_size - p,
             p=p,
@@ -106,6 +117,7 @@ class Hparams:
             f=_per_layer(meta, f"{arch}.expert_feed_forward_length", n_layer, default=0),
             n_shared=key("expert_shared_count", 0),
             routing=_routing(meta, arch, n_blocks, _n_vocab(file)),
+            indexer=Indexer.from_gguf(file, n_layer, n_ctx_train) if arch == "glm-dsa" else None,
         )
         hp._check(heads)
         return hp
@@ -127,6 +139,10 @@ class Hparams:
             (self.E and self.routing.n_groups > 1 and self.routing.n_used
              > self.E // self.routing.n_groups * self.routing.n_groups_used,
              f"expert_used_count {self.routing.n_used} exceeds the experts of the chosen groups"),
+            (self.indexer and self.indexer.eps <= 0,
+             f"layer_norm_epsilon is {self.indexer.eps if self.indexer else 0}"),
+            (self.indexer and self.indexer.width < self.p,
+             f"indexer.key_length {self.dims()['i']} has no room for {self.p} rotated values"),
         ]  # fmt: skip
         for is_broken, what in broken:
             if is_broken:
@@ -153,8 +169,8 @@ def _per_layer(meta: Metadata, key: str, n: int, default: int | None = None) -> 
 
 
 def _routing(meta: Metadata, arch: str, n_blocks: int, n_vocab: int) -> Routing:
-    # Files of GLM-4.7-Flash made before the key existed have a sigmoid gate; all others softmax.
-    glm = n_blocks in (47, 48) and n_vocab == 154880
+    # Without the key GLM has a sigmoid gate (4.7-Flash is known by its sizes), all others softmax.
+    glm = arch == "glm-dsa" or (n_blocks in (47, 48) and n_vocab == 154880)
     gate = meta.integer(f"{arch}.expert_gating_func", 0) or (2 if glm else 1)
     if gate not in (1, 2):
         raise UnsupportedFeature(

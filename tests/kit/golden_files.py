@@ -8,7 +8,7 @@ import mlacli
 
 MODELS = Path(__file__).parents[1] / "golden" / "models"
 FILES = {path.stem: path for path in sorted(MODELS.glob("*.gguf"))}
-EXACT = {"cache_type_k": "f32", "graph_attn_precision": "f32"}
+EXACT = {"cache_type_k": "f32", "indexer_cache_type_k": "f32", "graph_attn_precision": "f32"}
 SPLITS = {
     "1 rank": {},
     "2 ranks": {"device": "cpu,cpu", "split_mode": "graph"},

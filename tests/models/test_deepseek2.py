@@ -1,6 +1,6 @@
 """All golden models against logits of transformers' own classes, on any number of ranks.
 
-What is peculiar to mistral4 is in its own file; the rest here is deepseek2's.
+What is peculiar to glm-dsa and mistral4 is in their own files; the rest here is deepseek2's.
 
 Weakest link: the golden files come from tests/golden/make_golden.py, whose exporter is ours; it is
 held in place by tests/kit/reference.py, which reads the files on its own.
@@ -21,7 +21,7 @@ from mlacli.parallel.shards import Shard
 
 def test_there_are_golden_models() -> None:
     assert {"v2lite", "v2", "v3", "v3_kv_b", "v3_folded", "glm47flash", "real_rows"} <= set(FILES)
-    assert {"mistral4", "mistral4_rows"} <= set(FILES)
+    assert {"glm_dsa", "mistral4", "mistral4_rows"} <= set(FILES)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -43,7 +43,7 @@ def test_default_precision_stays_close(name: str, split: str) -> None:
 
 
 @pytest.mark.parametrize("ubatch", [1, 7, 16, 33])
-@pytest.mark.parametrize("name", ["v2", "v3", "glm47flash", "mistral4"])
+@pytest.mark.parametrize("name", ["v2", "v3", "glm47flash", "glm_dsa", "mistral4"])
 def test_any_ubatch_size_gives_the_same_logits(name: str, ubatch: int) -> None:
     tokens, want = golden(name)
     got = logits(FILES[name], tokens, **EXACT, ubatch_size=ubatch)
@@ -51,7 +51,7 @@ def test_any_ubatch_size_gives_the_same_logits(name: str, ubatch: int) -> None:
 
 
 @pytest.mark.parametrize("split", ["1 rank", "2 ranks", "2 stages"])
-@pytest.mark.parametrize("name", ["v3", "mistral4"])
+@pytest.mark.parametrize("name", ["v3", "glm_dsa", "mistral4"])
 def test_token_by_token_is_one_prefill(name: str, split: str) -> None:
     tokens, want = golden(name)
     with mlacli.load(FILES[name], **EXACT, **SPLITS[split]) as engine:
