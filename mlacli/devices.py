@@ -35,6 +35,11 @@ def find_devices(split: SplitParams) -> tuple[Device, ...]:
     return tuple(Device(name, "cpu", total, free) for name in split.devices)
 
 
+def present_devices() -> tuple[Device, ...]:
+    """Every device of this machine that a model can run on."""
+    return find_devices(SplitParams())
+
+
 def main_device(split: SplitParams, devices: tuple[Device, ...]) -> Device:
     """The device that -mg names; UsageError when there are fewer."""
     if split.main_gpu >= len(devices):
@@ -62,3 +67,12 @@ def host_memory() -> tuple[int, int]:
     except (OSError, ValueError):
         return total, free
     return total, free
+
+
+def resident_bytes() -> int:
+    """Bytes of this process that are in memory now; 0 where the system doesn't say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")

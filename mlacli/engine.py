@@ -15,9 +15,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from mlacli.backends import open_ranks
+from mlacli.devices import resident_bytes
 from mlacli.errors import ContextFull, UsageError
 from mlacli.flags import COMMON, SAMPLING, library_values, to_params
 from mlacli.latent_cache import LatentCache
+from mlacli.layer_watch import LayerWatch, Watcher
 from mlacli.loading.weights import load_weights
 from mlacli.ops import ModelWeights, Ops
 from mlacli.parallel.ranks import first_result
@@ -67,6 +69,7 @@ class Engine:
         self.n_ctx, self.n_kv = prepared.plan.n_ctx, 0
         self.context_full = False
         self.timings = Timings()
+        self.watch: Watcher | None = None  # is shown the residual stream after every layer
         self._ranks = open_ranks(prepared.plan, prepared.params.context, prepared.n_threads)
         self._weights: list[ModelWeights] = []
         self._caches: list[LatentCache] = []
@@ -120,6 +123,10 @@ class Engine:
         self._weights, self._caches = [], []
         self.prepared.gguf.close()
 
+    def take_turn(self) -> None:
+        """Set this engine's threads for the process: call it where engines work in turns."""
+        self._ranks.take_turn()
+
     @property
     def tokenizer(self) -> Tokenizer | None:
         """None for a file without tokenizer: feed it ids."""
@@ -131,25 +138,32 @@ class Engine:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
+    def memory(self) -> dict[str, int]:
+        """Bytes in use now by device. All CPU ranks are one process: its resident pages."""
+        return {r.device: resident_bytes() for r in self.prepared.plan.ranks if r.kind == "cpu"}
+
     # ---- forward ----------------------------------------------------------------------------
 
     def prefill(self, ids: Sequence[int], all_rows: bool = False) -> Floats:
         """Append `ids` to the cache; logits [1, V] of the last one, or [n, V] of all."""
         import numpy as np
 
+        first = 0 if all_rows else len(ids) - 1
+        return np.concatenate(list(self.stream_logits(ids, first)))
+
+    def stream_logits(self, ids: Sequence[int], first: int = 0) -> Iterator[Floats]:
+        """Append `ids`; after each ubatch the logits [m, V] of its tokens from ids[first] on.
+
+        m is 0 where a ubatch ends before `first`; no more than one ubatch's rows exist at once.
+        """
         self._check(ids)
         n_batch, n_ubatch = self.params.context.n_batch, self.params.context.n_ubatch
-        out = []
         for batch in range(0, len(ids), n_batch):
             in_batch = ids[batch : batch + n_batch]
             for start in range(0, len(in_batch), n_ubatch):
                 ubatch = in_batch[start : start + n_ubatch]
-                last = batch + start + len(ubatch) == len(ids)
-                rows = range(len(ubatch)) if all_rows else [len(ubatch) - 1] if last else []
-                logits = self._forward(ubatch, rows)
-                if len(rows):
-                    out.append(logits)
-        return np.concatenate(out)
+                wanted = max(0, first - batch - start)
+                yield self._forward(ubatch, range(wanted, len(ubatch)))
 
     def decode(self, token_id: int) -> Floats:
         """Append one token; its logits [V]."""
@@ -186,8 +200,10 @@ class Engine:
         frequencies = hp.rope.frequencies(hp.p)
 
         def one_rank(rank: int) -> Any:
-            ops = self._ops(rank)
+            ops: Any = self._ops(rank)
             step = ops.step(ids, n_past, frequencies, rows)
+            if self.watch is not None and (rank == 0 or self.params.split.mode != "graph"):
+                ops = LayerWatch(ops, self.prepared.plan.ranks[rank].layers[0], self.watch)
             return model.forward(ops, hp, self._weights[rank], self._caches[rank], step)
 
         results = self._ranks.group.run(one_rank)

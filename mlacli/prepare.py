@@ -181,6 +181,32 @@ def settle_indexer(hp: Any, context: ContextParams) -> Any:
     return replace(hp, indexer=indexer)
 
 
+def together(prepared: Sequence[Prepared]) -> list[Prepared]:
+    """The same models, to be loaded at once; MemoryBudgetError when they can't be.
+
+    Where they don't fit as they are, each keeps fewer float32 copies of its weights.
+    """
+
+    def fits(plans: Sequence[ShardPlan]) -> MemoryBudgetError | None:
+        try:
+            check_memory(replace(plans[0], ranks=tuple(r for plan in plans for r in plan.ranks)))
+        except MemoryBudgetError as e:
+            hint = f"all {len(plans)} modes are loaded at once: use a smaller -c, or fewer modes"
+            return MemoryBudgetError(e.device, e.need, e.have, hint)
+        return None
+
+    if fits([p.plan for p in prepared]) is None:
+        return list(prepared)
+    plans = [
+        replace(p.plan, ranks=tuple(replace(r, dequant=r.dequant // len(prepared)) for r in
+                                    p.plan.ranks))
+        for p in prepared
+    ]  # fmt: skip
+    if (error := fits(plans)) is not None:
+        raise error
+    return [replace(p, plan=plan) for p, plan in zip(prepared, plans, strict=True)]
+
+
 def _refuse_changes(findings: Sequence[Finding]) -> None:
     for finding in findings:
         if finding.verdict in ("downgraded", "changed"):

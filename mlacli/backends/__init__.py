@@ -21,6 +21,13 @@ class Ranks:
     ops: list[Ops]
     group: RankGroup
     blas_limit: Any  # restores the BLAS threads
+    blas_threads: int  # of each rank
+
+    def take_turn(self) -> None:
+        """The BLAS limit is the process's: set it anew where engines work in turns."""
+        from threadpoolctl import threadpool_limits
+
+        threadpool_limits(self.blas_threads, user_api="blas")
 
     def close(self) -> None:
         self.group.close()
@@ -44,5 +51,6 @@ def open_ranks(plan: ShardPlan, context: ContextParams, n_threads: int) -> Ranks
         return PipeComm(exchange, rank)
 
     ops: list[Ops] = [NumpyOps(comm(rank.rank), context, rank.dequant) for rank in plan.ranks]
-    limit = threadpool_limits(max(1, n_threads // n), user_api="blas")
-    return Ranks(ops, RankGroup(n, exchange), limit)
+    blas_threads = max(1, n_threads // n)
+    limit = threadpool_limits(blas_threads, user_api="blas")
+    return Ranks(ops, RankGroup(n, exchange), limit, blas_threads)
