@@ -110,6 +110,9 @@ def _refused(params: Params) -> Iterable[Finding]:
     if params.context.mla == 0:
         rest = "1, 2 or 3" if graph.startswith("-sm") else "0 is not supported by this version"
         yield no("mla_use", graph + rest, "use -mla 3, the default")
+    on_gpu = any(device != "cpu" for device in params.split.devices)
+    if on_gpu and params.context.cache_type_k == "q8_0":
+        yield no("cache_type_k", "{flag} q8_0 is not supported on GPUs by this version", "use f16")
     if not _on_cpu(params):
         for flag in offenders(params):
             yield Finding(

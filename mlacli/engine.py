@@ -200,11 +200,14 @@ class Engine:
         frequencies = hp.rope.frequencies(hp.p)
 
         def one_rank(rank: int) -> Any:
-            ops: Any = self._ops(rank)
-            step = ops.step(ids, n_past, frequencies, rows)
+            ops, weights, cache = self._ops(rank), self._weights[rank], self._caches[rank]
+            seen: Any = ops
             if self.watch is not None and (rank == 0 or self.params.split.mode != "graph"):
-                ops = LayerWatch(ops, self.prepared.plan.ranks[rank].layers[0], self.watch)
-            return model.forward(ops, hp, self._weights[rank], self._caches[rank], step)
+                seen = LayerWatch(ops, self.prepared.plan.ranks[rank].layers[0], self.watch)
+            return ops.execute(
+                ids, n_past, frequencies, rows,
+                lambda step: model.forward(seen, hp, weights, cache, step),
+            )  # fmt: skip
 
         results = self._ranks.group.run(one_rank)
         self.n_kv = n_past + len(ids)

@@ -8,7 +8,7 @@ k nope, p rope, v value, E experts, f expert width, I indexer heads, i their wid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -178,6 +178,13 @@ class Ops(Protocol):
         ...
 
     # ---- coarse ops: composed defaults ------------------------------------------------------
+
+    def execute(
+        self, tokens: Sequence[int], n_past: int, frequencies: Sequence[float],
+        out_rows: Sequence[int], forward: Callable[[Step], Act | None],
+    ) -> Any:  # fmt: skip
+        """The logits of one forward as a host array; a backend may capture and replay it."""
+        return forward(self.step(tokens, n_past, frequencies, out_rows))
 
     def project(
         self, x: Act, q_a: Weight | None, kv_a: Weight, r: int
