@@ -147,6 +147,11 @@ def _prepare(file: GgufFile, params: Params) -> Prepared:
     _check_types(file)
     devices = find_devices(params.split)
     main_device(params.split, devices)
+    if hp.sparse is not None and any(device.kind == "cuda" for device in devices):
+        raise UnsupportedFeature(
+            "sparse attention is not supported on GPUs by this version",
+            "use --no-dsa for dense attention, or -dev cpu",
+        )
     host = Device("host", "cpu", *host_memory())
     context = replace(params.context, n_ubatch=min(params.context.n_ubatch, params.context.n_batch))
 

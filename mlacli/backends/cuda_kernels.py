@@ -27,6 +27,7 @@ SIGNATURES: dict[str, tuple[str, str]] = {
     "silu_mul_f32": ("activation", "pppl"),
     "add_f32": ("activation", "pppl"),
     "rows_f32": ("activation", "pppi"),
+    "temper_f32": ("activation", "pppiif"),
     "rope_table_f32": ("rope", "ppppi"),
     "rope_f32": ("rope", "ppppill"),
     "store": ("cache", "ppppii"),

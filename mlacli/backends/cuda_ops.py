@@ -21,7 +21,7 @@ from mlacli.parallel.comm import Comm
 from mlacli.params import ContextParams
 
 if TYPE_CHECKING:
-    from mlacli.models.parts import Routing
+    from mlacli.models.parts import Routing, Temperature
     from mlacli.parallel.plan import RankPlan
     from mlacli.parallel.shards import Shard
 
@@ -204,6 +204,14 @@ class CudaOps(Ops):
         self._run(
             "rope_f32", (step.n, heads), 32, y, x, step.cos, step.sin, half, _stride(x, 0),
             _stride(x, 1) if x.ndim == 3 else 0,
+        )  # fmt: skip
+        return y
+
+    def temper(self, q: Array, temperature: Temperature, step: Step) -> Array:
+        y = self._new(*q.shape)
+        self._run(
+            "temper_f32", (step.n,), 256, y, q, step.pos, q.shape[1], temperature.length,
+            temperature.scale,
         )  # fmt: skip
         return y
 

@@ -9,6 +9,7 @@ from kit.compare import nmse, row_nmse, same_top1
 from kit.toy_gguf import QTYPES, Toy, write_toy
 
 import mlacli
+from mlacli.errors import UnsupportedFeature
 
 MODELS = Path(__file__).parents[1] / "golden" / "models"
 FILES = {path.stem: path for path in sorted(MODELS.glob("*.gguf"))}
@@ -78,3 +79,15 @@ def test_greedy_text_of_the_bundled_model_is_that_of_the_cpu() -> None:
         with mlacli.load(None, device=device, temp=0, **EXACT) as engine:
             texts.append("".join(engine.generate("Once upon a time", 60)))
     assert texts[0] == texts[1]
+
+
+def test_sparse_attention_is_refused_and_dense_runs() -> None:
+    path = next(p for name, p in FILES.items() if name.startswith("glm_dsa"))
+    with pytest.raises(UnsupportedFeature, match="sparse attention"):
+        mlacli.load(path, device="cuda0")
+    tokens = list(range(20))
+    runs = []
+    for device in ("cpu", "cuda0"):
+        with mlacli.load(path, device=device, **EXACT, no_dsa=True) as engine:
+            runs.append(engine.logits(tokens))
+    assert nmse(runs[1], runs[0]) < 1e-9
