@@ -132,6 +132,11 @@ class CudaOps(Ops):
         self._run("rope_table_f32", (n,), block, cos, sin, pos, self._frequencies, half)
         return Step(tokens, pos, cos, sin, n, n_kv, wanted)
 
+    def _absent(self, *args: Any, **more: Any) -> Any:
+        raise AssertionError("prepare() refuses what needs an op that is not here yet")
+
+    layer_norm = rope_first = temper = heads = store_index = dsa_select = attend_chosen = _absent
+
     # ---- weights and cache ------------------------------------------------------------------
 
     def upload(self, pieces: Any, shard: Shard) -> CudaWeight:

@@ -9,10 +9,12 @@ from kit.compare import nmse, row_nmse, same_top1
 from kit.toy_gguf import QTYPES, Toy, write_toy
 
 import mlacli
+from mlacli.errors import UnsupportedFeature
 
 MODELS = Path(__file__).parents[1] / "golden" / "models"
 FILES = {path.stem: path for path in sorted(MODELS.glob("*.gguf"))}
 EXACT = {"cache_type_k": "f32", "graph_attn_precision": "f32"}
+REFUSED = ("glm_dsa", "mistral4")  # sparse attention, attention temperature
 UNPACKED = [t for t in QTYPES if t not in ("TQ1_0", "TQ2_0", "NVFP4")]
 
 
@@ -21,13 +23,28 @@ def golden(name: str) -> tuple[list[int], np.ndarray]:
     return data["tokens"].tolist(), data["logits"]
 
 
-@pytest.mark.parametrize("name", [n for n in FILES if (MODELS / f"{n}.npz").exists()])
+@pytest.mark.parametrize(
+    "name", [n for n in FILES if (MODELS / f"{n}.npz").exists() and n not in REFUSED]
+)
 def test_logits_are_those_of_transformers(name: str) -> None:
     tokens, want = golden(name)
     with mlacli.load(FILES[name], device="cuda0", **EXACT) as engine:
         got = engine.logits(tokens)
     assert nmse(got, want) <= 1e-6
     assert same_top1(got, want)
+
+
+def test_glm_dsa_runs_dense() -> None:
+    data = np.load(MODELS / "glm_dsa.npz")
+    with mlacli.load(FILES["glm_dsa"], device="cuda0", **EXACT, no_dsa=True) as engine:
+        got = engine.logits(data["tokens"].tolist())
+    assert nmse(got, data["dense"]) <= 1e-6
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_there_yet_is_refused(name: str) -> None:
+    with pytest.raises(UnsupportedFeature, match="is not supported on GPUs"):
+        mlacli.load(FILES[name], device="cuda0")
 
 
 @pytest.mark.parametrize("name", ["v2lite", "v3", "glm47flash", "real_rows"])
