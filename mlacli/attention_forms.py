@@ -22,18 +22,23 @@ class AttentionForm:
 
     per-head: as cached for each head; absorbed: latent rows, the query brought into their space;
     expanded: built per head from latent rows. block-wise: running maximum and sum, bounded scratch;
-    whole-matrix: all scores of some heads at once.
+    whole-matrix: all scores of some heads at once. sparse: a token's chosen rows, absorbed.
     """
 
-    keys: Literal["per-head", "absorbed", "expanded"]
+    keys: Literal["per-head", "absorbed", "expanded", "sparse"]
     blockwise: bool
 
     def __str__(self) -> str:
+        if self.keys == "sparse":
+            return "sparse absorbed"
         return f"{self.keys} {'block-wise' if self.blockwise else 'whole-matrix'}"
 
 
+SPARSE = AttentionForm("sparse", False)  # of layers with an indexer, once n_kv exceeds its top_k
+
+
 def attention_form(context: ContextParams, n: int) -> AttentionForm:
-    """The form in which a ubatch of `n` tokens attends."""
+    """The form in which a ubatch of `n` tokens attends to all rows."""
     if context.mla == 0:
         return AttentionForm("per-head", context.flash_attn)
     if context.mla == 1 or not context.flash_attn:
@@ -78,10 +83,14 @@ class CachePart:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token; a started q8_0 block counts whole."""
-        if self.cache_type == "q8_0":
-            return -(-self.width // 32) * _BYTES_PER_32["q8_0"]
-        return self.width * _BYTES_PER_32[self.cache_type] // 32
+        return row_bytes(self.width, self.cache_type)
+
+
+def row_bytes(width: int, cache_type: str) -> int:
+    """Bytes of `width` cached values of one token; a started q8_0 block counts whole."""
+    if cache_type == "q8_0":
+        return -(-width // 32) * _BYTES_PER_32["q8_0"]
+    return width * _BYTES_PER_32[cache_type] // 32
 
 
 def cache_parts(hp: Any, context: ContextParams) -> tuple[CachePart, ...]:

@@ -99,7 +99,11 @@ class Engine:
             weights = load_weights(self.prepared.gguf, plan, rank, hp, ops, count)
             part = plan.ranks[rank]
             layers = range(*part.layers) if part.n_cached_layers else range(0)
-            return weights, LatentCache(ops, layers, plan.n_ctx, plan.cache)
+            cache = LatentCache(ops, layers, plan.n_ctx, plan.cache)
+            if hp.sparse is not None:
+                cache_type = self.params.context.indexer_cache_type_k
+                cache.add_index(ops, hp.sparse.full, hp.sparse.width, cache_type)
+            return weights, cache
 
         for weights, cache in self._ranks.group.run(one_rank):
             self._weights.append(weights)

@@ -163,6 +163,14 @@ def layers(word: str) -> int | None:
     return None if value < 0 else value
 
 
+def rows_kept(word: str) -> int | None:
+    """A count from 1 on; -1 means the file's, as in ik_llama.cpp."""
+    value: int = integer(-1)(word)
+    if value == 0:
+        raise _bad("at least 1", word, "--no-dsa attends to all rows; -1 is the file's number")
+    return None if value < 0 else value
+
+
 def override_kv(word: str) -> tuple[str, Any]:
     """KEY=TYPE:VALUE with TYPE int, float, bool or str."""
     m = re.fullmatch(r"([^=]+)=(int|float|bool|str):(.*)", word, re.DOTALL)

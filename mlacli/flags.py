@@ -25,6 +25,7 @@ from mlacli.flag_values import (
     number,
     on_off,
     override_kv,
+    rows_kept,
     seed,
     shares,
     size,
@@ -170,6 +171,21 @@ CONTEXT: tuple[Flag, ...] = (
         "TYPE",
         "f32",
     ),
+    Flag(("-dsa", "--dsa"), None, "sparse attention; on wherever the file has an indexer"),
+    Flag(("--no-dsa",), None, "dense attention, indexer left out"),
+    Flag(
+        ("-dsatk", "--dsa-top-k"),
+        rows_kept,
+        "cache rows a token attends to; -1, the default, is the file's number",
+        "N",
+    ),
+    Flag(
+        ("-ictk", "--indexer-cache-type-k"),
+        cache_type,
+        "type of the indexer's key cache: f32 f16 bf16 q8_0",
+        "TYPE",
+        "f16",
+    ),
     Flag(
         ("-t", "--threads"),
         integer(1),
@@ -299,6 +315,7 @@ COMMANDS: Mapping[str, Sections] = MappingProxyType(
 
 EXCLUSIVE: tuple[tuple[str, ...], ...] = (
     ("prompt", "file", "prompt_ids"),
+    ("dsa", "no_dsa"),
     ("split_mode", "compare"),
     ("results", "compare"),
     ("kl_divergence", "compare"),

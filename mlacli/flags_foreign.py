@@ -109,8 +109,6 @@ FOREIGN: tuple[Foreign, ...] = (
         "one type for all layers", "use -ctk"),
     _idle("-ctv-first --cache-type-v-first -ctv-last --cache-type-v-last",
           "one type for all layers, as for any MLA cache"),
-    _no("-dsa --dsa -dsatk --dsa-top-k -ictk --indexer-cache-type-k",
-        "no architecture with a sparse indexer runs yet"),
     _idle("-fidx --fused-indexer-topk", "kernels are fused where they can be"),
     _no("-ser --smart-expert-reduction", "it leaves experts out and changes results"),
     _idle("-ger --grouped-expert-routing", "models with expert groups are always routed by them"),

@@ -5,7 +5,7 @@ Row j of a layer belongs to position j, so rewinding is only a smaller count (ke
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mlacli.attention_forms import CachePart
@@ -13,7 +13,10 @@ from mlacli.ops import Act, LayerCache, Ops, Step, Weight
 
 
 class LatentCache:
-    """The planned `parts` for each layer held by this rank."""
+    """The planned `parts` for each layer held by this rank.
+
+    `index_rows` hold the index keys of layers that choose rows (`add_index`).
+    """
 
     def __init__(
         self, ops: Ops, layers: Iterable[int], n_ctx: int, parts: Iterable[CachePart]
@@ -23,6 +26,13 @@ class LatentCache:
 
         self.n_ctx, parts = n_ctx, tuple(parts)
         self.rows = {il: LayerCache(**{part.name: new(part) for part in parts}) for il in layers}
+        self.index_rows: dict[int, Any] = {}
+
+    def add_index(self, ops: Ops, full: Sequence[bool], width: int, cache_type: str) -> None:
+        """Index keys [n_ctx, width] for those of this rank's layers that are `full`."""
+        for il in self.rows:
+            if full[il]:
+                self.index_rows[il] = ops.new_rows(self.n_ctx, width, cache_type)
 
     def store(
         self, ops: Ops, layer: int, c_kv: Act, k_pe: Act, k_b: Weight, v_b: Weight, step: Step
@@ -31,6 +41,10 @@ class LatentCache:
         assert step.n_kv <= self.n_ctx, "the engine checks the context before a step"
         ops.store_kv(self.rows[layer], c_kv, k_pe, k_b, v_b, step)
 
+    def store_index(self, ops: Ops, layer: int, keys: Act, step: Step) -> None:
+        """Write one index key per token of `step` at its position."""
+        ops.store_index(self.index_rows[layer], keys, step)
+
     @property
     def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.rows.values())
+        return sum(held.nbytes for held in (*self.rows.values(), *self.index_rows.values()))

@@ -2,7 +2,8 @@
 
 Fine ops are abstract; coarse ops have composed defaults made of fine ones, which a backend may
 replace by fused kernels. Letters: n tokens, t cache rows, d model width, h local heads, r kv rank,
-k nope, p rope, v value, E experts, f expert width. `Act` and `Weight` are opaque to models.
+k nope, p rope, v value, E experts, f expert width, I indexer heads, i their width. `Act` and
+`Weight` are opaque to models.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mlacli.attention_forms import AttentionForm, attention_form
+from mlacli.errors import UnsupportedFeature
 
 if TYPE_CHECKING:
-    from mlacli.models.parts import Routing
+    from mlacli.models.parts import Routing, Temperature
     from mlacli.parallel.comm import Comm
     from mlacli.params import ContextParams
 
@@ -109,6 +111,10 @@ class Ops(Protocol):
         """x [n, p] or [n, h, p] with pairs (2i, 2i+1) rotated."""
         ...
 
+    def temper(self, q: Act, temperature: Temperature, step: Step) -> Act:
+        """q [n, ...] times 1 + scale * ln(1 + floor(pos / length)) of each token."""
+        ...
+
     def silu_mul(self, gate: Act, up: Act) -> Act:
         """silu(gate) * up."""
         ...
@@ -175,6 +181,40 @@ class Ops(Protocol):
         """Weighted sum over chosen experts held here [n, d]."""
         ...
 
+    # ---- fine ops of sparse attention: a backend may lack them ------------------------------
+
+    def layer_norm(self, x: Act, w: Weight, bias: Weight, eps: float) -> Act:
+        """(x - mean) / sqrt(variance + eps) * w + bias."""
+        raise UnsupportedFeature("this backend has no sparse attention", "use --no-dsa")
+
+    def rope_first(self, x: Act, step: Step) -> Act:
+        """x [n, i] or [n, I, i] with its first p columns rotated like `rope`, the rest as it is."""
+        raise UnsupportedFeature("this backend has no sparse attention", "use --no-dsa")
+
+    def store_index(self, rows: Any, keys: Act, step: Step) -> None:
+        """Write one index key per token."""
+        raise UnsupportedFeature("this backend has no sparse attention", "use --no-dsa")
+
+    def heads(self, x: Act, n_heads: int) -> Act:
+        """[n, I * i] -> [n, I, i]."""
+        raise UnsupportedFeature("this backend has no sparse attention", "use --no-dsa")
+
+    def dsa_select(
+        self, q: Act, weights: Act, rows: Any, step: Step, top_k: int, imposed: Act | None = None
+    ) -> Act:
+        """The top_k cache rows of each token in ascending order [n, top_k]; needs n_kv > top_k.
+
+        Row j scores sum_I weights[I] * max(0, q[I] . key_j) / sqrt(I * i); rows beyond the token
+        score -inf, ties go to the lower row. `imposed` rows are taken instead (a test hook).
+        """
+        raise UnsupportedFeature("this backend has no sparse attention", "use --no-dsa")
+
+    def attend_chosen(
+        self, q_lat: Act, q_pe: Act, kv: LayerCache, chosen: Act, r: int, step: Step, scale: float
+    ) -> Act:
+        """Softmax over each token's chosen rows, those beyond the token left out: [n, h, r]."""
+        raise UnsupportedFeature("this backend has no sparse attention", "use --no-dsa")
+
     # ---- coarse ops: composed defaults ------------------------------------------------------
 
     def execute(
@@ -226,6 +266,15 @@ class Ops(Protocol):
             o = self.attend_absorbed(q_lat, q_pe, kv, r, step, scale, form.blockwise)
             o = self.heads_up(o, v_b)
         return o.reshape(step.n, -1)
+
+    def sparse_attention(
+        self, q_nope: Act, q_pe: Act, kv: LayerCache, k_b: Weight, v_b: Weight, chosen: Act,
+        step: Step, scale: float,
+    ) -> Act:  # fmt: skip
+        """`mla_attention` over each token's chosen rows alone [n, h * v], always absorbed."""
+        q_lat = self.heads_up(q_nope, k_b)
+        o = self.attend_chosen(q_lat, q_pe, kv, chosen, k_b.shape[1], step, scale)
+        return self.heads_up(o, v_b).reshape(step.n, -1)
 
     def reduce_add_norm(
         self, partial: Act | None, residual: Act, norm: Weight | None, eps: float

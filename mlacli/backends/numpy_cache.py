@@ -45,7 +45,13 @@ class LatentRows:
 
     def read(self, start: int, stop: int) -> Floats:
         """Rows start..stop as float32 [t, width]."""
-        rows = self._rows[start:stop]
+        return self._float32(self._rows[start:stop])
+
+    def take(self, wanted: Ints) -> Floats:
+        """The wanted rows as float32 [t, width]."""
+        return self._float32(self._rows[wanted])
+
+    def _float32(self, rows: Any) -> Floats:
         if self._qtype is not None:
             raw = np.ascontiguousarray(rows).view(np.uint8)
             return to_float32(raw, self._qtype)[:, : self.width]

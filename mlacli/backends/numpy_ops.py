@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mlacli.attention_forms import AttentionForm, heads_at_once
+from mlacli.attention_forms import SPARSE, AttentionForm, heads_at_once
+from mlacli.backends import numpy_dsa
 from mlacli.backends.numpy_attention import (
     AbsorbedKeys,
     ExpandedKeys,
@@ -31,7 +32,7 @@ from mlacli.parallel.comm import Comm
 from mlacli.params import ContextParams
 
 if TYPE_CHECKING:
-    from mlacli.models.parts import Routing
+    from mlacli.models.parts import Routing, Temperature
     from mlacli.parallel.shards import Shard
 
 
@@ -105,6 +106,12 @@ class NumpyOps(Ops):
         normed: Floats = x / np.sqrt(mean + np.float32(eps)) * self._dense(w)
         return normed
 
+    def layer_norm(self, x: Floats, w: NumpyWeight, bias: NumpyWeight, eps: float) -> Floats:
+        centred = x - np.mean(x, axis=-1, keepdims=True)
+        variance = np.mean(centred * centred, axis=-1, keepdims=True)
+        normed = centred / np.sqrt(variance + np.float32(eps))
+        return np.asarray(normed * self._dense(w) + self._dense(bias))
+
     def rope(self, x: Floats, step: Step) -> Floats:
         cos, sin = step.cos, step.sin
         if x.ndim == 3:
@@ -114,6 +121,15 @@ class NumpyOps(Ops):
         y[..., ::2] = even * cos - odd * sin
         y[..., 1::2] = even * sin + odd * cos
         return y
+
+    def rope_first(self, x: Floats, step: Step) -> Floats:
+        p = 2 * step.cos.shape[-1]
+        return np.concatenate([self.rope(x[..., :p], step), x[..., p:]], axis=-1)
+
+    def temper(self, q: Floats, temperature: Temperature, step: Step) -> Floats:
+        grown = np.log1p((step.pos // temperature.length).astype(np.float32))
+        factor = np.float32(1) + np.float32(temperature.scale) * grown
+        return np.asarray(q * factor[:, None])
 
     def silu_mul(self, gate: Floats, up: Floats) -> Floats:
         return gate * _sigmoid(gate) * up
@@ -154,6 +170,28 @@ class NumpyOps(Ops):
         rounded = self._rounding(blockwise)
         keys = AbsorbedKeys(join_heads(q_lat, q_pe), kv.rows, kv.columns, r, rounded)
         return self._attend(keys, step, scale, AttentionForm("absorbed", blockwise))
+
+    def heads(self, x: Floats, n_heads: int) -> Floats:
+        return x.reshape(len(x), n_heads, -1)
+
+    def store_index(self, rows: LatentRows, keys: Floats, step: Step) -> None:
+        rows.write(step.pos, keys)
+
+    def dsa_select(
+        self, q: Floats, weights: Floats, rows: LatentRows, step: Step, top_k: int,
+        imposed: Ints | None = None,
+    ) -> Ints:  # fmt: skip
+        if imposed is not None:
+            return np.sort(imposed, axis=1)
+        return numpy_dsa.select(q, weights, rows, step, top_k)
+
+    def attend_chosen(
+        self, q_lat: Floats, q_pe: Floats, kv: LayerCache, chosen: Ints, r: int, step: Step,
+        scale: float,
+    ) -> Floats:  # fmt: skip
+        self.forms.add(SPARSE)
+        q, rounded = np.concatenate([q_lat, q_pe], axis=-1), self._rounding(self.context.flash_attn)
+        return numpy_dsa.attend(q, kv.rows, chosen, r, step, scale, rounded)
 
     def attend_expanded(
         self, q_nope: Floats, q_pe: Floats, kv: LayerCache, k_b: NumpyWeight, v_b: NumpyWeight,

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mlacli.attention_forms import EXPAND_FROM, AttentionForm, cache_parts, forms_up_to
+from mlacli.attention_forms import (
+    EXPAND_FROM,
+    AttentionForm,
+    cache_parts,
+    forms_up_to,
+    row_bytes,
+)
 
 if TYPE_CHECKING:
     from mlacli.parallel.cuts import Range
     from mlacli.params import ContextParams
 
+INDEX_BLOCK = 2048  # index keys that are scored at a time
 KV_BLOCK = 256  # cache rows that one step of block-wise attention covers
 
 
 def cache_row_bytes(hp: Any, context: ContextParams) -> int:
     """Bytes of one token in one layer's cache."""
     return sum(part.token_bytes for part in cache_parts(hp, context))
+
+
+def index_row_bytes(hp: Any, cache_type: str, layers: Range) -> int:
+    """Bytes of one token's index keys in `layers`: only those that choose rows keep any."""
+    if hp.sparse is None:
+        return 0
+    n_full = sum(hp.sparse.full[slice(*layers)])
+    return int(n_full) * row_bytes(hp.sparse.width, cache_type)
 
 
 def scratch_bytes(
@@ -31,6 +46,8 @@ def scratch_bytes(
         _attention(hp, context, form, min(n, EXPAND_FROM - 1) if i else n, n_ctx, h)
         for i, form in enumerate(forms_up_to(context, n))
     )
+    if hp.sparse is not None:
+        attention = max(attention, _sparse_values(hp, n, h))
     ffn = n * 3 * max((*hp.F, *(x * max(1, hp.n_shared) for x in hp.f), 1))
     ffn += 2 * n * hp.d + 2 * n * hp.E
     logits = 2 * max(vocab[1] - vocab[0], hp.n_vocab if vocab[1] and n_ranks > 1 else 0)
@@ -66,3 +83,15 @@ def _scores(context: ContextParams, form: AttentionForm, n: int, n_ctx: int, h: 
     bound = (context.attention_max_batch << 20) // 4 or h * one_head
     heads = min(h, max(1, bound // (n * KV_BLOCK)))
     return min(h * one_head, max(one_head, bound)) + heads * block
+
+
+def _sparse_values(hp: Any, n: int, h: int) -> int:
+    """Peak values (of four bytes) of choosing rows, or of attending to those of one token.
+
+    Choosing holds the index queries, a block's scores three times, and per candidate its score
+    twice, its position twice and its rank twice, the last four in eight bytes.
+    """
+    ix, candidates = hp.sparse, hp.sparse.top_k + INDEX_BLOCK
+    choosing = n * (hp.q + ix.n_heads * ix.width) + 3 * n * INDEX_BLOCK + 10 * n * candidates
+    attending = n * h * (2 * hp.cache_width + 2 * hp.r + hp.k + hp.p)
+    return int(max(choosing, attending + ix.top_k * (2 * hp.cache_width + 3 * h)))

@@ -18,7 +18,7 @@ from mlacli.attention_forms import CachePart, cache_parts
 from mlacli.errors import MemoryBudgetError, PlanError, UsageError
 from mlacli.loading.quant_types import F32
 from mlacli.parallel.cuts import Range, cut
-from mlacli.parallel.memory import cache_row_bytes, scratch_bytes
+from mlacli.parallel.memory import cache_row_bytes, index_row_bytes, scratch_bytes
 from mlacli.parallel.shards import Cutter, Part, Shard
 from mlacli.parallel.tensor_uses import tensor_uses
 
@@ -132,15 +132,23 @@ def _needs(ranks: Sequence[RankPlan]) -> Iterator[tuple[str, int, int]]:
         yield device, sum(rank.resident for rank in on_device), on_device[0].capacity
 
 
+def _token_bytes(hp: Any, context: ContextParams, rank: RankPlan) -> int:
+    """What one token takes in this rank's caches: its layers, and index keys beside them."""
+    if not rank.n_cached_layers:
+        return 0
+    dense = cache_row_bytes(hp, context) * rank.n_cached_layers
+    return dense + index_row_bytes(hp, context.indexer_cache_type_k, rank.layers)
+
+
 def _priced(
     ranks: Sequence[RankPlan], hp: Any, context: ContextParams, n_ctx: int
 ) -> tuple[RankPlan, ...]:
     """`ranks` with the cache and scratch of a context of `n_ctx`."""
-    row, n = cache_row_bytes(hp, context), len(ranks)
+    n = len(ranks)
     return tuple(
         replace(
             rank,
-            cache=n_ctx * row * rank.n_cached_layers,
+            cache=n_ctx * _token_bytes(hp, context, rank),
             scratch=scratch_bytes(hp, context, n_ctx, rank.heads, rank.vocab, n),
         )
         for rank in ranks

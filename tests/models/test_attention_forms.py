@@ -14,7 +14,7 @@ from kit.compare import nmse, row_nmse, same_top1
 from kit.toy_gguf import Toy, write_toy
 
 import mlacli
-from mlacli.attention_forms import attention_form
+from mlacli.attention_forms import SPARSE, attention_form
 from mlacli.errors import UsageError
 
 MODELS = Path(__file__).parents[1] / "golden" / "models"
@@ -40,7 +40,7 @@ def long() -> tuple[list[int], np.ndarray]:
 
 @pytest.mark.parametrize(
     ("name", "split"),
-    [("v2lite", "none"), ("v3", "layer"), ("glm47flash", "layer"), ("real_rows", "none")],
+    [("v2lite", "none"), ("v3", "layer"), ("mistral4", "layer"), ("real_rows", "none")],
 )
 @pytest.mark.parametrize(("mla", "fa"), FORMS)
 def test_prefill_and_decode_are_those_of_transformers(name, split, mla, fa) -> None:
@@ -103,6 +103,22 @@ def test_graph_mode_takes_block_wise_forms_only(mla: int) -> None:
 def test_graph_mode_refuses_the_others(flags: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="-sm graph needs"):
         mlacli.load(GLM, device="cpu,cpu", split_mode="graph", **flags)
+
+
+@pytest.mark.parametrize(("mla", "fa"), FORMS[2:])
+def test_sparse_layers_attend_absorbed_in_every_form(mla: int, fa: bool) -> None:
+    """Beyond top_k rows, chosen rows replace the form; before, dense layers' form runs."""
+    data = np.load(MODELS / "glm_dsa.npz")
+    tokens, want = data["tokens"].tolist(), data["logits"]
+    flags = {**EXACT, "indexer_cache_type_k": "f32", **form_flags(mla, fa)}
+    with mlacli.load(MODELS / "glm_dsa.gguf", **flags) as engine:
+        top_k = engine.prepared.hparams.sparse.top_k
+        first = engine.prefill(tokens[:top_k], all_rows=True)
+        dense = {attention_form(engine.params.context, top_k)}
+        assert engine.forms["prefill"] == dense
+        rest = engine.prefill(tokens[top_k:], all_rows=True)
+        assert engine.forms["prefill"] == dense | {SPARSE}
+    assert nmse(np.concatenate([first, rest]), want) <= 1e-6
 
 
 def caches(engine: mlacli.Engine) -> list[tuple[Any, Any]]:
