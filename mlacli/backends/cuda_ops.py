@@ -178,7 +178,8 @@ class CudaOps(Ops):
             self._run("matmul_vec_f32", grid, 256, *args, shared=shared, ROWS=rows, **_typed(w))
         else:
             grid = (-(-out // 8), -(-n // _COLS), batches)
-            self._run("matmul_f32", grid, 256, *args, COLS=_COLS, **_typed(w))
+            shared = _COLS * _staged(1024)
+            self._run("matmul_f32", grid, 256, *args, shared=shared, COLS=_COLS, **_typed(w))
 
     # ---- element-wise -----------------------------------------------------------------------
 
