@@ -176,7 +176,7 @@ CONTEXT: tuple[Flag, ...] = (
     Flag(
         ("-t", "--threads"),
         integer(1),
-        "CPU threads, divided among CPU ranks; all cores by default",
+        "CPU threads, divided among CPU ranks; by default as many as the model keeps busy",
         "N",
     ),
 )

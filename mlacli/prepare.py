@@ -26,10 +26,12 @@ from mlacli.errors import (
 from mlacli.loading.gguf_file import GgufFile
 from mlacli.loading.tokenizer import Tokenizer, has_tokenizer
 from mlacli.models import model_of
+from mlacli.parallel.memory import active_elements
 from mlacli.parallel.plan import ShardPlan, check_memory, plan_shards
 from mlacli.params import ContextParams, Params, SplitParams
 
 BUNDLED = "tinytales-q8_0.gguf"
+_THREAD_WORK = 16 << 20  # weights a token is multiplied with, per thread
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,14 @@ class Prepared:
 
     @property
     def n_threads(self) -> int:
-        """CPU threads of all ranks together."""
-        return self.params.context.n_threads or len(os.sched_getaffinity(0))
+        """CPU threads of all ranks together: -t, else one for each `_THREAD_WORK` up to the cores.
+
+        Threads of small products wait for each other more than they compute, on busy hosts badly.
+        """
+        if self.params.context.n_threads:
+            return self.params.context.n_threads
+        work = sum(active_elements(shard, self.hparams) for shard in self.plan.shards)
+        return max(1, min(len(os.sched_getaffinity(0)), int(work / _THREAD_WORK)))
 
     @property
     def effective(self) -> tuple[tuple[str, str, str], ...]:
