@@ -58,6 +58,10 @@ class Prepared:
 
         return predict_tps(self.plan, self.hparams)
 
+    def check_memory(self) -> None:
+        """MemoryBudgetError when the plan doesn't fit its devices."""
+        check_memory(self.plan)
+
     @property
     def n_threads(self) -> int:
         """CPU threads of all ranks together."""
@@ -91,11 +95,17 @@ def bundled_model() -> Path:
     return Path(str(files("mlacli.bundled").joinpath(BUNDLED)))
 
 
-def prepare(path: str | Path | None, params: Params) -> Prepared:
-    """The model at `path` (None = the bundled one) ready to load; every refusal comes from here."""
+def prepare(path: str | Path | None, params: Params, *, refuse_oversize: bool = True) -> Prepared:
+    """The model at `path` (None = the bundled one) ready to load; every refusal comes from here.
+
+    Without `refuse_oversize` a plan that doesn't fit is returned too, to be looked at.
+    """
     file = GgufFile.open(path or bundled_model(), params.model.override_kv)
     try:
-        return _prepare(file, params)
+        prepared = _prepare(file, params)
+        if refuse_oversize:
+            prepared.check_memory()
+        return prepared
     except BaseException:
         file.close()
         raise
@@ -127,7 +137,6 @@ def _prepare(file: GgufFile, params: Params) -> Prepared:
 
     split = _settle_mode(params.split, devices, planned)
     plan = planned(split)
-    check_memory(plan)
     if context.n_ctx > hp.n_ctx_train:
         findings += (_beyond_training(params, plan),)
     context = _clipped(context, plan.n_ctx)

@@ -1,6 +1,7 @@
 """What happens between flags and weights: guard first, then checks, mode, sizes, memory."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from kit.toy_gguf import TOY, Toy, header_only, write_toy
@@ -310,3 +311,11 @@ def test_speed_is_predicted_on_the_cpu_only(toy, v2lite):
 
 def test_a_file_without_tokenizer_is_prepared(toy):
     assert ask(toy).tokenizer() is None
+
+
+def test_the_predicted_speed_tells_a_hopeless_run_from_a_quick_one(tmp_path: Path) -> None:
+    """A whole DeepSeek-V3 is under one token a second on any CPU, a toy far above."""
+    huge = prepare(header_only(tmp_path / "v3.gguf", "v3"), to_params({"ctx_size": 256}))
+    assert huge.predicted_tps is not None and huge.predicted_tps < 1
+    small = prepare(write_toy(tmp_path / "toy.gguf"), to_params({}))
+    assert small.predicted_tps is not None and small.predicted_tps > 50

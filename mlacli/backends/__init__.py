@@ -28,7 +28,7 @@ class Ranks:
 
 
 def open_ranks(plan: ShardPlan, context: ContextParams, n_threads: int) -> Ranks:
-    """One rank per planned one, talking as the split mode needs; BLAS threads divided among them."""
+    """The ranks of `plan`, talking as its split mode needs; BLAS threads divided among them."""
     from threadpoolctl import threadpool_limits
 
     from mlacli.backends.numpy_ops import NumpyOps, join_columns, reduce_typed

@@ -14,16 +14,19 @@ def run(line: CommandLine) -> None:
     from mlacli.parallel.plan_report import plan_as_dict, plan_rows, shard_rows
     from mlacli.prepare import prepare
 
-    prepared = prepare(line["model"], to_params(line.values, line.typed))
+    params = to_params(line.values, line.typed)
+    prepared = prepare(line["model"], params, refuse_oversize=False)
     console.findings(f for f in prepared.findings if f.level != "note")
     if line["json"]:
         console.result(json.dumps(plan_as_dict(prepared.plan), indent=2))
+        prepared.check_memory()
         return
     console.table(*plan_rows(prepared.plan), turn=True)
     if line["verbose"]:
         console.result("")
         console.table(*shard_rows(prepared.plan))
     console.effective(prepared.effective)
+    prepared.check_memory()
 
 
 command = FlagCommand(

@@ -91,7 +91,7 @@ class FakeModel:
     weights_loaded: bool = False
     error: MlacliError | None = None
 
-    def prepare(self, path, params):
+    def prepare(self, path, params, *, refuse_oversize=True):
         self.path, self.params = path, params
         if self.error:
             raise self.error
@@ -105,6 +105,7 @@ class FakeModel:
             effective=(("split mode", "none", ""), ("context", str(self.n_ctx), "given")),
             predicted_tps=self.predicted_tps,
             tokenizer=lambda: self.tokenizer,
+            check_memory=lambda: None,
         )
 
     def engine(self, prepared, progress=None):

@@ -595,3 +595,14 @@ def test_golden_plans(model, name):
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(text)
     assert text == path.read_text()
+
+
+def test_a_plan_that_does_not_fit_is_printed_before_it_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = header_only(tmp_path / "v3.gguf", "v3")
+    code = run(["plan", "-m", str(path), "--vram", "80G,80G", "-sm", "graph", "-c", "4096"])
+    out, err = capsys.readouterr()
+    assert code == 1
+    assert out.splitlines()[2].split()[:2] == ["0", "gpu0"]
+    assert err.splitlines()[-1].startswith("Error: device gpu0 needs ")
