@@ -1,4 +1,4 @@
-"""The synthetic model writer at toy scale: it runs, its values are spread as said, in little memory.
+"""The synthetic model writer at toy scale: it runs, values are spread as said, memory stays small.
 
 That a preset has its model's shapes is held to the files' published sizes; that mlacli accepts all
 tensors of a preset, to the plan.
