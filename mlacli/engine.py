@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 from mlacli.backends import open_ranks
 from mlacli.errors import ContextFull, UsageError
-from mlacli.flags import COMMON, SAMPLING, library_values, to_params
+from mlacli.flags import LOADED, SAMPLING, library_values, to_params
 from mlacli.latent_cache import LatentCache
-from mlacli.loading.weights import load_weights
+from mlacli.loading.gather import Checked, check_tensors
+from mlacli.loading.weights import load_weights, short_name
 from mlacli.ops import ModelWeights, Ops
 from mlacli.parallel.ranks import first_result
 from mlacli.prepare import Prepared, prepare
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mlacli.loading.tokenizer import Tokenizer
+    from mlacli.parallel.shards import Shard
 
     Floats = NDArray[np.float32]
 
@@ -51,7 +53,7 @@ def load(path: str | Path | None = None, **flags: Any) -> Engine:
     Keywords are long flag names with the values of the command line: device="cpu,cpu",
     split_mode="graph", cache_type_k="f32". Unknown names raise UsageError.
     """
-    values = library_values(COMMON + SAMPLING, flags)
+    values = library_values(LOADED + SAMPLING, flags)
     return Engine(prepare(path, to_params(values)))
 
 
@@ -70,8 +72,11 @@ class Engine:
         self._ranks = open_ranks(prepared.plan, prepared.params.context, prepared.n_threads)
         self._weights: list[ModelWeights] = []
         self._caches: list[LatentCache] = []
+        self.checked: Checked | None = None  # what --check-tensors went through
         try:
             self._load(progress)
+            if prepared.params.model.check_tensors:
+                self.checked = self.check_tensors()
         except BaseException:
             self.close()
             raise
@@ -97,6 +102,16 @@ class Engine:
         for weights, cache in self._ranks.group.run(one_rank):
             self._weights.append(weights)
             self._caches.append(cache)
+
+    def check_tensors(self) -> Checked:
+        """Every tensor as the ranks hold it compared with the file, and none with NaN in it."""
+
+        def download(shard: Shard) -> Any:
+            weight = self._weights[shard.rank].find(shard.layer, short_name(shard.tensor))
+            return self._ops(shard.rank).download(weight)
+
+        file, plan, hp = self.prepared.gguf, self.prepared.plan, self.prepared.hparams
+        return check_tensors(file, plan, hp, download)
 
     def _ops(self, rank: int) -> Ops:
         return self._ranks.ops[rank]

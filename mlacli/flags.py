@@ -186,6 +186,14 @@ RUN: tuple[Flag, ...] = (
     Flag(("-v", "--verbose"), None, "print each tensor's shard per rank"),
 )
 
+LOAD: tuple[Flag, ...] = (
+    Flag(
+        ("--check-tensors",),
+        None,
+        "after loading, compare what the devices hold with the file, byte for byte; refuse NaN",
+    ),
+)
+
 PROMPT: tuple[Flag, ...] = (
     Flag(("-p", "--prompt"), text, "prompt", "TEXT"),
     Flag(("-f", "--file"), text, "read the prompt from a file, - for stdin", "FILE"),
@@ -230,6 +238,7 @@ PLAN: tuple[Flag, ...] = (
 )
 
 COMMON: tuple[Flag, ...] = MODEL + DEVICES + PLACEMENT + CONTEXT + RUN
+LOADED: tuple[Flag, ...] = COMMON + LOAD  # by commands that read weights
 GENERATION: tuple[Flag, ...] = PROMPT + SAMPLING
 
 Sections = tuple[tuple[str, tuple[Flag, ...]], ...]
@@ -240,10 +249,11 @@ _COMMON_SECTIONS: Sections = (
     ("Context and precision", CONTEXT),
     ("Run", RUN),
 )
+_LOAD = ("Check", LOAD)
 COMMANDS: Mapping[str, Sections] = MappingProxyType(
     {
-        "run-model": (("Prompt", PROMPT), ("Sampling", SAMPLING), *_COMMON_SECTIONS),
-        "sweep-bench": (("Benchmark", SWEEP), *_COMMON_SECTIONS),
+        "run-model": (("Prompt", PROMPT), ("Sampling", SAMPLING), *_COMMON_SECTIONS, _LOAD),
+        "sweep-bench": (("Benchmark", SWEEP), *_COMMON_SECTIONS, _LOAD),
         "plan": (("Plan", PLAN), *_COMMON_SECTIONS),
     }
 )

@@ -67,7 +67,7 @@ REFUSED: tuple[Refused, ...] = (
     Refused(("--dry-penalty-last-n", "--dry-sequence-breaker"), 1, _SAMPLER),
     Refused(("-l", "--logit-bias"), 1, _SAMPLER),
     Refused(("--penalize-nl",), 0, _SAMPLER),
-    Refused(("--no-mmap", "--mlock", "-thp", "--direct-io", "--check-tensors"), 0, _LOAD),
+    Refused(("--no-mmap", "--mlock", "-thp", "--direct-io"), 0, _LOAD),
     Refused(("--numa",), 1, _LOAD),
     Refused(("--fit",), 0, "see what fits with `mlacli plan`, then set -c and -ts"),
     Refused(("--fit-margin", "-gfm"), 1, "use --margin"),

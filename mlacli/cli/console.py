@@ -30,6 +30,15 @@ class Finding(Protocol):
     def hint(self) -> str: ...
 
 
+class Checked(Protocol):
+    """The part of `engine.checked` that is printed."""
+
+    @property
+    def n_tensors(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
 class Timings(Protocol):
     """The part of `engine.timings` that is printed; seconds and token counts."""
 
@@ -80,6 +89,11 @@ def effective(rows: Iterable[tuple[str, str, str]]) -> None:
     log("configuration:")
     for name, value, remark in rows:
         log(f"  {name:<{names}}  {value:<{values}}  {remark}".rstrip())
+
+
+def checked(found: Checked) -> None:
+    """What --check-tensors found in order."""
+    log(f"checked {found.n_tensors} tensors, {found.nbytes / 2**30:.2f} GiB")
 
 
 def table(

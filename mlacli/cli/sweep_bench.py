@@ -29,6 +29,8 @@ def run(line: CommandLine) -> None:
     shape = sweep_shape(prepared.plan.n_ctx, prepared.plan.n_ubatch, line["predict"])
     with console.LoadProgress() as progress, Engine(prepared, progress) as engine:
         progress.close()
+        if engine.checked is not None:
+            console.checked(engine.checked)
         rows = sweep(
             engine, shape, repetitions=line["n_repetitions"], warmup_batch=line["warmup_batch"]
         )

@@ -6,7 +6,7 @@ import pytest
 
 from mlacli import flags
 from mlacli.cli.words import walk
-from mlacli.flags import COMMANDS, COMMON, ENVIRONMENT, GENERATION, PLAN, SWEEP, to_params
+from mlacli.flags import COMMANDS, COMMON, ENVIRONMENT, GENERATION, LOADED, PLAN, SWEEP, to_params
 from mlacli.flags_refused import BY_NAME, REFUSED
 from mlacli.params import ContextParams, ModelParams, SamplingParams, SplitParams
 
@@ -156,7 +156,7 @@ def test_tables_agree_with_the_parameter_groups():
             if f.name != "override_kv":
                 defaults[f.name] = getattr(group(), f.name)
     reached = set()
-    for flag in COMMON + GENERATION + PLAN:
+    for flag in LOADED + GENERATION + PLAN:
         name = flags._RENAMED.get(flag.key, flag.key)
         if name in defaults:
             reached.add(name)
@@ -169,7 +169,7 @@ def test_every_name_is_in_one_table_once():
     for name, sections in COMMANDS.items():
         names = [n for _, table in sections for flag in table for n in flag.names]
         assert len(names) == len(set(names)), name
-    accepted = {n for flag in COMMON + GENERATION + SWEEP + PLAN for n in flag.names}
+    accepted = {n for flag in LOADED + GENERATION + SWEEP + PLAN for n in flag.names}
     refused = [n for flag in REFUSED for n in flag.names]
     assert len(refused) == len(BY_NAME)
     assert not accepted & set(refused)
