@@ -83,6 +83,8 @@ class Engine:
         self.timings.load_s = time.perf_counter() - start
 
     def _load(self, progress: Callable[[int, int], None] | None) -> None:
+        import numpy as np
+
         plan, hp = self.prepared.plan, self.prepared.hparams
         total, done = sum(rank.weights for rank in plan.ranks), 0
 
@@ -94,7 +96,8 @@ class Engine:
 
         def one_rank(rank: int) -> tuple[ModelWeights, LatentCache]:
             ops = self._ops(rank)
-            weights = load_weights(self.prepared.gguf, plan, rank, hp, ops, count)
+            with np.errstate(all="ignore"):  # of NaN in the file: the sampler refuses the result
+                weights = load_weights(self.prepared.gguf, plan, rank, hp, ops, count)
             part = plan.ranks[rank]
             layers = range(*part.layers) if part.n_cached_layers else range(0)
             return weights, LatentCache(ops, layers, plan.n_ctx, hp.cache_width, plan.cache_type)
@@ -193,13 +196,16 @@ class Engine:
             )
 
     def _forward(self, ids: Sequence[int], rows: Sequence[int]) -> Floats:
+        import numpy as np
+
         hp, model, n_past = self.prepared.hparams, self.prepared.model, self.n_kv
         frequencies = hp.rope.frequencies(hp.p)
 
         def one_rank(rank: int) -> Any:
             ops = self._ops(rank)
-            step = ops.step(ids, n_past, frequencies, rows)
-            return model.forward(ops, hp, self._weights[rank], self._caches[rank], step)
+            with np.errstate(all="ignore"):  # the sampler refuses logits that are not finite
+                step = ops.step(ids, n_past, frequencies, rows)
+                return model.forward(ops, hp, self._weights[rank], self._caches[rank], step)
 
         results = self._ranks.group.run(one_rank)
         self.n_kv = n_past + len(ids)

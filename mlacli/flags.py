@@ -175,7 +175,7 @@ CONTEXT: tuple[Flag, ...] = (
     ),
     Flag(
         ("-t", "--threads"),
-        integer(1),
+        integer(1, 1 << 16),
         "CPU threads, divided among CPU ranks; all cores by default",
         "N",
     ),

@@ -14,7 +14,7 @@ from typing import NoReturn
 import click
 
 from mlacli import __version__
-from mlacli.errors import MlacliError, UsageError
+from mlacli.errors import MlacliError, UsageError, one_line
 from mlacli.flag_values import nearest
 
 _COMMANDS = {
@@ -101,7 +101,7 @@ def _failed(message: str, hint: str, code: int) -> int:
     text = f"Error: {message} ({hint})" if hint else f"Error: {message}"
     try:
         sys.stdout.flush()
-        print(" ".join(text.split()), file=sys.stderr, flush=True)
+        print(one_line(text), file=sys.stderr, flush=True)
     except BrokenPipeError:
         _silenced()
     return code

@@ -13,9 +13,12 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
+from mlacli.errors import one_line
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+_CELL = 300  # characters of a table's cell
 _LONG = 200  # rows; drawing more takes rich seconds
 
 
@@ -67,11 +70,11 @@ def log(text: str) -> None:
 
 
 def note(text: str) -> None:
-    log(f"note: {text}")
+    log(f"note: {one_line(text)}")
 
 
 def warning(text: str) -> None:
-    log(f"warning: {text}")
+    log(f"warning: {one_line(text)}")
 
 
 def findings(found: Iterable[Finding]) -> None:
@@ -83,7 +86,7 @@ def findings(found: Iterable[Finding]) -> None:
 
 def effective(rows: Iterable[tuple[str, str, str]]) -> None:
     """The configuration that really runs: name, value, note."""
-    rows = list(rows)
+    rows = [(name, one_line(x, _CELL), one_line(y, _CELL)) for name, x, y in rows]
     names = max((len(r[0]) for r in rows), default=0)
     values = max((len(r[1]) for r in rows if r[2]), default=0)
     log("configuration:")
@@ -108,7 +111,7 @@ def table(
     `turn`: on a terminal too narrow for it, rows become columns.
     """
     stream = sys.stderr if to_stderr else sys.stdout
-    cells = [list(row) for row in rows]
+    cells = [[one_line(cell, _CELL) for cell in row] for row in rows]
     lines = _plain_lines(columns, cells)
     if not stream.isatty() or len(cells) > _LONG:
         stream.write("".join(line + "\n" for line in lines))
