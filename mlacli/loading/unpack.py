@@ -16,7 +16,7 @@ from mlacli.loading.quant_types import QType
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
-_CHUNK = 1 << 17  # elements; their bytes and temporaries stay in a core's cache
+_CHUNK = 1 << 18  # elements; their bytes and temporaries stay in a core's cache
 
 
 def unpack(raw: Bytes, qtype: QType) -> Floats:
