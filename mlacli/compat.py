@@ -65,7 +65,21 @@ def guard(arch: str, params: Params) -> tuple[Params, tuple[Finding, ...]]:
 
 def check(arch: str, params: Params) -> tuple[Finding, ...]:
     """Every other finding about settled flags; `arch` is already past the guard."""
-    return tuple(rule for rules in (_refused, _changed, _idle) for rule in rules(params))
+    found = (rule for rules in (_refused, _changed, _idle) for rule in rules(params))
+    return (*found, *indexer_rules(arch == "glm-dsa", params))
+
+
+def indexer_rules(has_indexer: bool, params: Params) -> Iterable[Finding]:
+    """Findings about the flags of sparse attention, for a file with or without an indexer."""
+    dense, asked = not has_indexer or params.context.no_dsa, params.spelled("dsa")
+    why = "attention is dense" if has_indexer else "the file has no sparse indexer"
+    if params.context.dsa and dense:
+        against = why if not has_indexer else f"{params.spelled('no_dsa')} excludes it"
+        yield Finding("error", asked, "refused", f"{asked}: {against}", "leave it out")
+    keys = ("no_dsa",) * (not has_indexer) + ("dsa_top_k", "indexer_cache_type_k") * dense
+    for key in keys:
+        if key in params.typed:
+            yield Finding("note", params.spelled(key), "no effect", why)
 
 
 def raise_first_error(findings: Iterable[Finding]) -> None:
@@ -96,6 +110,9 @@ def _refused(params: Params) -> Iterable[Finding]:
     if params.context.mla == 0:
         rest = "1, 2 or 3" if graph.startswith("-sm") else "0 is not supported by this version"
         yield no("mla_use", graph + rest, "use -mla 3, the default")
+    on_gpu = any(device != "cpu" for device in params.split.devices)
+    if on_gpu and params.context.cache_type_k == "q8_0":
+        yield no("cache_type_k", "{flag} q8_0 is not supported on GPUs by this version", "use f16")
     if not _on_cpu(params):
         for flag in offenders(params):
             yield Finding(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mlacli.errors import BackendError, UsageError
+from mlacli.errors import UsageError
 from mlacli.params import SplitParams
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -29,14 +29,23 @@ def find_devices(split: SplitParams) -> tuple[Device, ...]:
     """The devices of -dev, or those that --vram describes."""
     if split.vram:
         return tuple(Device(f"gpu{i}", "planned", n, n) for i, n in enumerate(split.vram))
-    for name in split.devices:
-        if name != "cpu":
-            raise BackendError(
-                f"device {name} is not available: this version of mlacli computes on cpu only",
-                "use -dev cpu, or --vram with the plan command to plan for GPUs",
-            )
-    total, free = host_memory()
-    return tuple(Device(name, "cpu", total, free) for name in split.devices)
+    return tuple(_device(name) for name in split.devices)
+
+
+def _device(name: str) -> Device:
+    if name == "cpu":
+        return Device(name, "cpu", *host_memory())
+    from mlacli.backends.cuda_devices import device_memory
+
+    return Device(name, "cuda", *device_memory(name))
+
+
+def present_devices() -> tuple[Device, ...]:
+    """Every device of this machine that a model can run on."""
+    from mlacli.backends.cuda_devices import device_count
+
+    gpus = tuple(f"cuda{i}" for i in range(device_count()))
+    return find_devices(SplitParams(devices=("cpu", *gpus)))
 
 
 def main_device(split: SplitParams, devices: tuple[Device, ...]) -> Device:
@@ -100,3 +109,12 @@ def _process_limit() -> Iterator[tuple[int, int]]:
             yield limit, limit - _kilobytes("/proc/self/status", "VmSize:")
         except (OSError, StopIteration):
             yield limit, limit // 2
+
+
+def resident_bytes() -> int:
+    """Bytes of this process that are in memory now; 0 where the system doesn't say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")

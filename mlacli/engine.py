@@ -15,9 +15,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from mlacli.backends import open_ranks
+from mlacli.devices import resident_bytes
 from mlacli.errors import ContextFull, UsageError
 from mlacli.flags import LOADED, SAMPLING, library_values, to_params
 from mlacli.latent_cache import LatentCache
+from mlacli.layer_watch import LayerWatch, Watcher
 from mlacli.loading.gather import Checked, check_tensors
 from mlacli.loading.weights import load_weights, short_name
 from mlacli.ops import ModelWeights, Ops
@@ -69,6 +71,7 @@ class Engine:
         self.n_ctx, self.n_kv = prepared.plan.n_ctx, 0
         self.context_full = False
         self.timings = Timings()
+        self.watch: Watcher | None = None  # is shown the residual stream after every layer
         self._ranks = open_ranks(prepared.plan, prepared.params.context, prepared.n_threads)
         self._weights: list[ModelWeights] = []
         self._caches: list[LatentCache] = []
@@ -100,7 +103,11 @@ class Engine:
                 weights = load_weights(self.prepared.gguf, plan, rank, hp, ops, count)
             part = plan.ranks[rank]
             layers = range(*part.layers) if part.n_cached_layers else range(0)
-            return weights, LatentCache(ops, layers, plan.n_ctx, hp.cache_width, plan.cache_type)
+            cache = LatentCache(ops, layers, plan.n_ctx, hp.cache_width, plan.cache_type)
+            if hp.sparse is not None:
+                cache_type = self.params.context.indexer_cache_type_k
+                cache.add_index(ops, hp.sparse.full, hp.sparse.width, cache_type)
+            return weights, cache
 
         for weights, cache in self._ranks.group.run(one_rank):
             self._weights.append(weights)
@@ -134,6 +141,10 @@ class Engine:
         self._weights, self._caches = [], []
         self.prepared.gguf.close()
 
+    def take_turn(self) -> None:
+        """Set this engine's threads for the process: call it where engines work in turns."""
+        self._ranks.take_turn()
+
     @property
     def tokenizer(self) -> Tokenizer | None:
         """None for a file without tokenizer: feed it ids."""
@@ -145,25 +156,32 @@ class Engine:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
+    def memory(self) -> dict[str, int]:
+        """Bytes in use now by device. All CPU ranks are one process: its resident pages."""
+        return {r.device: resident_bytes() for r in self.prepared.plan.ranks if r.kind == "cpu"}
+
     # ---- forward ----------------------------------------------------------------------------
 
     def prefill(self, ids: Sequence[int], all_rows: bool = False) -> Floats:
         """Append `ids` to the cache; logits [1, V] of the last one, or [n, V] of all."""
         import numpy as np
 
+        first = 0 if all_rows else len(ids) - 1
+        return np.concatenate(list(self.stream_logits(ids, first)))
+
+    def stream_logits(self, ids: Sequence[int], first: int = 0) -> Iterator[Floats]:
+        """Append `ids`; after each ubatch the logits [m, V] of its tokens from ids[first] on.
+
+        m is 0 where a ubatch ends before `first`; no more than one ubatch's rows exist at once.
+        """
         self._check(ids)
         n_batch, n_ubatch = self.params.context.n_batch, self.params.context.n_ubatch
-        out = []
         for batch in range(0, len(ids), n_batch):
             in_batch = ids[batch : batch + n_batch]
             for start in range(0, len(in_batch), n_ubatch):
                 ubatch = in_batch[start : start + n_ubatch]
-                last = batch + start + len(ubatch) == len(ids)
-                rows = range(len(ubatch)) if all_rows else [len(ubatch) - 1] if last else []
-                logits = self._forward(ubatch, rows)
-                if len(rows):
-                    out.append(logits)
-        return np.concatenate(out)
+                wanted = max(0, first - batch - start)
+                yield self._forward(ubatch, range(wanted, len(ubatch)))
 
     def decode(self, token_id: int) -> Floats:
         """Append one token; its logits [V]."""
@@ -202,10 +220,15 @@ class Engine:
         frequencies = hp.rope.frequencies(hp.p)
 
         def one_rank(rank: int) -> Any:
-            ops = self._ops(rank)
+            ops, weights, cache = self._ops(rank), self._weights[rank], self._caches[rank]
+            seen: Any = ops
+            if self.watch is not None and (rank == 0 or self.params.split.mode != "graph"):
+                seen = LayerWatch(ops, self.prepared.plan.ranks[rank].layers[0], self.watch)
             with np.errstate(all="ignore"):  # the sampler refuses logits that are not finite
-                step = ops.step(ids, n_past, frequencies, rows)
-                return model.forward(ops, hp, self._weights[rank], self._caches[rank], step)
+                return ops.execute(
+                    ids, n_past, frequencies, rows,
+                    lambda step: model.forward(seen, hp, weights, cache, step),
+                )  # fmt: skip
 
         results = self._ranks.group.run(one_rank)
         self.n_kv = n_past + len(ids)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from mlacli.errors import UsageError
@@ -58,16 +60,37 @@ def number(word: str) -> float:
     return value
 
 
-def choice(*words: str, **aliases: str) -> Parse:
+@dataclass(frozen=True, slots=True)
+class Choice:
     """A parser for one of `words`; `aliases` map other spellings."""
 
-    def parse(word: str) -> str:
-        low = aliases.get(word.lower(), word.lower())
-        if low not in words:
-            raise _bad("one of " + ", ".join(words), word, close(word, words))
+    words: tuple[str, ...]
+    aliases: Mapping[str, str] = field(hash=False)
+
+    def __call__(self, word: str) -> str:
+        low = self.aliases.get(word.lower(), word.lower())
+        if low not in self.words:
+            raise _bad("one of " + ", ".join(self.words), word, close(word, self.words))
         return low
 
-    return parse
+
+def choice(*words: str, **aliases: str) -> Choice:
+    return Choice(words, MappingProxyType(aliases))
+
+
+def choices(parse: Parse | None) -> tuple[str, ...]:
+    """The words that a parser takes, where they can be listed."""
+    if parse is split_mode:
+        return (*_MODES.words, *_MODES.aliases)
+    if parse is cache_type:
+        return _CACHE_TYPES.words
+    if parse is on_off:
+        return ("on", "off", "auto")
+    return (*parse.words, *parse.aliases) if isinstance(parse, Choice) else ()
+
+
+_MODES = choice("none", "layer", "graph", "auto", tensor="graph")
+_CACHE_TYPES = choice("f32", "f16", "bf16", "q8_0")
 
 
 def split_mode(word: str) -> str:
@@ -77,14 +100,22 @@ def split_mode(word: str) -> str:
         raise UsageError(
             f"split mode {word!r} is not supported", "use -sm graph (tensor parallel) or -sm layer"
         )
-    return str(choice("none", "layer", "graph", "auto", tensor="graph")(word))
+    return _MODES(word)
+
+
+def compared_modes(word: str) -> tuple[str, ...]:
+    """Two or three different split modes."""
+    modes = tuple(split_mode(part.strip()) for part in word.split(","))
+    if "auto" in modes or len(modes) < 2 or len(set(modes)) < len(modes):
+        raise _bad("a list of different split modes", word, "write it as none,layer,graph")
+    return modes
 
 
 def cache_type(word: str) -> str:
     low = word.lower()
     if low in ("q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1", "q6_0", "q8_kv", "q8_1"):
         raise UsageError(f"cache type {word!r} is not supported", "the nearest is q8_0")
-    return str(choice("f32", "f16", "bf16", "q8_0")(word))
+    return _CACHE_TYPES(word)
 
 
 def on_off(word: str) -> bool:
@@ -129,6 +160,14 @@ def layers(word: str) -> int | None:
     if word.lower() in ("all", "auto"):
         return None
     value: int = integer()(word)
+    return None if value < 0 else value
+
+
+def rows_kept(word: str) -> int | None:
+    """A count from 1 on; -1 means the file's, as in ik_llama.cpp."""
+    value: int = integer(-1)(word)
+    if value == 0:
+        raise _bad("at least 1", word, "--no-dsa attends to all rows; -1 is the file's number")
     return None if value < 0 else value
 
 

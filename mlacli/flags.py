@@ -2,21 +2,22 @@
 
 No click here: `cli/words.py` walks a command line by it, `load()` looks up the long names.
 Spelling and defaults are llama.cpp's and ik_llama.cpp's; what those have and mlacli has not is in
-`flags_refused.py`.
+`flags_foreign.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import Any
 
 from mlacli.errors import UsageError
+from mlacli.flag_entry import Flag
 from mlacli.flag_values import (
-    Parse,
     cache_type,
     choice,
+    compared_modes,
     devices,
     integer,
     layers,
@@ -24,6 +25,7 @@ from mlacli.flag_values import (
     number,
     on_off,
     override_kv,
+    rows_kept,
     seed,
     shares,
     size,
@@ -32,25 +34,8 @@ from mlacli.flag_values import (
     text,
     token_ids,
 )
+from mlacli.flags_commands import CHECK, LOGS, OTHER
 from mlacli.params import ContextParams, ModelParams, Params, SamplingParams, SplitParams
-
-
-@dataclass(frozen=True, slots=True)
-class Flag:
-    """One flag. `parse` None = a switch; `key` is its first long name with underscores."""
-
-    names: tuple[str, ...]
-    parse: Parse | None
-    help: str
-    metavar: str = ""
-    default: Any = None
-    optional: str | None = None  # the value meant when the next word isn't one (-fa)
-    repeats: bool = False
-
-    @property
-    def key(self) -> str:
-        return next(n for n in self.names if n.startswith("--"))[2:].replace("-", "_")
-
 
 MODEL: tuple[Flag, ...] = (
     Flag(
@@ -173,6 +158,21 @@ CONTEXT: tuple[Flag, ...] = (
         "TYPE",
         "f32",
     ),
+    Flag(("-dsa", "--dsa"), None, "sparse attention; on wherever the file has an indexer"),
+    Flag(("--no-dsa",), None, "dense attention, indexer left out"),
+    Flag(
+        ("-dsatk", "--dsa-top-k"),
+        rows_kept,
+        "cache rows a token attends to; -1, the default, is the file's number",
+        "N",
+    ),
+    Flag(
+        ("-ictk", "--indexer-cache-type-k"),
+        cache_type,
+        "type of the indexer's key cache: f32 f16 bf16 q8_0",
+        "TYPE",
+        "f16",
+    ),
     Flag(
         ("-t", "--threads"),
         integer(1, 1 << 16),
@@ -183,7 +183,7 @@ CONTEXT: tuple[Flag, ...] = (
 
 RUN: tuple[Flag, ...] = (
     Flag(("--strict",), None, "exit 3 instead of running differently than asked"),
-    Flag(("-v", "--verbose"), None, "print each tensor's shard per rank"),
+    Flag(("-v", "--verbose", "--log-verbose"), None, "print each tensor's shard per rank"),
 )
 
 LOAD: tuple[Flag, ...] = (
@@ -207,6 +207,7 @@ PROMPT: tuple[Flag, ...] = (
     ),
     Flag(("-e", "--escape"), None, r"expand \n, \t, \xNN in -p (on by default)"),
     Flag(("--no-escape",), None, "leave escapes in -p alone"),
+    Flag(("--display-prompt",), None, "print the prompt too (on by default)"),
     Flag(("--no-display-prompt",), None, "don't print the prompt"),
     Flag(("--ignore-eos",), None, "go on after an end-of-generation token"),
 )
@@ -229,7 +230,39 @@ SWEEP: tuple[Flag, ...] = (
     ),
     Flag(("-nrep", "--n-repetitions"), integer(1), "repetitions of the first row", "N", 1),
     Flag(("-wb", "--warmup-batch"), None, "warm up with one ubatch"),
-    Flag(("--output-format",), choice("md", "jsonl", table="md"), "md | jsonl", "WORD", "md"),
+    Flag(("--sweep-stride",), integer(1), "measure every Nth row", "N", 1),
+    Flag(("--sweep-memory",), None, "report peak resident and device memory per row"),
+    Flag(
+        ("--output-format",),
+        choice("md", "jsonl", "csv", table="md"),
+        "md (or table) | jsonl | csv",
+        "WORD",
+        "md",
+    ),
+    Flag(("--compare",), compared_modes, "measure modes in turn: none,layer,graph", "MODES", ()),
+    Flag(("--plot",), text, "draw S_PP and S_TG over N_KV: FILE.png, .svg or .pdf", "FILE"),
+    Flag(
+        ("--results",),
+        text,
+        "with --plot: draw saved results instead of measuring; may be repeated",
+        "FILE",
+        (),
+        repeats=True,
+    ),
+)
+
+PERPLEXITY: tuple[Flag, ...] = (
+    Flag(("-f", "--file"), text, "the text to score, - for stdin", "FILE"),
+    Flag(("--chunks",), integer(-1), "score at most N chunks of -c tokens; -1 all", "N", -1),
+    Flag(("--ppl-stride",), integer(0), "overlapping windows, N tokens apart; 0 = off", "N", 0),
+    Flag(
+        ("--kl-divergence-base", "--save-all-logits"),
+        text,
+        "write log-probabilities to FILE, or read them with --kl-divergence",
+        "FILE",
+    ),
+    Flag(("--kl-divergence",), None, "compare with the file of --kl-divergence-base"),
+    Flag(("--compare",), compared_modes, "score modes against the first of them", "MODES", ()),
 )
 
 PLAN: tuple[Flag, ...] = (
@@ -247,38 +280,57 @@ _COMMON_SECTIONS: Sections = (
     ("Devices and split", DEVICES),
     ("Placement", PLACEMENT),
     ("Context and precision", CONTEXT),
-    ("Run", RUN),
+    ("Run", RUN + LOGS),
+    ("Other", OTHER),
 )
-_LOAD = ("Check", LOAD)
+
+
+def _perplexity_sections() -> Sections:
+    """The common ones; -c is the length of a chunk there, 512 as in llama.cpp."""
+    chunk = "tokens of a chunk, whose second half is scored"
+    return tuple(
+        (title, tuple(replace(f, default=512, help=chunk) if f.key == "ctx_size" else f
+                      for f in flags))
+        for title, flags in _COMMON_SECTIONS
+    )  # fmt: skip
+
+
+_LOADING = ("Loading", LOAD)
 COMMANDS: Mapping[str, Sections] = MappingProxyType(
     {
-        "run-model": (("Prompt", PROMPT), ("Sampling", SAMPLING), *_COMMON_SECTIONS, _LOAD),
-        "sweep-bench": (("Benchmark", SWEEP), *_COMMON_SECTIONS, _LOAD),
+        "run-model": (
+            ("Prompt", PROMPT),
+            ("Sampling", SAMPLING),
+            *_COMMON_SECTIONS,
+            ("Check", LOAD),
+        ),
+        "sweep-bench": (("Benchmark", SWEEP), *_COMMON_SECTIONS, _LOADING),
         "plan": (("Plan", PLAN), *_COMMON_SECTIONS),
+        "perplexity": (("Perplexity", PERPLEXITY), *_perplexity_sections(), _LOADING),
+        "check-flags": (("Check", CHECK), ("Other", OTHER)),
     }
 )
 
-EXCLUSIVE: tuple[tuple[str, ...], ...] = (("prompt", "file", "prompt_ids"),)
+EXCLUSIVE: tuple[tuple[str, ...], ...] = (
+    ("prompt", "file", "prompt_ids"),
+    ("dsa", "no_dsa"),
+    ("split_mode", "compare"),
+    ("results", "compare"),
+    ("kl_divergence", "compare"),
+    ("kl_divergence_base", "compare"),
+    ("kl_divergence_base", "ppl_stride"),
+)
 
+# Environment variable -> key; read before the words of the command line, which win.
 ENVIRONMENT: Mapping[str, str] = MappingProxyType(
     {
-        "LLAMA_ARG_MODEL": "model",
-        "LLAMA_ARG_CTX_SIZE": "ctx_size",
-        "LLAMA_ARG_BATCH": "batch_size",
-        "LLAMA_ARG_UBATCH": "ubatch_size",
-        "LLAMA_ARG_N_GPU_LAYERS": "gpu_layers",
-        "LLAMA_ARG_THREADS": "threads",
-        "LLAMA_ARG_N_PREDICT": "predict",
-        "LLAMA_ARG_FLASH_ATTN": "flash_attn",
-        "LLAMA_ARG_CACHE_TYPE_K": "cache_type_k",
-        "LLAMA_ARG_CACHE_TYPE_V": "cache_type_v",
-        "LLAMA_ARG_DEVICE": "device",
-        "LLAMA_ARG_SPLIT_MODE": "split_mode",
-        "LLAMA_ARG_TENSOR_SPLIT": "tensor_split",
-        "LLAMA_ARG_MAIN_GPU": "main_gpu",
-        "LLAMA_ARG_N_CPU_MOE": "n_cpu_moe",
+        flag.env: flag.key
+        for command, sections in COMMANDS.items()
+        for title, flags in sections
+        for flag in flags
+        if command != "check-flags" and title != "Other"
     }
-)  # read before the words of the command line, which win
+)
 
 
 def parse_value(flag: Flag, value: Any, spelled: str) -> Any:

@@ -2,17 +2,18 @@
 
 Fine ops are abstract; coarse ops have composed defaults made of fine ones, which a backend may
 replace by fused kernels. Letters: n tokens, t cache rows, d model width, h local heads, r kv rank,
-k nope, p rope, v value, E experts, f expert width. `Act` and `Weight` are opaque to models.
+k nope, p rope, v value, E experts, f expert width, I indexer heads, i their width. `Act` and
+`Weight` are opaque to models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from mlacli.models.parts import Routing
+    from mlacli.models.parts import Routing, Temperature
     from mlacli.parallel.comm import Comm
     from mlacli.params import ContextParams
 
@@ -95,8 +96,20 @@ class Ops(Protocol):
         """x / sqrt(mean(x^2) + eps) * w."""
         ...
 
+    def layer_norm(self, x: Act, w: Weight, bias: Weight, eps: float) -> Act:
+        """(x - mean) / sqrt(variance + eps) * w + bias."""
+        ...
+
     def rope(self, x: Act, step: Step) -> Act:
         """x [n, p] or [n, h, p] with pairs (2i, 2i+1) rotated."""
+        ...
+
+    def rope_first(self, x: Act, step: Step) -> Act:
+        """x [n, i] or [n, I, i] with its first p columns rotated like `rope`, the rest as it is."""
+        ...
+
+    def temper(self, q: Act, temperature: Temperature, step: Step) -> Act:
+        """q [n, ...] times 1 + scale * ln(1 + floor(pos / length)) of each token."""
         ...
 
     def silu_mul(self, gate: Act, up: Act) -> Act:
@@ -113,6 +126,30 @@ class Ops(Protocol):
 
     def store(self, rows: Any, c_kv: Act, k_pe: Act, step: Step) -> None:
         """Write one cache row per token: c_kv, then k_pe."""
+        ...
+
+    def store_index(self, rows: Any, keys: Act, step: Step) -> None:
+        """Write one index key per token."""
+        ...
+
+    def heads(self, x: Act, n_heads: int) -> Act:
+        """[n, I * i] -> [n, I, i]."""
+        ...
+
+    def dsa_select(
+        self, q: Act, weights: Act, rows: Any, step: Step, top_k: int, imposed: Act | None = None
+    ) -> Act:
+        """The top_k cache rows of each token in ascending order [n, top_k]; needs n_kv > top_k.
+
+        Row j scores sum_I weights[I] * max(0, q[I] . key_j) / sqrt(I * i); rows beyond the token
+        score -inf, ties go to the lower row. `imposed` rows are taken instead (a test hook).
+        """
+        ...
+
+    def attend_chosen(
+        self, q_lat: Act, q_pe: Act, rows: Any, chosen: Act, r: int, step: Step, scale: float
+    ) -> Act:
+        """Softmax over each token's chosen rows, those beyond the token left out: [n, h, r]."""
         ...
 
     def heads_up(self, x: Act, w: Weight) -> Act:
@@ -150,6 +187,13 @@ class Ops(Protocol):
 
     # ---- coarse ops: composed defaults ------------------------------------------------------
 
+    def execute(
+        self, tokens: Sequence[int], n_past: int, frequencies: Sequence[float],
+        out_rows: Sequence[int], forward: Callable[[Step], Act | None],
+    ) -> Any:  # fmt: skip
+        """The logits of one forward as a host array; a backend may capture and replay it."""
+        return forward(self.step(tokens, n_past, frequencies, out_rows))
+
     def project(
         self, x: Act, q_a: Weight | None, kv_a: Weight, r: int
     ) -> tuple[Act | None, Act, Act]:
@@ -177,6 +221,15 @@ class Ops(Protocol):
             o = self.attend_absorbed(q_lat, q_pe, rows, k_b.shape[1], step, scale)
             o = self.heads_up(o, v_b)
         return o.reshape(step.n, -1)
+
+    def sparse_attention(
+        self, q_nope: Act, q_pe: Act, rows: Any, k_b: Weight, v_b: Weight, chosen: Act,
+        step: Step, scale: float,
+    ) -> Act:  # fmt: skip
+        """`mla_attention` over each token's chosen rows alone [n, h * v], always absorbed."""
+        q_lat = self.heads_up(q_nope, k_b)
+        o = self.attend_chosen(q_lat, q_pe, rows, chosen, k_b.shape[1], step, scale)
+        return self.heads_up(o, v_b).reshape(step.n, -1)
 
     def reduce_add_norm(
         self, partial: Act | None, residual: Act, norm: Weight | None, eps: float

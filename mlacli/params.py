@@ -61,6 +61,10 @@ class ContextParams:
     cache_type_v: str | None = None  # the latent row holds V too: reported as without effect
     graph_attn_precision: Literal["f16", "f32"] = "f16"
     graph_reduce_type: Literal["f32", "f16", "bf16", "q8_0"] = "f32"
+    dsa: bool = False  # asked for by name; sparse attention is on wherever the file has an indexer
+    no_dsa: bool = False
+    dsa_top_k: int | None = None  # None = the file's
+    indexer_cache_type_k: CacheType = "f16"
     n_threads: int | None = None
 
 

@@ -6,7 +6,7 @@ What can be known from flags and the GGUF header is refused here, and nothing af
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
@@ -14,9 +14,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mlacli.compat import Finding, check, guard, raise_first_error
+from mlacli.compat import Finding, check, guard, indexer_rules, raise_first_error
 from mlacli.devices import Device, find_devices, host_memory, main_device
-from mlacli.errors import GgufError, MemoryBudgetError, StrictDowngrade, UnsupportedFeature
+from mlacli.errors import (
+    GgufError,
+    MemoryBudgetError,
+    StrictDowngrade,
+    UnsupportedFeature,
+    UsageError,
+)
 from mlacli.loading.gguf_file import GgufFile
 from mlacli.loading.tokenizer import Tokenizer, has_tokenizer
 from mlacli.models import model_of
@@ -89,11 +95,22 @@ class Prepared:
             ("batch", f"{context.n_batch} / {context.n_ubatch}", "logical / physical"),
             ("attention", f"-mla {context.mla} -fa on", f"-gap {context.graph_attn_precision}"),
             ("cache type", context.cache_type_k, ""),
+            *self._sparse_row(),
             ("reduce type", context.graph_reduce_type if graph else "-", ""),
             ("threads", str(self.n_threads), f"{max(1, self.n_threads // len(plan.ranks))} a rank"),
         ]  # fmt: skip
         rows += [(f.flag, f.verdict, f.message) for f in self.findings if f.level == "note"]
         return tuple(rows)
+
+    def _sparse_row(self) -> Iterator[tuple[str, str, str]]:
+        """How cache rows are chosen; nothing for a file without indexer."""
+        hp = self.hparams
+        if hp.sparse is not None:
+            keys = self.params.context.indexer_cache_type_k
+            who = f"{sum(hp.sparse.full)} of {hp.n_layer} layers choose, by keys in {keys}"
+            yield "sparse attention", f"top {hp.sparse.top_k}", who
+        elif hp.indexer is not None:
+            yield "sparse attention", "off", "the indexer is left out"
 
 
 def bundled_model() -> Path:
@@ -129,7 +146,10 @@ def _prepare(file: GgufFile, params: Params) -> Prepared:
     raise_first_error(findings)
     if params.strict:
         _refuse_changes(findings)
-    hp = model.Hparams.from_gguf(file)
+    hp = settle_indexer(model.Hparams.from_gguf(file), params.context)
+    if hp.indexer is None:  # glm-dsa files needn't have one
+        findings += tuple(f for f in indexer_rules(False, params) if f not in findings)
+        raise_first_error(findings)
     _check_types(file)
     devices = find_devices(params.split)
     main_device(params.split, devices)
@@ -149,6 +169,48 @@ def _prepare(file: GgufFile, params: Params) -> Prepared:
     plan = replace(plan, n_ubatch=context.n_ubatch)
     params = replace(params, split=split, context=context)
     return Prepared(file.path, file, arch, model, hp, params, plan, findings)
+
+
+def settle_indexer(hp: Any, context: ContextParams) -> Any:
+    """`hp` with its indexer as the flags want it; GgufError when a layer would reuse no choice."""
+    if hp.indexer is None:
+        return hp
+    top_k = context.dsa_top_k or hp.indexer.top_k
+    indexer = replace(hp.indexer, top_k=top_k, on=not context.no_dsa)
+    if indexer.on:
+        indexer.check()
+        if context.mla == 0:
+            raise UsageError(
+                "-mla 0 keeps no latent rows, which sparse attention reads",
+                "use -mla 1, 2 or 3, or --no-dsa",
+            )
+    return replace(hp, indexer=indexer)
+
+
+def together(prepared: Sequence[Prepared]) -> list[Prepared]:
+    """The same models, to be loaded at once; MemoryBudgetError when they can't be.
+
+    Where they don't fit as they are, each keeps fewer float32 copies of its weights.
+    """
+
+    def fits(plans: Sequence[ShardPlan]) -> MemoryBudgetError | None:
+        try:
+            check_memory(replace(plans[0], ranks=tuple(r for plan in plans for r in plan.ranks)))
+        except MemoryBudgetError as e:
+            hint = f"all {len(plans)} modes are loaded at once: use a smaller -c, or fewer modes"
+            return MemoryBudgetError(e.device, e.need, e.have, hint)
+        return None
+
+    if fits([p.plan for p in prepared]) is None:
+        return list(prepared)
+    plans = [
+        replace(p.plan, ranks=tuple(replace(r, dequant=r.dequant // len(prepared)) for r in
+                                    p.plan.ranks))
+        for p in prepared
+    ]  # fmt: skip
+    if (error := fits(plans)) is not None:
+        raise error
+    return [replace(p, plan=plan) for p, plan in zip(prepared, plans, strict=True)]
 
 
 def _refuse_changes(findings: Sequence[Finding]) -> None:

@@ -8,8 +8,9 @@ tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,26 +20,44 @@ from mlacli.errors import UsageError
 if TYPE_CHECKING:
     from mlacli.engine import Engine
 
-_SEED = 42  # of the random token ids: the same ones in every run
+_SEED = 42  # of the random token ids: the same ones in every run and in every mode
 
 
 @dataclass(frozen=True, slots=True)
 class SweepRow:
-    """pp tokens prefilled in t_pp seconds and tg decoded in t_tg, both from depth n_kv on."""
+    """pp tokens prefilled in t_pp seconds and tg decoded in t_tg, both from depth n_kv on.
+
+    A time that could not be taken is None, and `failed` says why.
+    """
 
     pp: int
     tg: int
     n_kv: int
-    t_pp: float
-    t_tg: float
+    t_pp: float | None
+    t_tg: float | None
+    mode: str = ""
+    steps: tuple[float, ...] = ()  # seconds of every decode step
+    memory: Mapping[str, int] = field(default_factory=dict)  # bytes in use by device
+    peak: int = 0  # largest resident size of the process so far
+    failed: str = ""
 
     @property
-    def speed_pp(self) -> float:
-        return self.pp / self.t_pp
+    def speed_pp(self) -> float | None:
+        return self.pp / self.t_pp if self.t_pp else None
 
     @property
-    def speed_tg(self) -> float:
-        return self.tg / self.t_tg
+    def speed_tg(self) -> float | None:
+        return self.tg / self.t_tg if self.t_tg else None
+
+    def step_percentile(self, percent: float) -> float | None:
+        """Seconds within which `percent` of the decode steps were done."""
+        return float(np.percentile(self.steps, percent)) if self.steps else None
+
+    @property
+    def vram(self) -> int | None:
+        """Bytes in use on all devices that are not the CPU; None where there are none."""
+        used = [n for device, n in self.memory.items() if device != "cpu"]
+        return sum(used) if used else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,28 +92,88 @@ def sweep_shape(n_ctx: int, n_ubatch: int, n_predict: int = -1) -> SweepShape:
 
 
 def sweep(
-    engine: Engine, shape: SweepShape, *, repetitions: int = 1, warmup_batch: bool = False
-) -> Iterator[SweepRow]:
-    """One row per depth. `repetitions` average the first row only, as in ik_llama.cpp."""
-    random = np.random.default_rng(_SEED)
-    n_vocab = int(engine.decode(0).shape[-1])  # one token warms the decode path up
-    if warmup_batch:
-        engine.rewind(0)
-        engine.prefill(random.integers(n_vocab, size=shape.pp).tolist())
-    for n_kv in shape.depths:
-        times = repetitions if n_kv == 0 else 1
-        t_tg = t_pp = 0.0
-        for _ in range(times):
-            engine.rewind(n_kv)
-            ids = random.integers(n_vocab, size=shape.tg).tolist()
-            start = time.perf_counter()
-            for token_id in ids:
-                engine.decode(token_id)
-            t_tg += time.perf_counter() - start
-        for _ in range(times):
-            engine.rewind(n_kv)
-            ids = random.integers(n_vocab, size=shape.pp).tolist()
-            start = time.perf_counter()
-            engine.prefill(ids)
-            t_pp += time.perf_counter() - start
-        yield SweepRow(shape.pp, shape.tg, n_kv, t_pp / times, t_tg / times)
+    engines: Sequence[Engine], shape: SweepShape, *, repetitions: int = 1, stride: int = 1,
+    warmup_batch: bool = False,
+) -> Iterator[SweepRow]:  # fmt: skip
+    """One row per engine and depth, the engines in turn at each depth.
+
+    `repetitions` average the first depth only and `stride` N measures every Nth, as in
+    ik_llama.cpp. An engine whose prefill fails can't go deeper: that row is its last.
+    """
+    runs = [_Run(engine, shape) for engine in engines]
+    for run in runs:
+        run.warm_up(warmup_batch)
+    for i, n_kv in enumerate(shape.depths):
+        for run in runs:
+            row = run.row(n_kv, repetitions if i == 0 else 1, measured=i % stride == 0)
+            if row is not None:
+                yield row
+
+
+class _Run:
+    """One engine on its way through the depths, with its own stream of random tokens."""
+
+    def __init__(self, engine: Engine, shape: SweepShape) -> None:
+        self.engine, self.shape, self.stopped = engine, shape, False
+        self._random = np.random.default_rng(_SEED)
+        self._n_vocab = engine.prepared.hparams.n_vocab
+
+    def warm_up(self, with_batch: bool) -> None:
+        self.engine.take_turn()
+        self.engine.decode(0)
+        if with_batch:
+            self.engine.rewind(0)
+            self.engine.prefill(self._ids(self.shape.pp))
+
+    def row(self, n_kv: int, times: int, measured: bool) -> SweepRow | None:
+        """None where there is nothing to say: a depth that is not measured, or not reached."""
+        if self.stopped:
+            return None
+        engine, shape = self.engine, self.shape
+        engine.take_turn()
+        steps: list[float] = []
+        t_pp = t_tg = 0.0
+        failed_tg = failed_pp = ""
+        try:
+            for _ in range(times):
+                ids = self._ids(shape.tg)  # drawn also where nothing is measured, as there
+                if measured:
+                    taken = self._decode(n_kv, ids)
+                    steps += taken[1]
+                    t_tg += taken[0]
+        except Exception as e:  # whatever it is, it belongs into the row
+            failed_tg = f"decode: {e}"
+        try:
+            for _ in range(times):
+                t_pp += self._prefill(n_kv, self._ids(shape.pp))
+        except Exception as e:
+            failed_pp = f"prefill: {e}"
+            self.stopped = True
+        if not measured and not failed_pp:
+            return None
+        return SweepRow(
+            shape.pp, shape.tg, n_kv,
+            None if failed_pp else t_pp / times,
+            None if failed_tg or not measured else t_tg / times,
+            str(engine.params.split.mode), tuple(steps), engine.memory(), engine.peak_memory(),
+            "; ".join(filter(None, (failed_tg, failed_pp))),
+        )  # fmt: skip
+
+    def _decode(self, n_kv: int, ids: list[int]) -> tuple[float, list[float]]:
+        """Seconds of all steps and of each; a step ends when its logits are on the host."""
+        self.engine.rewind(n_kv)
+        marks = [time.perf_counter()]
+        for token_id in ids:
+            self.engine.decode(token_id)
+            marks.append(time.perf_counter())
+        return marks[-1] - marks[0], [b - a for a, b in pairwise(marks)]
+
+    def _prefill(self, n_kv: int, ids: list[int]) -> float:
+        self.engine.rewind(n_kv)
+        start = time.perf_counter()
+        self.engine.prefill(ids)
+        return time.perf_counter() - start
+
+    def _ids(self, n: int) -> list[int]:
+        ids: list[int] = self._random.integers(self._n_vocab, size=n).tolist()
+        return ids

@@ -128,3 +128,31 @@ def test_errors_before_load_are_ours(tmp_path: Path) -> None:
     for path in (tmp_path / "x.gguf", tmp_path / "none.gguf", tmp_path):
         with pytest.raises(MlacliError):
             mlacli.load(path)
+
+
+def test_logits_come_ubatch_by_ubatch() -> None:
+    ids = [i * 7 % 200 for i in range(90)]
+    with mlacli.load(V3, ctx_size=256, ubatch_size=32, batch_size=64) as engine:
+        whole = engine.logits(ids)
+        engine.rewind(0)
+        parts = list(engine.stream_logits(ids, 40))
+        assert [len(p) for p in parts] == [0, 24, 26]
+        assert engine.n_kv == 90
+    assert np.array_equal(np.concatenate(parts), whole[40:])
+
+
+@pytest.mark.parametrize("mode", ["none", "layer", "graph"])
+def test_the_residual_is_shown_after_every_layer(mode) -> None:
+    ids = [3, 1, 4, 1, 5]
+    with mlacli.load(V3, ctx_size=256, device="cpu,cpu", split_mode=mode) as engine:
+        plain = engine.logits(ids)
+        seen: dict[int, np.ndarray] = {}
+        engine.watch = lambda layer, residual: seen.update({layer: residual.copy()})
+        assert np.array_equal(engine.logits(ids), plain), "watching changes nothing"
+        hp, last = engine.prepared.hparams, engine._weights[-1]
+        assert sorted(seen) == list(range(hp.n_layer))
+        ops = engine._ops(0 if mode != "layer" else 1)
+        x = ops.rms_norm(seen[hp.n_layer - 1], last.output_norm, hp.eps)
+        if mode != "graph":  # there a rank has a part of the vocabulary
+            assert np.array_equal(ops.matmul(x, last.output), plain)
+        assert not np.array_equal(seen[0], seen[1])

@@ -1,4 +1,4 @@
-"""Writes an MLA model of the transformers library as a `deepseek2` GGUF file.
+"""Writes an MLA model of the transformers library as a GGUF file: deepseek2, glm-dsa, mistral4.
 
 Key names, tensor names and types follow llama.cpp's convert_hf_to_gguf.py, so that llama.cpp loads
 a file in the default layout and style unchanged. Nothing here knows mlacli.
@@ -15,9 +15,15 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, LlamaFileType
 
-ARCH = "deepseek2"
 SOFTMAX, SIGMOID = 1, 2
-GATING = {"deepseek_v2": SOFTMAX, "deepseek_v3": SIGMOID, "glm4_moe_lite": SIGMOID}
+GATING = {
+    "deepseek_v2": SOFTMAX,
+    "deepseek_v3": SIGMOID,
+    "glm4_moe_lite": SIGMOID,
+    "glm_moe_dsa": SIGMOID,
+    "mistral4": SOFTMAX,
+}
+ARCHS = {"glm_moe_dsa": "glm-dsa", "mistral4": "mistral4"}  # the others are deepseek2
 QTYPES = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
@@ -37,6 +43,11 @@ LAYER_NAMES = {
     "self_attn.kv_a_proj_with_mqa.weight": "attn_kv_a_mqa.weight",
     "self_attn.kv_a_layernorm.weight": "attn_kv_a_norm.weight",
     "self_attn.o_proj.weight": "attn_output.weight",
+    "self_attn.indexer.wq_b.weight": "indexer.attn_q_b.weight",
+    "self_attn.indexer.wk.weight": "indexer.attn_k.weight",
+    "self_attn.indexer.k_norm.weight": "indexer.k_norm.weight",
+    "self_attn.indexer.k_norm.bias": "indexer.k_norm.bias",
+    "self_attn.indexer.weights_proj.weight": "indexer.proj.weight",
     "post_attention_layernorm.weight": "ffn_norm.weight",
     "mlp.gate_proj.weight": "ffn_gate.weight",
     "mlp.up_proj.weight": "ffn_up.weight",
@@ -65,9 +76,10 @@ def export_gguf(
     overrides: Mapping[str, str] | None = None,
     name: str | None = None,
 ) -> None:
-    """Writes `path` from a DeepseekV2 / DeepseekV3 / Glm4MoeLite ForCausalLM or its state dict.
+    """Writes `path` from a DeepseekV2 / DeepseekV3 / Glm4MoeLite / GlmMoeDsa / Mistral4 ForCausalLM
+    or its state dict.
 
-    `qtype`: f32, f16 or q8_0 for the matrices; 1-D tensors and the router are always F32, and under
+    `qtype`: f32, f16 or q8_0 for the matrices; 1-D tensors and gates are always F32, and under
     q8_0 a matrix whose rows are no multiple of 32 becomes F16. `overrides` sets the type of single
     tensors by the word before `.weight`, as in `{"attn_k_b": "f16"}`.
 
@@ -87,7 +99,7 @@ def export_gguf(
     state = model_or_state if isinstance(model_or_state, Mapping) else model_or_state.state_dict()
     overrides = overrides or {}
 
-    writer = gguf.GGUFWriter(str(path), ARCH)
+    writer = gguf.GGUFWriter(str(path), arch_of(config))
     if name:
         writer.add_name(name)
     writer.add_file_type(QTYPES[qtype][1])
@@ -104,7 +116,7 @@ def export_gguf(
         seen.add(tensor_name)
         word = tensor_name.split(".")[-2]
         wanted = QTYPES[overrides.get(word, qtype)][0]
-        if array.ndim < 2 or word == "ffn_gate_inp":
+        if array.ndim < 2 or tensor_name.endswith(("ffn_gate_inp.weight", "indexer.proj.weight")):
             wanted = GGMLQuantizationType.F32
         elif wanted == GGMLQuantizationType.Q8_0 and array.shape[-1] % 32:
             wanted = GGMLQuantizationType.F16
@@ -118,9 +130,14 @@ def export_gguf(
     writer.close()
 
 
+def arch_of(config: Any) -> str:
+    """GGUF's name of the architecture."""
+    return ARCHS.get(config.model_type, "deepseek2")
+
+
 def leading_dense(config: Any) -> int:
     """The number of first layers that have a plain FFN."""
-    if config.model_type != "glm4_moe_lite":
+    if not hasattr(config, "mlp_layer_types"):
         return int(config.first_k_dense_replace)
     types = list(config.mlp_layer_types)
     n_dense = types.index("sparse") if "sparse" in types else len(types)
@@ -130,11 +147,11 @@ def leading_dense(config: Any) -> int:
 
 
 def _check(config: Any) -> None:
-    """Refuses what a deepseek2 GGUF cannot say, or would say differently from transformers."""
+    """Refuses what these GGUF files cannot say, or would say differently from transformers."""
     if config.model_type not in GATING:
         raise ValueError(f"unknown model type {config.model_type!r}")
     if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
-        raise ValueError("biases have no place in a deepseek2 GGUF")
+        raise ValueError("biases have no place in an MLA GGUF")
     if config.hidden_act != "silu":
         raise ValueError(f"activation {config.hidden_act!r} is not silu")
     if config.model_type == "deepseek_v2" and config.norm_topk_prob:
@@ -144,8 +161,9 @@ def _check(config: Any) -> None:
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "yarn"):
         raise ValueError(f"rope type {kind!r} is neither default nor yarn")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("a partial rotary factor has no place in a deepseek2 GGUF")
+    whole = config.qk_rope_head_dim / config.head_dim  # what the rotated part is of head_dim
+    if rope.get("partial_rotary_factor", whole) != whole:
+        raise ValueError("a partial rotary factor has no place in an MLA GGUF")
     if kind == "yarn":
         # The rotation itself has magnitude 1 in GGUF, YaRN's magnitude sits in the score scale.
         if not rope.get("mscale_all_dim") or rope.get("mscale") != rope["mscale_all_dim"]:
@@ -204,10 +222,20 @@ def _add_hparams(w: gguf.GGUFWriter, config: Any, style: str) -> None:
     w.add_expert_weights_scale(config.routed_scaling_factor)
     if config.norm_topk_prob:
         w.add_expert_weights_norm(True)
-    w.add_uint32(f"{ARCH}.expert_gating_func", GATING[config.model_type])
+    w.add_uint32(f"{arch_of(config)}.expert_gating_func", GATING[config.model_type])
     if config.n_group is not None and getattr(config, "topk_method", None) != "greedy":
         w.add_expert_group_count(config.n_group)
         w.add_expert_group_used_count(config.topk_group)
+
+    if config.model_type == "glm_moe_dsa":
+        w.add_indexer_head_count(config.index_n_heads)
+        w.add_indexer_key_length(config.index_head_dim)
+        w.add_indexer_top_k(config.index_topk)
+        full = [kind == "full" for kind in config.indexer_types]
+        w.add_array("glm-dsa.attention.indexer.types", full)
+    if scale := rope.get("llama_4_scaling_beta"):
+        w.add_attn_temperature_scale(scale)
+        w.add_attn_temperature_length(rope["original_max_position_embeddings"])
 
 
 def _add_value(w: gguf.GGUFWriter, key: str, value: Any) -> None:
@@ -250,6 +278,9 @@ def _tensors(
             for word, part in _up_projection(array, config, layout):
                 yield f"{prefix}{word}.weight", part
         elif rest == "mlp.experts.gate_up_proj":  # [E, 2F, D]
+            if config.model_type == "mistral4":  # whose converter keeps them together
+                yield prefix + "ffn_gate_up_exps.weight", array
+                continue
             gate, up = np.split(array, 2, axis=1)
             yield prefix + "ffn_gate_exps.weight", gate
             yield prefix + "ffn_up_exps.weight", up
@@ -315,8 +346,16 @@ def _check_complete(seen: set[str], config: Any, layout: str) -> None:
         words = [f"ffn_{side}{end}" for side in ("gate", "up", "down") for end in ends]
         if layer >= n_dense:
             words.append("ffn_gate_inp")
+            if config.model_type == "mistral4":
+                words = [w for w in words if w not in ("ffn_gate_exps", "ffn_up_exps")]
+                words.append("ffn_gate_up_exps")
             if GATING[config.model_type] == SIGMOID:
                 need.add(f"blk.{layer}.exp_probs_b.bias")
+        if config.model_type == "glm_moe_dsa" and config.indexer_types[layer] == "full":
+            words += [
+                n[:-7] for n in LAYER_NAMES.values() if n.startswith("indexer.") and "bias" not in n
+            ]
+            need.add(f"blk.{layer}.indexer.k_norm.bias")
         need |= {f"blk.{layer}.{word}.weight" for word in (*attn, *q_words, *words)}
     if missing := sorted(need - seen):
         raise ValueError(f"the state dict lacks what makes {missing}")

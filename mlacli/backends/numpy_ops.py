@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mlacli.backends import numpy_dsa
 from mlacli.backends.numpy_weights import DequantCache, Floats, NumpyWeight
 from mlacli.loading.quant_types import BF16, Q8_0, QType
 from mlacli.loading.weights import from_float32, to_float32
@@ -21,7 +22,7 @@ from mlacli.parallel.memory import KV_BLOCK
 from mlacli.params import ContextParams
 
 if TYPE_CHECKING:
-    from mlacli.models.parts import Routing
+    from mlacli.models.parts import Routing, Temperature
     from mlacli.parallel.shards import Shard
 
 Ints = NDArray[np.int64]
@@ -57,7 +58,13 @@ class LatentRows:
 
     def read(self, start: int, stop: int) -> Floats:
         """Rows start..stop as float32 [t, width]."""
-        rows = self._rows[start:stop]
+        return self._float32(self._rows[start:stop])
+
+    def take(self, wanted: Ints) -> Floats:
+        """The wanted rows as float32 [t, width]."""
+        return self._float32(self._rows[wanted])
+
+    def _float32(self, rows: Any) -> Floats:
         if self._qtype is not None:
             return to_float32(rows, self._qtype)[:, : self.width]
         values: Floats = rows.astype(np.float32, copy=False)
@@ -129,6 +136,12 @@ class NumpyOps(Ops):
         normed: Floats = x / np.sqrt(mean + np.float32(eps)) * self._dense(w)
         return normed
 
+    def layer_norm(self, x: Floats, w: NumpyWeight, bias: NumpyWeight, eps: float) -> Floats:
+        centred = x - np.mean(x, axis=-1, keepdims=True)
+        variance = np.mean(centred * centred, axis=-1, keepdims=True)
+        normed = centred / np.sqrt(variance + np.float32(eps))
+        return np.asarray(normed * self._dense(w) + self._dense(bias))
+
     def rope(self, x: Floats, step: Step) -> Floats:
         cos, sin = step.cos, step.sin
         if x.ndim == 3:
@@ -138,6 +151,15 @@ class NumpyOps(Ops):
         y[..., ::2] = even * cos - odd * sin
         y[..., 1::2] = even * sin + odd * cos
         return y
+
+    def rope_first(self, x: Floats, step: Step) -> Floats:
+        p = 2 * step.cos.shape[-1]
+        return np.concatenate([self.rope(x[..., :p], step), x[..., p:]], axis=-1)
+
+    def temper(self, q: Floats, temperature: Temperature, step: Step) -> Floats:
+        grown = np.log1p((step.pos // temperature.length).astype(np.float32))
+        factor = np.float32(1) + np.float32(temperature.scale) * grown
+        return np.asarray(q * factor[:, None])
 
     def silu_mul(self, gate: Floats, up: Floats) -> Floats:
         return gate * _sigmoid(gate) * up
@@ -174,6 +196,27 @@ class NumpyOps(Ops):
 
         o = self._online_softmax(np.tile(step.pos, h), step.n_kv, block)
         return o.reshape(h, n, r).transpose(1, 0, 2)
+
+    def heads(self, x: Floats, n_heads: int) -> Floats:
+        return x.reshape(len(x), n_heads, -1)
+
+    def store_index(self, rows: LatentRows, keys: Floats, step: Step) -> None:
+        rows.write(step.pos, keys)
+
+    def dsa_select(
+        self, q: Floats, weights: Floats, rows: LatentRows, step: Step, top_k: int,
+        imposed: Ints | None = None,
+    ) -> Ints:  # fmt: skip
+        if imposed is not None:
+            return np.sort(imposed, axis=1)
+        return numpy_dsa.select(q, weights, rows, step, top_k)
+
+    def attend_chosen(
+        self, q_lat: Floats, q_pe: Floats, rows: LatentRows, chosen: Ints, r: int, step: Step,
+        scale: float,
+    ) -> Floats:  # fmt: skip
+        q = np.concatenate([q_lat, q_pe], axis=-1)
+        return numpy_dsa.attend(q, rows, chosen, r, step, scale, self._round)
 
     def attend_expanded(
         self, q_nope: Floats, q_pe: Floats, rows: LatentRows, k_b: NumpyWeight,

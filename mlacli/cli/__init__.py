@@ -12,14 +12,17 @@ import traceback
 from typing import NoReturn
 
 import click
+from click.shell_completion import CompletionItem, shell_complete
 
 from mlacli import __version__
-from mlacli.errors import MlacliError, UsageError, one_line
+from mlacli.cli import console
+from mlacli.errors import MlacliError, UsageError
 from mlacli.flag_values import nearest
 
 _COMMANDS = {
     "run-model": ("mlacli.cli.run_model", "generate text from a prompt"),
     "sweep-bench": ("mlacli.cli.sweep_bench", "prefill and decode speed over the context"),
+    "perplexity": ("mlacli.cli.perplexity", "perplexity of a text, KL divergence, modes compared"),
     "check-flags": ("mlacli.cli.check_flags", "what a llama.cpp command line would do here"),
     "plan": ("mlacli.cli.plan", "shards and memory per device, from the file header"),
 }
@@ -33,8 +36,12 @@ Commands:
 {commands}
 
 Other:
-  --version     version
-  -h, --help    this text; `mlacli COMMAND --help` lists the flags of a command"""
+  --version       version
+  --list-devices  devices of this machine
+  -h, --help      this text; `mlacli COMMAND --help` lists the flags of a command"""
+
+
+_OWN_WORDS = ("--help", "--version", "--list-devices")
 
 
 class LazyGroup(click.Group):
@@ -54,10 +61,26 @@ class LazyGroup(click.Group):
         rows = (f"  {name:<14}{summary}" for name, (_, summary) in _COMMANDS.items())
         return _HELP.format(commands="\n".join(rows))
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        if incomplete.startswith("-"):
+            return [CompletionItem(w) for w in _OWN_WORDS if w.startswith(incomplete)]
+        return [
+            CompletionItem(name, help=summary)
+            for name, (_, summary) in _COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if ctx.resilient_parsing:  # the shell asks for completions
+            return super().parse_args(ctx, ["--", *args])
         first = args[0] if args else "--help"
         if first in ("-h", "--help"):
             click.echo(self.get_help(ctx))
+            ctx.exit()
+        if first == "--list-devices":
+            from mlacli.cli.flag_command import device_list
+
+            click.echo(device_list())
             ctx.exit()
         if first == "--version":
             click.echo(f"mlacli {__version__}")
@@ -74,6 +97,13 @@ cli = LazyGroup("mlacli", add_help_option=False)
 
 def run(args: list[str]) -> int:
     """The exit code of one command line; what went wrong is one line on stderr."""
+    try:
+        return _run(args)
+    finally:
+        console.close_logs()
+
+
+def _run(args: list[str]) -> int:
     try:
         with cli.make_context("mlacli", list(args)) as ctx:
             cli.invoke(ctx)
@@ -97,11 +127,10 @@ def run(args: list[str]) -> int:
 def _failed(message: str, hint: str, code: int) -> int:
     """Prints the one `Error:` line, after what was already written to stdout."""
     if os.environ.get("MLACLI_DEBUG", "0") not in ("", "0"):
-        traceback.print_exc()
-    text = f"Error: {message} ({hint})" if hint else f"Error: {message}"
+        console.log(traceback.format_exc().rstrip(), 0)
     try:
         sys.stdout.flush()
-        print(one_line(text), file=sys.stderr, flush=True)
+        console.error(message, hint, code)
     except BrokenPipeError:
         _silenced()
     return code
@@ -131,4 +160,6 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # text in an ASCII locale
+    if instruction := os.environ.get("_MLACLI_COMPLETE"):
+        sys.exit(shell_complete(cli, {}, "mlacli", "_MLACLI_COMPLETE", instruction))
     sys.exit(run(sys.argv[1:]))

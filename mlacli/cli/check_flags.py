@@ -1,47 +1,35 @@
 """check-flags: what each flag of a whole command line, ours or llama.cpp's, would do here.
 
-Thin: the words are walked by the same table and judged by the same rules as in a run.
+Thin: the words are walked by the same tables and judged by the same rules as in a run, and the
+verdict on memory is the plan of a run.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import shlex
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import PurePath
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlacli import dialects
 from mlacli.cli import console
-from mlacli.cli.words import CommandLine, Problem, walk
-from mlacli.errors import UsageError
-from mlacli.flags import COMMANDS, to_params
+from mlacli.cli.flag_command import FlagCommand
+from mlacli.cli.invocation import Invocation, invocation, script_words
+from mlacli.cli.words import CommandLine, Given, Idle, Problem, canonical, walk
+from mlacli.errors import MlacliError, UsageError
+from mlacli.flags import COMMANDS, ENVIRONMENT, to_params
 
 if TYPE_CHECKING:
     from mlacli.compat import Finding
+    from mlacli.parallel.plan import ShardPlan
     from mlacli.params import Params
+    from mlacli.prepare import Prepared
 
 _DEFAULT_ARCH = "deepseek2"
-
-_HELP = """\
-Usage: mlacli check-flags [--json] [--arch NAME] [--] COMMAND LINE
-
-  Says for each flag of a llama.cpp or mlacli command line what it would do here. The line may
-  begin with its program (llama-cli, llama-server, llama-sweep-bench, mlacli run-model, ...).
-  With -m FILE in the line the architecture comes from the file's header.
-
-Flags:
-  --json                              print one JSON object
-  --arch NAME                         architecture to judge for (default: deepseek2)
-  -h, --help                          this text
-
-Verdicts: supported, no effect, downgraded, changed, refused, unknown, bad value.
-JSON keys: command, arch, split_mode {asked, effective}, flags [{flag, value, verdict, message,
-hint}], exit_code; asked and value may be null.
-Exit: 0 runs as asked, 1 bad file, 2 refused, 3 would run differently than asked."""
+_DIFFERS = ("downgraded", "changed", "changes results")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,106 +44,209 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class Fit:
+    """Whether the model fits: per device (name, bytes needed, bytes there)."""
+
+    devices: tuple[tuple[str, int, int], ...]
+    n_ctx: int
+    n_ctx_fits: int
+
+    @property
+    def fits(self) -> bool:
+        return all(need <= have for _, need, have in self.devices)
+
+    def as_dict(self) -> dict[str, Any]:
+        devices = [dict(zip(("device", "need", "have"), d, strict=True)) for d in self.devices]
+        return {
+            "fits": self.fits,
+            "n_ctx": self.n_ctx,
+            "n_ctx_fits": self.n_ctx_fits,
+            "devices": devices,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """The verdicts of a line and what they add up to; `as_dict` documents the JSON keys."""
 
-    command: str
+    called: Invocation
     arch: str
     asked_mode: str | None
     effective_mode: str
     verdicts: tuple[Verdict, ...]
-    error: UsageError | None  # the first one
+    fit: Fit | None
+    error: MlacliError | None  # the one that a run would end with
 
     @property
     def exit_code(self) -> int:
         if self.error is not None:
             return self.error.exit_code
-        return 3 if any(v.verdict in ("downgraded", "changed") for v in self.verdicts) else 0
+        return 3 if any(v.verdict in _DIFFERS for v in self.verdicts) else 0
 
     def as_dict(self) -> dict[str, Any]:
+        error = self.error and {"message": self.error.message, "hint": self.error.hint}
         return {
-            "command": self.command,
+            "command": self.called.command,
+            "program": self.called.program or None,
+            "dialect": self.called.dialect,
             "arch": self.arch,
             "split_mode": {"asked": self.asked_mode, "effective": self.effective_mode},
             "flags": [asdict(v) for v in self.verdicts],
+            "plan": self.fit and self.fit.as_dict(),
+            "error": error,
             "exit_code": self.exit_code,
         }
 
 
-def judge(words: Sequence[str], arch: str | None = None) -> Report:
-    """The report on a command line; reads a file's header where the line names one."""
+def judge(
+    words: Sequence[str],
+    arch: str | None = None,
+    vram: tuple[int, ...] = (),
+    dialect: str | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Report:
+    """The report on a command line; reads a model's header where the line names one."""
     from mlacli.compat import check, guard
 
-    name, flags = command_of(words)
-    line = walk(tuple(f for _, table in COMMANDS[name] for f in table), flags)
+    called = invocation(words, dialect)
+    table = tuple(f for _, flags in COMMANDS[called.command] for f in flags)
+    line = walk(table, called.flags, {**(environ or {}), **called.environ}, called.dialect)
     params = to_params(line.values, line.typed)
-    arch = arch or _arch_of(line)
-    settled, findings = guard(arch, params)
-    findings = (*findings, *check(arch, settled))
-    errors = [p.error for p in line.problems]
-    errors += [UsageError(f.message, f.hint) for f in findings if f.level == "error"]
+    if vram:
+        params = replace(params, split=replace(params.split, vram=vram))
+    errors: list[MlacliError] = [p.error for p in line.problems]
+    fit, prepared = None, None
+    if arch is None and called.command != "check-flags" and line["model"] is not None:
+        try:
+            prepared, too_big = _prepared(line["model"], params)
+            fit, errors = _fit(prepared.plan), errors + too_big
+        except MlacliError as e:
+            errors.append(e)
+            arch = _arch_of(line["model"])
+    if prepared is not None:
+        arch, settled, findings = prepared.arch, prepared.params, prepared.findings
+    else:
+        arch = arch or _DEFAULT_ARCH
+        settled, findings = guard(arch, params)
+        findings = (*findings, *check(arch, settled))
+        errors += [UsageError(f.message, f.hint) for f in findings if f.level == "error"]
+    mode = _mode(settled)
+    verdicts = [*_program(called), *_typed(line, findings, mode, called, settled)]
+    verdicts += _untyped(line, findings)
+    if missing := _missing_device(settled):
+        errors.append(missing)
+        verdicts = [_with_device(v, missing) for v in verdicts]
+    if called.lacking:
+        errors.append(called.lacking)
     return Report(
-        name,
-        arch,
-        params.split.mode,
-        _mode(settled),
-        (*_typed(line, findings, _mode(settled)), *_untyped(line, findings)),
-        errors[0] if errors else None,
+        called, arch, params.split.mode, mode, tuple(verdicts), fit, errors[0] if errors else None
     )
 
 
-def command_of(words: Sequence[str]) -> tuple[str, list[str]]:
-    """('run-model', flags) of a command line, with or without environment and program in front."""
-    rest = shlex.split(words[0]) if len(words) == 1 else list(words)
-    while rest and re.match(r"[A-Za-z_]\w*=", rest[0]):
-        rest.pop(0)
-    if rest and re.fullmatch(r"python[\d.]*", PurePath(rest[0]).name) and rest[1:2] == ["-m"]:
-        del rest[:2]
-    program = PurePath(rest[0]).name.removesuffix(".exe") if rest else ""
-    if program == "mlacli":
-        name = rest[1] if rest[1:] and rest[1] in COMMANDS else "run-model"
-        return name, rest[2:] if rest[1:2] == [name] else rest[1:]
-    if re.fullmatch(r"llama-\S+|main|server", program):
-        return "sweep-bench" if program == "llama-sweep-bench" else "run-model", rest[1:]
-    return "run-model", rest
+def _prepared(path: str, params: Params) -> tuple[Prepared, list[MlacliError]]:
+    """The model as a run would plan it, and the error when that doesn't fit; others are raised."""
+    from mlacli.prepare import prepare
 
-
-def _arch_of(line: CommandLine) -> str:
-    if line["model"] is None:
-        return _DEFAULT_ARCH
-    from mlacli.loading.gguf_file import GgufFile
-    from mlacli.models import model_of
-
-    file = GgufFile.open(line["model"])
+    prepared = prepare(path, replace(params, strict=False), refuse_oversize=False)
+    prepared.gguf.close()
     try:
-        model_of(file.arch)  # refuses an architecture that would not run
-        return file.arch
+        prepared.check_memory()
+    except MlacliError as e:
+        return prepared, [e]
+    return prepared, []
+
+
+def _fit(plan: ShardPlan) -> Fit:
+    need: dict[str, int] = {}
+    for rank in plan.ranks:
+        need[rank.device] = need.get(rank.device, 0) + rank.resident
+    have = {rank.device: rank.capacity for rank in plan.ranks}
+    devices = tuple((name, n, have[name]) for name, n in need.items())
+    return Fit(devices, plan.n_ctx, plan.n_ctx_fits)
+
+
+def _arch_of(path: str) -> str | None:
+    """The architecture in a file's header, None where there is none."""
+    from mlacli.loading.gguf_file import GgufFile
+
+    try:
+        file = GgufFile.open(path)
+    except MlacliError:
+        return None
+    try:
+        return file.arch if "general.architecture" in file.metadata else None
     finally:
         file.close()
+
+
+def _missing_device(params: Params) -> MlacliError | None:
+    from mlacli.devices import find_devices
+
+    try:
+        find_devices(params.split)
+    except MlacliError as e:
+        return e
+    return None
+
+
+def _with_device(v: Verdict, e: MlacliError) -> Verdict:
+    if canonical(v.flag) not in ("-dev", "--device", "LLAMA_ARG_DEVICE"):
+        return v
+    return replace(v, verdict="refused", message=e.message, hint=e.hint)
 
 
 def _mode(params: Params) -> str:
     if params.split.mode is not None:
         return params.split.mode
-    return "layer" if len(params.split.devices) > 1 else "none"
+    return "layer" if len(params.split.vram or params.split.devices) > 1 else "none"
 
 
-def _typed(line: CommandLine, findings: Sequence[Finding], mode: str) -> Iterator[Verdict]:
+def _program(called: Invocation) -> Iterator[Verdict]:
+    if e := called.lacking:
+        yield Verdict(called.program, None, "refused", e.message, e.hint)
+
+
+def _typed(
+    line: CommandLine, findings: Sequence[Finding], mode: str, called: Invocation, params: Params
+) -> Iterator[Verdict]:
     """One verdict for each flag as typed; a flag that counts no more says so."""
-    last = {g.flag.key: g for g in line.given if not g.flag.repeats}
+    last = {g.flag.key: g for g in line.given}
     by_word = {f.flag: f for f in reversed(findings)}  # the first finding about a flag counts
     for item in line.items:
         if isinstance(item, Problem):
             e = item.error
             yield Verdict(item.word, item.text, item.verdict, e.message, e.hint)
-        elif last.get(item.flag.key, item) is not item:
-            yield Verdict(item.word, item.text, "no effect", "given again later")
+        elif isinstance(item, Idle):
+            yield Verdict(item.word, item.text, "no effect", item.why)
+        elif (w := last[item.flag.key]) is not item and (
+            not item.flag.repeats or item.word in ENVIRONMENT
+        ):
+            why = f"{w.word} wins over it" if item.word in ENVIRONMENT else "given again later"
+            yield Verdict(item.word, item.text, "no effect", why)
         elif item.flag.key == "split_mode" and item.value not in (mode, "auto"):
             yield Verdict(item.word, item.text, "downgraded", f"runs as -sm {mode}")
+        elif called.foreign and (differs := _differs(item, line, params)):
+            yield Verdict(item.word, item.text, *differs)
         elif f := by_word.get(item.word):
             yield Verdict(item.word, item.text, f.verdict, f.message, f.hint)
+        elif item.becomes:
+            yield Verdict(item.word, item.text, "renamed", item.becomes.why)
         else:
             yield Verdict(item.word, item.text, "supported")
+
+
+def _differs(item: Given, line: CommandLine, params: Params) -> tuple[str, str, str] | None:
+    """(verdict, message, hint) where llama.cpp's own run would differ from ours."""
+    if item.flag.key == "seed" and item.value is not None and line["temp"] > 0:
+        why = "a seed draws other numbers than in llama.cpp; runs of mlacli repeat each other"
+        return "changes results", why, "use --temp 0 to compare"
+    split = params.split
+    on_cpu = not split.vram and all(name == "cpu" for name in split.devices)
+    asked = item.flag.key == "gpu_layers" and item.value != 0 and "device" not in line.values
+    if asked and on_cpu:
+        hint = "name GPUs with -dev, or give -ngl 0"
+        return "changed", "all layers are computed on cpu", hint
+    return None
 
 
 def _untyped(line: CommandLine, findings: Sequence[Finding]) -> Iterator[Verdict]:
@@ -175,37 +266,52 @@ def print_report(report: Report) -> None:
     if rows:
         console.table(columns, rows)
         console.result("")
+    if name := report.called.dialect:
+        source = dialects.dialect(name)
+        console.result(f"options of: {source.repository} at {source.commit[:9]}")
     asked = report.asked_mode or "not given"
     console.result(f"architecture: {report.arch}")
     console.result(f"split mode: {report.effective_mode} (asked: {asked})")
-    ends = {0: "runs as asked", 2: "refused", 3: "would run differently than asked"}
-    console.result(f"result: {ends[report.exit_code]}")
+    for text in plan_lines(report.fit):
+        console.result(text)
+    ends = {0: "runs as asked", 3: "would run differently than asked"}
+    console.result(f"result: {ends.get(report.exit_code, 'refused')}")
 
 
-class CheckFlagsCommand(click.Command):
+def plan_lines(fit: Fit | None) -> Iterator[str]:
+    if fit is None:
+        return
+    sizes = (f"{d} needs {n / 2**30:.2f} of {h / 2**30:.2f} GiB" for d, n, h in fit.devices)
+    yield f"plan: {'fits' if fit.fits else 'does not fit'}: {', '.join(sizes)}"
+    yield f"context: {fit.n_ctx} ({fit.n_ctx_fits} fit)"
+
+
+class CheckFlagsCommand(FlagCommand):
     """Takes its own flags up to the first other word; the rest is the line to judge."""
 
+    reads_environment = False
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        rest = list(args)
-        params: dict[str, Any] = {"as_json": False, "arch": None}
-        while rest and rest[0] in ("--json", "--arch", "-h", "--help"):
-            word = rest.pop(0)
-            if word == "--json":
-                params["as_json"] = True
-            elif word != "--arch":
-                click.echo(_HELP)
-                ctx.exit()
-            elif not rest:
-                raise UsageError("--arch needs a value", "write --arch deepseek2")
-            else:
-                params["arch"] = rest.pop(0)
-        ctx.params = {"words": rest[1:] if rest[:1] == ["--"] else rest, **params}
+        own, rest = [], list(args)
+        flags = {canonical(n): f for f in self.table for n in f.names}
+        while rest and (flag := flags.get(canonical(rest[0].partition("=")[0]))):
+            values = int(flag.parse is not None and "=" not in rest[0])
+            own += rest[: 1 + values]
+            del rest[: 1 + values]
+        super().parse_args(ctx, own)
+        if not ctx.resilient_parsing:
+            ctx.params["words"] = rest[1:] if rest[:1] == ["--"] else rest
         return []
 
 
-def run(words: list[str], as_json: bool, arch: str | None) -> None:
-    report = judge(words, arch)
-    if as_json:
+def run(line: CommandLine, words: list[str]) -> None:
+    script = line["file"]
+    if script is not None and words:
+        raise UsageError("a command line beside --file", "give one of them")
+    if script is not None:
+        words = script_words(script)
+    report = judge(words, line["arch"], line["vram"], line["dialect"], os.environ)
+    if line["json"]:
         console.result(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
     else:
         print_report(report)
@@ -214,4 +320,22 @@ def run(words: list[str], as_json: bool, arch: str | None) -> None:
     raise click.exceptions.Exit(report.exit_code)
 
 
-command = CheckFlagsCommand("check-flags", callback=run, add_help_option=False)
+command = CheckFlagsCommand(
+    "check-flags",
+    run,
+    "Says for each flag of a llama.cpp, ik_llama.cpp or mlacli command line what it would do here.",
+    usage="[FLAGS] [--] COMMAND LINE",
+    notes=(
+        "The line may begin with its program (llama-cli, llama-server, llama-sweep-bench, mlacli "
+        "run-model, ...) and variables (LLAMA_ARG_CTX_SIZE=4096 llama-cli ...); those that are set "
+        "count too. With -m FILE in the line its header is read, and the plan says what fits.",
+        "Verdicts: supported; renamed; no effect (and why); changes results; changed (device or "
+        "mode); downgraded (split mode); refused (why, and what to do); unknown; bad value.",
+        "JSON keys: command, program, dialect, arch, split_mode {asked, effective}, flags [{flag, "
+        "value, verdict, message, hint}], plan {fits, n_ctx, n_ctx_fits, devices [{device, need, "
+        "have}]}, error {message, hint}, exit_code; program, dialect, asked, value, plan and "
+        "error may be null; need and have are bytes.",
+        "Exit: 0 runs as asked; 3 would run, but results, mode, device or memory differ from what "
+        "was asked; else the code that the run would end with (1 bad file or memory, 2 usage).",
+    ),
+)

@@ -1,7 +1,7 @@
 """What the commands print. stdout carries the result alone, stderr everything else.
 
 The only file that knows rich, imported when a table or a progress bar is drawn; NO_COLOR and
-streams that are no terminal are rich's business.
+streams that are no terminal are rich's business. What stderr gets goes through `logs` too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
+from mlacli.cli.logs import INFO, TRACE, WARNING, logs
 from mlacli.errors import one_line
+
+__all__ = ["INFO", "TRACE", "WARNING"]
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -65,28 +68,53 @@ def result(text: str) -> None:
     sys.stdout.flush()
 
 
-def log(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def open_logs(file: str | None, jsonl: str | None, verbosity: int | None) -> None:
+    """Begins --log-file and --log-jsonl anew and sets -lv; MlacliError for a bad path."""
+    logs.open(file, jsonl, verbosity)
 
 
-def note(text: str) -> None:
-    log(f"note: {one_line(text)}")
+def close_logs() -> None:
+    logs.close()
 
 
-def warning(text: str) -> None:
-    log(f"warning: {one_line(text)}")
+def log(text: str, level: int = INFO) -> None:
+    if level <= logs.verbosity:
+        print(text, file=sys.stderr, flush=True)
+        logs.line(text)
+
+
+def event(kind: str, **values: object) -> None:
+    """One object of --log-jsonl, whatever the verbosity."""
+    logs.event(kind, **values)
+
+
+def note(text: str, hint: str = "") -> None:
+    event("note", message=text, hint=hint)
+    log(one_line(f"note: {text} ({hint})" if hint else f"note: {text}"))
+
+
+def warning(text: str, hint: str = "") -> None:
+    event("warning", message=text, hint=hint)
+    log(one_line(f"warning: {text} ({hint})" if hint else f"warning: {text}"), WARNING)
+
+
+def error(message: str, hint: str, code: int) -> None:
+    """The one `Error:` line that ends a run; no verbosity hides it."""
+    event("error", message=message, hint=hint, exit_code=code)
+    text = f"Error: {message} ({hint})" if hint else f"Error: {message}"
+    log(one_line(text), 0)
 
 
 def findings(found: Iterable[Finding]) -> None:
     """Warnings and notes of the guard, one line each."""
     for f in found:
-        text = f"{f.message} ({f.hint})" if f.hint else f.message
-        (note if f.level == "note" else warning)(text)
+        (note if f.level == "note" else warning)(f.message, f.hint)
 
 
 def effective(rows: Iterable[tuple[str, str, str]]) -> None:
     """The configuration that really runs: name, value, note."""
     rows = [(name, one_line(x, _CELL), one_line(y, _CELL)) for name, x, y in rows]
+    event("configuration", **{n: {"value": v, "note": r} for n, v, r in rows})
     names = max((len(r[0]) for r in rows), default=0)
     values = max((len(r[1]) for r in rows if r[2]), default=0)
     log("configuration:")
@@ -113,6 +141,11 @@ def table(
     stream = sys.stderr if to_stderr else sys.stdout
     cells = [[one_line(cell, _CELL) for cell in row] for row in rows]
     lines = _plain_lines(columns, cells)
+    if to_stderr:
+        if logs.verbosity < INFO:
+            return
+        for line in lines:
+            logs.line(line)
     if not stream.isatty() or len(cells) > _LONG:
         stream.write("".join(line + "\n" for line in lines))
     elif turn and max(map(len, lines)) > shutil.get_terminal_size().columns:
@@ -172,7 +205,7 @@ class LoadProgress:
         self.close()
 
     def __call__(self, done: int, total: int) -> None:
-        if not self._stream.isatty() or not total:
+        if not self._stream.isatty() or not total or logs.verbosity < INFO:
             return
         with self._lock:
             if self._bar is None:
@@ -194,6 +227,35 @@ class LoadProgress:
             if self._bar is not None:
                 self._bar.stop()
                 self._bar = None
+
+
+class StatusLine:
+    """One line on stderr that is written over, on a terminal only; clear it before a result."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._shown = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, t: TracebackType | None
+    ) -> None:
+        self.clear()
+
+    def show(self, text: str) -> None:
+        if self._stream.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            self._stream.write("\r\x1b[K" + text[:width])
+            self._stream.flush()
+            self._shown = True
+
+    def clear(self) -> None:
+        if self._shown:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+            self._shown = False
 
 
 class TokenStream:
@@ -229,6 +291,16 @@ def timings(t: Timings, peak_memory: int) -> None:
     """Load, prompt, decode and memory, one line each."""
     prompt, decode = _rate(t.n_prompt, t.prompt_s), _rate(t.n_decoded, t.decode_s)
     first = f", first token after {t.ttft_s:.3f} s" if t.ttft_s else ""
+    event(
+        "timings",
+        load_s=t.load_s,
+        prompt_s=t.prompt_s,
+        n_prompt=t.n_prompt,
+        decode_s=t.decode_s,
+        n_decoded=t.n_decoded,
+        ttft_s=t.ttft_s,
+        peak_memory=peak_memory,
+    )
     log(f"load    {t.load_s:10.3f} s")
     log(f"prompt  {t.prompt_s:10.3f} s {t.n_prompt:7d} tokens {prompt}{first}")
     log(f"decode  {t.decode_s:10.3f} s {t.n_decoded:7d} tokens {decode}")

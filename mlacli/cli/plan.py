@@ -17,12 +17,13 @@ def run(line: CommandLine) -> None:
     params = to_params(line.values, line.typed)
     prepared = prepare(line["model"], params, refuse_oversize=False)
     console.findings(f for f in prepared.findings if f.level != "note")
+    console.event("plan", **plan_as_dict(prepared.plan))
     if line["json"]:
         console.result(json.dumps(plan_as_dict(prepared.plan), indent=2))
         prepared.check_memory()
         return
     console.table(*plan_rows(prepared.plan), turn=True)
-    if line["verbose"]:
+    if line["verbose"] or line["verbosity"] >= console.TRACE:
         console.result("")
         console.table(*shard_rows(prepared.plan))
     console.effective(prepared.effective)

@@ -61,7 +61,7 @@ def run(line: CommandLine) -> None:
     sampler = Sampler(prepared.params.sampling, eog_ids)
     if prepared.params.sampling.temp > 0:
         console.log(f"seed: {sampler.seed}")
-    shown = () if line["no_display_prompt"] else ids
+    shown = ids if prompt_wanted(line) else ()
     with console.LoadProgress() as progress, Engine(prepared, progress) as engine:
         progress.close()
         if engine.checked is not None:
@@ -101,8 +101,17 @@ def read_prompt(line: CommandLine) -> Prompt:
 
 def escapes_wanted(line: CommandLine) -> bool:
     """-e and --no-escape: the last one counts, on by default."""
-    asked = [key for key in line.typed if key in ("escape", "no_escape")]
-    return not asked or asked[-1] == "escape"
+    return _last_of(line, "escape", "no_escape")
+
+
+def prompt_wanted(line: CommandLine) -> bool:
+    """--display-prompt and --no-display-prompt: the last one counts, on by default."""
+    return _last_of(line, "display_prompt", "no_display_prompt")
+
+
+def _last_of(line: CommandLine, yes: str, no: str) -> bool:
+    asked = [key for key in line.typed if key in (yes, no)]
+    return not asked or asked[-1] == yes
 
 
 def expand_escapes(raw: bytes) -> bytes:

@@ -1,99 +1,107 @@
-"""sweep-bench: prints the rows of `sweep.sweep` as ik_llama.cpp does, as table or JSON lines."""
+"""sweep-bench: runs `sweep.sweep` in one or several split modes, prints and draws its rows."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from mlacli.cli import console
 from mlacli.cli.flag_command import FlagCommand
-from mlacli.cli.start import prepared_model
+from mlacli.cli.start import open_engines, prepared_model, prepared_modes
+from mlacli.cli.sweep_output import RowPrinter, row_values
 from mlacli.cli.words import CommandLine
+from mlacli.errors import MlacliError, UsageError
 
 if TYPE_CHECKING:
-    from mlacli.engine import Engine
     from mlacli.sweep import SweepRow
-
-_WIDTHS = (6, 6, 6, 8, 8, 8, 8)
-_TITLES = ("PP", "TG", "N_KV", "T_PP s", "S_PP t/s", "T_TG s", "S_TG t/s")
-
-Head = dict[str, int]
+    from mlacli.sweep_compare import Point
 
 
 def run(line: CommandLine) -> None:
-    from mlacli.engine import Engine
-    from mlacli.sweep import sweep, sweep_shape
+    if line["plot"]:
+        from mlacli.plot import check_plot
 
-    prepared = prepared_model(line)
-    shape = sweep_shape(prepared.plan.n_ctx, prepared.plan.n_ubatch, line["predict"])
-    with console.LoadProgress() as progress, Engine(prepared, progress) as engine:
-        progress.close()
-        if engine.checked is not None:
-            console.checked(engine.checked)
-        rows = sweep(
-            engine, shape, repetitions=line["n_repetitions"], warmup_batch=line["warmup_batch"]
-        )
-        show = row_printer(head(engine), line["output_format"])
-        for row in rows:
-            show(row)
+        check_plot(line["plot"])
+    if line["results"]:
+        draw_results(line)
+        return
+    rows = measure(line)
+    if line["plot"]:
+        draw(series(rows), line["plot"])
+    n_failed = sum(bool(row.failed) for row in rows)
+    if n_failed:
+        why = next(row.failed for row in rows if row.failed)
+        raise MlacliError(f"{n_failed} of {len(rows)} rows failed, the first with: {why}")
+
+
+def measure(line: CommandLine) -> list[SweepRow]:
+    """All rows, printed as they come."""
+    from mlacli.sweep import sweep, sweep_shape
+    from mlacli.sweep_compare import compare
+
+    modes: Sequence[str] = line["compare"]
+    prepared = prepared_modes(line, modes) if modes else [prepared_model(line)]
+    n_ctx = min(p.plan.n_ctx for p in prepared)
+    shape = sweep_shape(n_ctx, prepared[0].plan.n_ubatch, line["predict"])
+    rows: list[SweepRow] = []
+    with ExitStack() as stack:
+        engines = open_engines(stack, prepared)
+        show = RowPrinter(engines, line["output_format"], line["sweep_memory"])
+        measured = sweep(
+            engines, shape, repetitions=line["n_repetitions"], stride=line["sweep_stride"],
+            warmup_batch=line["warmup_batch"],
+        )  # fmt: skip
+        with console.StatusLine() as status:
+            status.show("warming up")
+            for row in measured:
+                status.clear()
+                show(row)
+                console.event("timings", **row_values(row))
+                if row.failed:
+                    console.warning(f"N_KV {row.n_kv}, -sm {row.mode}: {row.failed}")
+                rows.append(row)
+                status.show(f"N_KV {row.n_kv} of {n_ctx} done")
+        if len(engines) > 1:
+            show.compared(compare(series(rows)))
         if shape.skipped is not None:
             console.note(
                 f"stopped before N_KV {shape.skipped}: a row needs {max(shape.pp, shape.tg)} "
                 f"tokens of the context of {shape.n_ctx}"
             )
-        console.log(f"memory  {engine.peak_memory() / 2**20:10.1f} MiB peak")
+        console.log(f"memory  {engines[0].peak_memory() / 2**20:10.1f} MiB peak")
+    return rows
 
 
-def head(engine: Engine) -> Head:
-    """What stays the same in all rows, by the names that ik_llama.cpp prints."""
-    context, split = engine.params.context, engine.params.split
-    threads = engine.prepared.n_threads
-    return {
-        "n_kv_max": engine.n_ctx,
-        "n_batch": context.n_batch,
-        "n_ubatch": context.n_ubatch,
-        "flash_attn": int(context.flash_attn),
-        "n_gpu_layers": -1 if split.n_gpu_layers is None else split.n_gpu_layers,
-        "n_threads": threads,
-        "n_threads_batch": threads,
-    }
+def series(rows: Sequence[SweepRow]) -> dict[str, list[Point]]:
+    """Mode -> points, in the order of the modes."""
+    from mlacli.sweep_compare import Point
+
+    found: dict[str, list[Point]] = {}
+    for row in rows:
+        found.setdefault(row.mode, []).append(Point(row.n_kv, row.speed_pp, row.speed_tg))
+    return found
 
 
-def row_printer(constant: Head, output_format: str) -> Callable[[SweepRow], None]:
-    """A function that prints one row; for md the table's head is printed at once.
+def draw_results(line: CommandLine) -> None:
+    """Draws saved results; nothing is measured."""
+    from mlacli.sweep_files import read_series
 
-    ik_llama.cpp's plot script takes the first line of stdout for the table's head.
-    """
-    if output_format == "jsonl":
-        return lambda row: console.result(json.dumps(constant | row_values(row)))
-    console.log("main: " + ", ".join(f"{k} = {v}" for k, v in constant.items()))
-    console.result(_md_line([f"{t:>{w}}" for t, w in zip(_TITLES, _WIDTHS, strict=True)]))
-    console.result("|" + "-|-".join("-" * w for w in _WIDTHS) + "-|")
-    return lambda row: console.result(md_row(row))
-
-
-def row_values(row: SweepRow) -> dict[str, int | float]:
-    """The measured part of a JSON line: six decimals, as C prints %f."""
-    times = {
-        "t_pp": row.t_pp,
-        "speed_pp": row.speed_pp,
-        "t_tg": row.t_tg,
-        "speed_tg": row.speed_tg,
-    }
-    counts = {"pp": row.pp, "tg": row.tg, "n_kv": row.n_kv}
-    return counts | {k: round(v, 6) for k, v in times.items()}
+    if not line["plot"]:
+        raise UsageError("--results draws saved rows and needs --plot", "add --plot FILE.svg")
+    found: dict[str, list[Point]] = {}
+    for path in line["results"]:
+        for label, points in read_series(path).items():
+            name = label if label not in found else f"{label} ({path})"
+            found[name] = points
+    draw(found, line["plot"])
 
 
-def md_row(row: SweepRow) -> str:
-    cells = [f"{n:6d}" for n in (row.pp, row.tg, row.n_kv)]
-    for seconds, speed in ((row.t_pp, row.speed_pp), (row.t_tg, row.speed_tg)):
-        cells += [f"{seconds:8.3f}", f"{speed:8.2f}"]
-    return _md_line(cells)
+def draw(found: Mapping[str, Sequence[Point]], path: str) -> None:
+    from mlacli.plot import draw as draw_file
 
-
-def _md_line(cells: list[str]) -> str:
-    return "|" + " | ".join(cells) + " |"
+    draw_file(found, path)
+    console.log(f"drawn: {path}")
 
 
 command = FlagCommand(

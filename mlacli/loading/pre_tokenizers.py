@@ -1,7 +1,8 @@
 """How each `tokenizer.ggml.pre` cuts text into the pieces that BPE works on.
 
 A pre-tokenizer is a list of expressions applied one after another: each one cuts every piece that
-the one before left into its matches and the gaps between them. Names and flags are llama.cpp's.
+the one before left into its matches and the gaps between them. Names and flags are llama.cpp's;
+where its expression only comes near a model's own (tekken, kimi-k2), ours is the model's.
 Must not know vocabularies.
 """
 
@@ -23,6 +24,8 @@ class PreTokenizer:
     patterns: tuple[str, ...]
     ignore_merges: bool = False  # a piece that is a token is taken whole
     add_bos: bool = False  # where the file has no add_bos_token
+    bos_from_file_only: bool = False  # no default where the file has no bos_token_id
+    ranked: bool = False  # where the file has no merges, token ids are ranks
 
     def build(self) -> pre_tokenizers.PreTokenizer:
         """The same as an object of the `tokenizers` library, with bytes as GPT-2's characters."""
@@ -71,6 +74,29 @@ _DEEPSEEK_V3 = "|".join(
     )
 )
 
+
+def _camel_case(but: str = "", suffix: str = "") -> str:
+    """Words that also end before a capital: capitals then small letters, at least one of either.
+
+    Letters without case and marks are both; `but` is taken out of both.
+    """
+    capital = rf"[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}{but}]"
+    small = rf"[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}{but}]"
+    lead = r"[^\r\n\p{L}\p{N}]?"
+    return f"{lead}{capital}*{small}+{suffix}|{lead}{capital}+{small}*{suffix}"
+
+
+_TEKKEN = "|".join((_camel_case(), r"\p{N}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", _SPACES))
+_KIMI_K2 = "|".join(
+    (
+        r"\p{Han}+",
+        # the long s is there because Moonshot's (?i:'s) matches it
+        _camel_case(r"&&[^\p{Han}]", rf"(?:{_SUFFIX}|'\x{{17F}})?"),
+        r"\p{N}{1,3}",
+        _REST,
+    )
+)
+
 DEFAULT = PreTokenizer((r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", "[0-9]{3}"))
 
 PRE_TOKENIZERS = {
@@ -84,6 +110,10 @@ PRE_TOKENIZERS = {
     ),
     "deepseek-coder": PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", rf"{_CJK}+", r"\p{N}")),
     "deepseek-v3": PreTokenizer((r"\p{N}{1,3}", rf"{_KANJI_KANA}+", _DEEPSEEK_V3)),
+    "glm4": PreTokenizer((_LLAMA_BPE,), ignore_merges=True, bos_from_file_only=True),
+    "chatglm-bpe": PreTokenizer((_LLAMA_BPE,), bos_from_file_only=True),
+    "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
+    "kimi-k2": PreTokenizer((_KIMI_K2,), ignore_merges=True, ranked=True),
 }
 
 # Names that llama.cpp treats exactly as one above, expressions and flags. Its names for encoder
@@ -91,6 +121,7 @@ PRE_TOKENIZERS = {
 _ALIASES = {
     "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2",
     "gpt-2": "phi-2 gigachat a.x-4.0 mellum exaone4 mpt olmo jais trillion granite-docling",
+    "glm4": "glm5",
     "qwen2": "deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open",
     "deepseek-v3": "joyai-llm hunyuan-dense hy_v4",
 }

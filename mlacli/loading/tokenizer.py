@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
-from mlacli.errors import GgufError, UnsupportedFeature
+from mlacli.errors import GgufError, MlacliError, UnsupportedFeature
+from mlacli.loading.merges import listed_merges, ranked_merges
 from mlacli.loading.pre_tokenizers import DEFAULT, PreTokenizer, pre_tokenizer
 
 if TYPE_CHECKING:
@@ -82,8 +83,9 @@ class Tokenizer:
         self.n_vocab = len(vocabulary.texts)
         self.add_bos = vocabulary.flag("add_bos_token", pre.add_bos)
         self.add_eos = vocabulary.flag("add_eos_token", False)
-        self.bos_id = vocabulary.bos_or_eos("bos", self.add_bos)
-        self.eos_id = vocabulary.bos_or_eos("eos", self.add_eos)
+        default = None if pre.bos_from_file_only else _FALCON_ID
+        self.bos_id = vocabulary.bos_or_eos("bos", self.add_bos, default)
+        self.eos_id = vocabulary.bos_or_eos("eos", self.add_eos, _FALCON_ID)
         self.eog_ids = vocabulary.end_of_generation(self.eos_id)
         # only now: finding the ids above may have turned tokens into control tokens
         self._types = vocabulary.types
@@ -151,12 +153,14 @@ class Tokenizer:
         return b"".join(map(self._shown, ids)).decode("utf-8", "replace")
 
     def piece(self, token_id: int) -> bytes:
-        """The bytes of one token, which may be a part of a character; special tokens by name."""
-        if not 0 <= token_id < self.n_vocab:
-            raise GgufError(
-                f"token {token_id} is outside of the vocabulary of {self.n_vocab} tokens",
-                f"the model's output has more rows than {_PREFIX}tokens has entries",
-            )
+        """The bytes of one token, which may be a part of a character; special tokens by name.
+
+        Nothing for ids past the vocabulary: models pad their output, a sampler may pick such a row.
+        """
+        if token_id < 0:
+            raise MlacliError(f"there is no token {token_id}", "ids start at 0")
+        if token_id >= self.n_vocab:
+            return b""
         text, kind = self._texts[token_id], self._types[token_id]
         if token_id in self._hidden or kind == TokenType.USER_DEFINED:
             return text.encode()
@@ -275,19 +279,19 @@ class _Vocabulary:
             )
         return value
 
-    def bos_or_eos(self, name: str, added: bool) -> int | None:
-        """The id from the file, else llama.cpp's default; None if the vocabulary is too small."""
+    def bos_or_eos(self, name: str, added: bool, default: int | None) -> int | None:
+        """The id from the file, else `default`, but None if the vocabulary is too small for it."""
         found = self.special_id(name)
         if found is not None:
             return found
         key = f"{_PREFIX}{name}_token_id"
-        if len(self.texts) > _FALCON_ID:
+        if default is not None and default < len(self.texts):
             if added or name == "eos":
                 self.warnings.append(
-                    f"the file has no {key}; token {_FALCON_ID} ({self.texts[_FALCON_ID]!r}) is "
+                    f"the file has no {key}; token {default} ({self.texts[default]!r}) is "
                     "taken, as in llama.cpp, which is seldom right"
                 )
-            return _FALCON_ID
+            return default
         if added:
             raise GgufError(
                 f"{name.upper()} is to be added to every text, and there is no {key}",
@@ -319,26 +323,22 @@ class _Vocabulary:
         import tokenizers
         from tokenizers import models
 
-        merges: dict[tuple[str, str], None] = {}  # of equal ones the first counts
-        n_unknown = 0
-        for line in self._list("merges", str):
-            at = line.find(" ", 1)
-            left, right = line[:at], line[at + 1 :]
-            if at > 0 and left in self.ids and right in self.ids and left + right in self.ids:
-                merges[left, right] = None
-            else:
-                n_unknown += 1
-        if n_unknown:
-            self.warnings.append(
-                f"{n_unknown} of {_PREFIX}merges name tokens that are not in the vocabulary; "
-                "they are left out"
-            )
+        if pre.ranked and not self._metadata.get(_PREFIX + "merges"):
+            normal = (i for i, kind in enumerate(self.types) if kind == TokenType.NORMAL)
+            merges = ranked_merges({self.texts[i]: i for i in normal})
+        else:
+            merges, n_unknown = listed_merges(self._list("merges", str), self.ids)
+            if n_unknown:
+                self.warnings.append(
+                    f"{n_unknown} of {_PREFIX}merges name tokens that are not in the vocabulary; "
+                    "they are left out"
+                )
         n_missing = sum(c not in self.ids for c, byte in _CHAR_TO_BYTE.items() if byte in _IN_UTF8)
         if n_missing:
             self.warnings.append(
                 f"{n_missing} bytes have no token in {_PREFIX}tokens; encoding drops them"
             )
-        model = models.BPE(self.ids, list(merges), ignore_merges=pre.ignore_merges)
+        model = models.BPE(self.ids, merges, ignore_merges=pre.ignore_merges)
         made = tokenizers.Tokenizer(model)
         made.pre_tokenizer = pre.build()
         return made

@@ -48,9 +48,10 @@ def load_weights(
 
 
 def short_name(tensor: str) -> str:
-    """`blk.3.attn_q_b.weight` -> `attn_q_b`."""
-    parts = tensor.split(".")
-    return ".".join(parts[2:-1] if parts[0] == "blk" else parts[:-1])
+    """`blk.3.attn_q_b.weight` -> `attn_q_b`; a bias beside a weight keeps its ending."""
+    parts = tensor.removesuffix(".weight").split(".")
+    name = "_".join(parts[2:] if parts[0] == "blk" else parts)
+    return name.removesuffix("_bias") if name == "exp_probs_b_bias" else name
 
 
 def read_shard(file: GgufFile, shard: Shard, hp: Any) -> Bytes:

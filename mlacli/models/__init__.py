@@ -1,6 +1,6 @@
 """ARCHS: GGUF architecture name -> the module that defines it.
 
-A module has `Hparams` (with `from_gguf`), `layer_tensors`, `model_tensors` and `forward`.
+A module has `Hparams` (with `from_gguf`), `MODEL`, `layer_tensors` and `forward`.
 """
 
 from __future__ import annotations
@@ -8,9 +8,13 @@ from __future__ import annotations
 from types import ModuleType
 
 from mlacli.errors import UnsupportedFeature
-from mlacli.models import deepseek2
+from mlacli.models import deepseek2, glm_dsa, mistral4
 
-ARCHS: dict[str, ModuleType] = {"deepseek2": deepseek2}
+ARCHS: dict[str, ModuleType] = {
+    "deepseek2": deepseek2,
+    "glm-dsa": glm_dsa,
+    "mistral4": mistral4,
+}
 
 
 def model_of(arch: str) -> ModuleType:

@@ -1,4 +1,4 @@
-"""deepseek2: DeepSeek-V2/V3/R1, Kimi-K2, GLM-4.7-Flash. Table first, then the maths.
+"""deepseek2: DeepSeek-V2/V3/R1, Kimi-K2, GLM-4.7-Flash.
 
 Multi-head latent attention (arXiv 2405.04434) with routed and shared experts (arXiv 2412.19437),
 written from one rank's point of view: partial sums are reduced twice a layer.
@@ -6,253 +6,25 @@ written from one rank's point of view: partial sums are reduced twice a layer.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlacli.errors import GgufError, UnsupportedFeature
-from mlacli.models.parts import RopeScaling, Routing, gated_mlp, routed_experts
-from mlacli.models.tensor_table import Split, TensorSpec
+from mlacli.models import mistral4
+from mlacli.models.hparams import Hparams
+from mlacli.models.mla_tensors import MODEL, layer_tensors
+from mlacli.models.parts import gated_mlp, query, routed_experts, through_layers
 
 if TYPE_CHECKING:
     from mlacli.latent_cache import LatentCache
-    from mlacli.loading.gguf_file import GgufFile, Metadata
     from mlacli.ops import Act, LayerWeights, ModelWeights, Ops, Step
 
-MODEL = (
-    TensorSpec("token_embd.weight", "V, d"),
-    TensorSpec("output_norm.weight", "d"),
-    TensorSpec("output.weight", "V, d", Split.VOCAB, derived_from="token_embd.weight"),
-)
-NORMS = (TensorSpec("attn_norm.weight", "d"), TensorSpec("ffn_norm.weight", "d"))
-QUERY_LITE = (TensorSpec("attn_q.weight", "H*(k+p), d", Split.HEAD_OUT, attention=True),)
-QUERY_FULL = (
-    TensorSpec("attn_q_a.weight", "q, d", attention=True),
-    TensorSpec("attn_q_a_norm.weight", "q", attention=True),
-    TensorSpec("attn_q_b.weight", "H*(k+p), q", Split.HEAD_OUT, attention=True),
-)
-ATTENTION = (
-    TensorSpec("attn_kv_a_mqa.weight", "r+p, d", attention=True),
-    TensorSpec("attn_kv_a_norm.weight", "r", attention=True),
-    TensorSpec(
-        "attn_k_b.weight",
-        "H, r, k",
-        Split.HEAD_LEAD,
-        attention=True,
-        derived_from="attn_kv_b.weight",
-    ),
-    TensorSpec(
-        "attn_v_b.weight",
-        "H, v, r",
-        Split.HEAD_LEAD,
-        attention=True,
-        derived_from="attn_kv_b.weight",
-    ),
-    TensorSpec("attn_output.weight", "d, H*v", Split.HEAD_IN, attention=True),
-)
-DENSE = (
-    TensorSpec("ffn_gate.weight", "F, d", Split.FF_OUT, width="F"),
-    TensorSpec("ffn_up.weight", "F, d", Split.FF_OUT, width="F"),
-    TensorSpec("ffn_down.weight", "d, F", Split.FF_IN, width="F"),
-)
-GATE = (
-    TensorSpec("ffn_gate_inp.weight", "E, d"),
-    TensorSpec("exp_probs_b.bias", "E", optional=True),
-)
-EXPERTS = (
-    TensorSpec("ffn_gate_exps.weight", "E, f, d", Split.FF_OUT, width="f", experts=True),
-    TensorSpec("ffn_up_exps.weight", "E, f, d", Split.FF_OUT, width="f", experts=True),
-    TensorSpec("ffn_down_exps.weight", "E, d, f", Split.FF_IN, width="f", experts=True),
-)
-EXPERTS_MERGED = (
-    TensorSpec(
-        "ffn_gate_up_exps.weight", "E, 2*f, d", Split.FF_OUT, width="f", experts=True, halves=2
-    ),
-    EXPERTS[2],
-)
-SHARED = (
-    TensorSpec("ffn_gate_shexp.weight", "s, d", Split.FF_OUT, width="s"),
-    TensorSpec("ffn_up_shexp.weight", "s, d", Split.FF_OUT, width="s"),
-    TensorSpec("ffn_down_shexp.weight", "d, s", Split.FF_IN, width="s"),
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hparams:
-    """Sizes in legend letters (DESIGN section 4), settled from metadata and tensor presence."""
-
-    n_layer: int  # without the skipped MTP blocks
-    n_skipped: int
-    n_ctx_train: int
-    n_vocab: int
-    d: int
-    H: int
-    q: int  # 0 = lite: a direct attn_q
-    r: int
-    k: int
-    p: int
-    v: int
-    eps: float
-    rope: RopeScaling
-    n_dense: int
-    E: int
-    F: tuple[int, ...]  # dense FFN width per layer
-    f: tuple[int, ...]  # expert width per layer
-    n_shared: int
-    routing: Routing
-
-    @property
-    def softmax_scale(self) -> float:
-        """mscale^2 / sqrt(k + p), the real head size also in absorbed form (B 3.7)."""
-        return self.rope.mscale() ** 2 / math.sqrt(self.k + self.p)
-
-    @property
-    def cache_width(self) -> int:
-        return self.r + self.p
-
-    def is_dense(self, layer: int) -> bool:
-        return layer < self.n_dense or self.E == 0
-
-    def dims(self, layer: int = 0) -> dict[str, int]:
-        """The letters of the tensor table for `layer`."""
-        return {
-            "V": self.n_vocab, "d": self.d, "H": self.H, "q": self.q, "r": self.r, "k": self.k,
-            "p": self.p, "v": self.v, "E": self.E, "F": self.F[layer], "f": self.f[layer],
-            "s": self.f[layer] * self.n_shared,
-        }  # fmt: skip
-
-    @classmethod
-    def from_gguf(cls, file: GgufFile) -> Hparams:
-        """Hparams of a file in mainline's or ik_llama.cpp's metadata style (B 3.2, 3.3)."""
-        meta, arch = file.metadata, file.arch
-
-        def key(name: str, default: int | None = None, low: int = 0) -> int:
-            return meta.integer(f"{arch}.{name}", default, low)
-
-        n_blocks = key("block_count", low=1)
-        n_skipped = key("nextn_predict_layers", 0)
-        n_layer = n_blocks - n_skipped
-        if n_layer < 1:
-            raise GgufError(f"all {n_blocks} blocks are MTP blocks", "check nextn_predict_layers")
-        if n_layer > len(file.tensors):
-            raise GgufError(
-                f"block_count is {n_blocks}, but the file has {len(file.tensors)} tensors",
-                "the metadata is damaged: convert the model again",
-            )
-        n_ctx_train = key("context_length", low=1)
-        heads = _per_layer(meta, f"{arch}.attention.head_count", n_layer)
-        mqa = key("attention.head_count_kv", heads[0]) == 1 and heads[0] > 1
-        k_size = key("attention.key_length_mla", None if mqa else key("attention.key_length", 0))
-        v_size = key(
-            "attention.value_length_mla", None if mqa else key("attention.value_length", 0)
-        )
-        p = key("rope.dimension_count", 64, low=2)
-        hp = cls(
-            n_layer=n_layer,
-            n_skipped=n_skipped,
-            n_ctx_train=n_ctx_train,
-            n_vocab=_n_vocab(file),
-            d=key("embedding_length", low=1),
-            H=heads[0],
-            q=0 if "blk.0.attn_q.weight" in file.tensors else key("attention.q_lora_rank", low=1),
-            r=key("attention.kv_lora_rank", low=1),
-            k=k_size - p,
-            p=p,
-            v=v_size,
-            eps=meta.number(f"{arch}.attention.layer_norm_rms_epsilon"),
-            rope=RopeScaling.from_gguf(meta, arch, n_ctx_train),
-            n_dense=key("leading_dense_block_count", 0),
-            E=key("expert_count", 0),
-            F=_per_layer(meta, f"{arch}.feed_forward_length", n_layer, default=0),
-            f=_per_layer(meta, f"{arch}.expert_feed_forward_length", n_layer, default=0),
-            n_shared=key("expert_shared_count", 0),
-            routing=_routing(meta, arch, n_blocks, _n_vocab(file)),
-        )
-        hp._check(heads)
-        return hp
-
-    def _check(self, heads: tuple[int, ...]) -> None:
-        broken = [
-            (self.H < 1, "head_count is 0"),
-            (len(set(heads)) > 1, f"head_count differs between layers: {sorted(set(heads))}"),
-            (self.k < 1, f"rope.dimension_count {self.p} reaches the key length {self.k + self.p}"),
-            (self.p % 2 == 1, f"rope.dimension_count {self.p} is odd"),
-            (self.v < 1, "value_length is 0"),
-            (self.eps <= 0, f"layer_norm_rms_epsilon is {self.eps}"),
-            (self.E and not 1 <= self.routing.n_used <= self.E,
-             f"expert_used_count {self.routing.n_used} is not within 1..{self.E} experts"),
-            (self.E and self.E % max(1, self.routing.n_groups),
-             f"{self.E} experts don't divide into {self.routing.n_groups} groups"),
-            (self.routing.n_groups_used > self.routing.n_groups,
-             f"{self.routing.n_groups_used} of {self.routing.n_groups} expert groups used"),
-            (self.E and self.routing.n_groups > 1 and self.routing.n_used
-             > self.E // self.routing.n_groups * self.routing.n_groups_used,
-             f"expert_used_count {self.routing.n_used} exceeds the experts of the chosen groups"),
-        ]  # fmt: skip
-        for is_broken, what in broken:
-            if is_broken:
-                raise GgufError(what, "the metadata is damaged: convert the model again")
-
-
-def _n_vocab(file: GgufFile) -> int:
-    """Rows of token_embd, which every file has; the metadata's count may be padded or absent."""
-    info = file.tensors.get("token_embd.weight")
-    return info.shape[0] if info is not None else 0
-
-
-def _per_layer(meta: Metadata, key: str, n: int, default: int | None = None) -> tuple[int, ...]:
-    """A scalar or per-layer array as one integer per layer."""
-    value: Any = meta.get(key, default)
-    if isinstance(value, list):
-        if len(value) < n or not all(isinstance(x, int) and x >= 0 for x in value):
-            raise GgufError(
-                f"metadata key {key} has {len(value)} entries for {n} layers, or negative ones",
-                "the metadata is damaged: convert the model again",
-            )
-        return tuple(value[:n])
-    return (meta.integer(key, default),) * n
-
-
-def _routing(meta: Metadata, arch: str, n_blocks: int, n_vocab: int) -> Routing:
-    # Files of GLM-4.7-Flash made before the key existed have a sigmoid gate; all others softmax.
-    glm = n_blocks in (47, 48) and n_vocab == 154880
-    gate = meta.integer(f"{arch}.expert_gating_func", 0) or (2 if glm else 1)
-    if gate not in (1, 2):
-        raise UnsupportedFeature(
-            f"expert_gating_func {gate} is not supported", "mlacli knows 1 softmax and 2 sigmoid"
-        )
-    return Routing(
-        n_used=meta.integer(f"{arch}.expert_used_count", 0),
-        sigmoid=gate == 2,
-        n_groups=max(1, meta.integer(f"{arch}.expert_group_count", 1)),
-        n_groups_used=max(1, meta.integer(f"{arch}.expert_group_used_count", 1)),
-        renormalise=bool(meta.get(f"{arch}.expert_weights_norm", False)),
-        scale=meta.number(f"{arch}.expert_weights_scale", 1.0) or 1.0,
-    )
-
-
-def layer_tensors(hp: Hparams, layer: int, present: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
-    """The specs of `layer`, chosen by hparams and by which tensors the file has."""
-    table = NORMS + (QUERY_FULL if hp.q else QUERY_LITE) + ATTENTION
-    if hp.is_dense(layer):
-        return table + DENSE
-    merged = f"blk.{layer}.ffn_gate_up_exps.weight" in present
-    table += GATE + (EXPERTS_MERGED if merged else EXPERTS)
-    return table + SHARED if hp.n_shared else table
+__all__ = ["MODEL", "Hparams", "forward", "layer_tensors"]
 
 
 def forward(ops: Ops, hp: Hparams, w: ModelWeights, cache: LatentCache, step: Step) -> Act | None:
     """Logits [n_out, V] of the step's wanted rows; None on a pipeline stage that isn't the last."""
-    residual = ops.receive() if w.token_embd is None else ops.embed(step.tokens, w.token_embd)
-    norms = [layer_w.attn_norm for layer_w in w.layers.values()] + [w.output_norm]
-    x = ops.rms_norm(residual, norms[0], hp.eps)
-    for (il, layer_w), next_norm in zip(w.layers.items(), norms[1:], strict=True):
-        residual, x = layer(ops, hp, layer_w, cache, il, residual, x, step, next_norm)
-    if w.output_norm is None:
-        ops.send(residual)
-        return None
-    return ops.logits(ops.rows(x, step.out_rows), w.output)
+    # Mistral-Large-3 comes as deepseek2, with mistral4's attention temperature.
+    own = layer if hp.temperature is None else mistral4.layer
+    return through_layers(ops, hp, w, cache, step, own)
 
 
 def layer(
@@ -275,10 +47,7 @@ def attention(
     q_a, c_kv, k_pe = ops.project(x, w.attn_q_a, w.attn_kv_a_mqa, hp.r)  # mirrored
     c_kv = ops.rms_norm(c_kv, w.attn_kv_a_norm, hp.eps)
     cache.store(ops, il, c_kv, ops.rope(k_pe, step), step)  # one row per token: c_kv then k_pe
-    if w.attn_q_a is None:
-        q = ops.matmul(x, w.attn_q)
-    else:
-        q = ops.matmul(ops.rms_norm(q_a, w.attn_q_a_norm, hp.eps), w.attn_q_b)
+    q = query(ops, hp, x, q_a, w)
     q_nope, q_pe = ops.split_heads(q, hp.k, hp.p)  # [n, h, k], [n, h, p]: local heads
     o = ops.mla_attention(
         q_nope, ops.rope(q_pe, step), cache.rows[il], w.attn_k_b, w.attn_v_b,

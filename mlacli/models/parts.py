@@ -1,16 +1,19 @@
-"""What the architectures share verbatim: YaRN frequencies, gated MLP, routed experts."""
+"""What the architectures share verbatim: YaRN frequencies, the walk over layers, MLP, experts."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlacli.errors import GgufError, UnsupportedFeature
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mlacli.latent_cache import LatentCache
     from mlacli.loading.gguf_file import Metadata
-    from mlacli.ops import Act, Ops
+    from mlacli.ops import Act, ModelWeights, Ops, Step
     from mlacli.ops import LayerWeights as Layer
 
 
@@ -86,6 +89,23 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, slots=True)
+class Temperature:
+    """Queries grow by 1 + scale * ln(1 + floor(pos / length)): sharper attention far out."""
+
+    scale: float
+    length: int
+
+    @classmethod
+    def from_gguf(cls, meta: Metadata, arch: str, n_ctx_orig: int) -> Temperature | None:
+        """None without the key or with scale 0; `length` falls back to the original context."""
+        scale = meta.number(f"{arch}.attention.temperature_scale", 0.0)
+        if scale == 0:
+            return None
+        length = meta.integer(f"{arch}.attention.temperature_length", n_ctx_orig, low=0)
+        return cls(scale, length or n_ctx_orig)
+
+
+@dataclass(frozen=True, slots=True)
 class Routing:
     """How the gate chooses experts (B 3.9 and DESIGN decision 13)."""
 
@@ -95,6 +115,29 @@ class Routing:
     n_groups_used: int = 1
     renormalise: bool = False
     scale: float = 1.0
+
+
+def through_layers(
+    ops: Ops, hp: Any, w: ModelWeights, cache: LatentCache, step: Step,
+    layer: Callable[..., tuple[Act, Act]],
+) -> Act | None:  # fmt: skip
+    """Logits [n_out, V] after every `layer` held here; None on a stage that isn't the last."""
+    residual = ops.receive() if w.token_embd is None else ops.embed(step.tokens, w.token_embd)
+    norms = [layer_w.attn_norm for layer_w in w.layers.values()] + [w.output_norm]
+    x = ops.rms_norm(residual, norms[0], hp.eps)
+    for (il, layer_w), next_norm in zip(w.layers.items(), norms[1:], strict=True):
+        residual, x = layer(ops, hp, layer_w, cache, il, residual, x, step, next_norm)
+    if w.output_norm is None:
+        ops.send(residual)
+        return None
+    return ops.logits(ops.rows(x, step.out_rows), w.output)
+
+
+def query(ops: Ops, hp: Any, x: Act, q_a: Act | None, w: Layer) -> Act:
+    """Queries of local heads [n, h * (k + p)], through the low rank where the model has one."""
+    if q_a is None:
+        return ops.matmul(x, w.attn_q)
+    return ops.matmul(ops.rms_norm(q_a, w.attn_q_a_norm, hp.eps), w.attn_q_b)
 
 
 def gated_mlp(ops: Ops, x: Act, w: Layer) -> Act | None:

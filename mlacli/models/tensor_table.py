@@ -31,7 +31,7 @@ class TensorSpec:
     `shape` is symbolic, in the letters of the model's `dims()`. `width` names the letter that
     FF_OUT / FF_IN cut; `experts` marks a leading axis of routed experts; `halves` 2 = gate rows
     above up rows. `attention` tensors are needed only where there are heads. A tensor that is
-    absent may be cut per head from `derived_from`.
+    absent may be cut per head from `derived_from`. `unread`: the file may have it, nobody needs it.
     """
 
     name: str
@@ -43,6 +43,7 @@ class TensorSpec:
     experts: bool = False
     halves: int = 1
     derived_from: str = ""
+    unread: bool = False
 
     def sizes(self, dims: Mapping[str, int]) -> tuple[int, ...]:
         """The shape in numbers."""

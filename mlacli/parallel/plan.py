@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mlacli.errors import MemoryBudgetError, PlanError, UsageError
 from mlacli.loading.quant_types import F32
 from mlacli.parallel.cuts import Range, cut
-from mlacli.parallel.memory import cache_row_bytes, scratch_bytes
+from mlacli.parallel.memory import cache_row_bytes, index_row_bytes, scratch_bytes
 from mlacli.parallel.shards import Cutter, Part, Shard
 from mlacli.parallel.tensor_uses import tensor_uses
 
@@ -98,15 +98,15 @@ def plan_shards(
     cutter = Cutter(hp, split.mode or "none", split.expert_split, [p.share for p in parts])
     shards = tuple(s for part in parts for use in uses for s in cutter.shards(use, part))
     ranks = _rank_plans(hp, parts, cutter, shards, split.margin, context)
-    row = cache_row_bytes(hp, context.cache_type_k)
-    fits = _largest_context(ranks, row)
+    rows = [_token_bytes(hp, context, rank) for rank in ranks]
+    fits = _largest_context(ranks, rows)
     wanted = context.n_ctx or min(hp.n_ctx_train, fits) or CTX_STEP
     n_ctx = -(-wanted // CTX_STEP) * CTX_STEP
     idle = (d.name for d in devices if not any(part.device is d for part in parts))
     return ShardPlan(
         arch, split.mode or "none", split.expert_split, n_ctx, hp.n_ctx_train, fits,
         context.n_ubatch, context.cache_type_k,
-        tuple(replace(r, cache=n_ctx * row * r.n_cached_layers) for r in ranks),
+        tuple(replace(r, cache=n_ctx * row) for r, row in zip(ranks, rows, strict=True)),
         tuple(idle), shards,
     )  # fmt: skip
 
@@ -131,11 +131,19 @@ def _by_device(ranks: Sequence[RankPlan]) -> dict[str, list[RankPlan]]:
     return found
 
 
-def _largest_context(ranks: Sequence[RankPlan], row: int) -> int:
+def _token_bytes(hp: Any, context: ContextParams, rank: RankPlan) -> int:
+    """What one token takes in this rank's caches: latent rows, and index keys beside them."""
+    if not rank.n_cached_layers:
+        return 0
+    latent = cache_row_bytes(hp, context.cache_type_k) * rank.n_cached_layers
+    return latent + index_row_bytes(hp, context.indexer_cache_type_k, rank.layers)
+
+
+def _largest_context(ranks: Sequence[RankPlan], rows: Sequence[int]) -> int:
     """Tokens whose cache fits beside everything else on every device; 0 when nothing does."""
     fits = []
     for on_device in _by_device(ranks).values():
-        per_token = sum(row * rank.n_cached_layers for rank in on_device)
+        per_token = sum(rows[rank.rank] for rank in on_device)
         room = on_device[0].capacity - sum(rank.resident for rank in on_device)
         if per_token or room < 0:
             fits.append(max(0, room) // max(1, per_token))

@@ -42,7 +42,7 @@ def tensor_uses(
         for spec in _merged(specs, prefix, tensors) if merge else specs:
             use = _use(spec, prefix, layer, hp, tensors)
             known |= {prefix + spec.name, prefix + spec.derived_from}
-            if use is not None:
+            if use is not None and not spec.unread:
                 uses.append(use)
                 known.update(use.sources)
     skipped = tuple(f"blk.{hp.n_layer + i}." for i in range(hp.n_skipped))
@@ -82,7 +82,7 @@ def _use(
         return TensorUse(name, layer, spec, sizes, info.qtype, (name,))
     sources = tuple(prefix + part for part in spec.derived_from.split("+") if part)
     if not sources or any(source not in tensors for source in sources):
-        if spec.optional:
+        if spec.optional or spec.unread:
             return None
         raise MissingTensor(
             f"tensor {name} is missing" + (f", and so is {sources[0]}" if sources else ""),

@@ -91,6 +91,10 @@ class FakeModel:
     weights_loaded: bool = False
     error: MlacliError | None = None
 
+    @property
+    def engine_class(self):
+        return FakeEngine
+
     def prepare(self, path, params, *, refuse_oversize=True):
         self.path, self.params = path, params
         if self.error:
@@ -134,6 +138,12 @@ class FakeEngine:
     def peak_memory(self):
         return 64 << 20
 
+    def memory(self):
+        return {"cpu": 32 << 20}
+
+    def take_turn(self):
+        self.model.calls.append(("turn", self.params.split.mode))
+
     def rewind(self, n_kv):
         assert n_kv <= self.n_kv
         self.n_kv = n_kv
@@ -171,7 +181,7 @@ def fake_model(monkeypatch):
     model = FakeModel()
     rows = lambda plan: (("device", "total"), [("cpu", "1.5 GiB")])  # noqa: E731
     fakes = {
-        "mlacli.prepare": {"prepare": model.prepare},
+        "mlacli.prepare": {"prepare": model.prepare, "together": list},
         "mlacli.engine": {"Engine": model.engine},
         "mlacli.parallel.plan_report": {
             "plan_rows": rows,

@@ -78,3 +78,17 @@ def test_a_stream_ends_its_line_once():
         stream.write("b")
         raise ValueError("x")
     assert out.getvalue() == "a\nb\n"
+
+
+def test_a_status_line_is_for_terminals_and_leaves_nothing():
+    plain, tty = io.StringIO(), Terminal()
+    for stream in (plain, tty):
+        with console.StatusLine(stream) as status:
+            status.show("N_KV 512 of 4096 done")
+            status.clear()
+            status.clear()
+            status.show("x" * 500)
+    assert plain.getvalue() == ""
+    shown = tty.getvalue()
+    assert "\r\x1b[KN_KV 512 of 4096 done\r\x1b[K\r\x1b[Kxxx" in shown
+    assert shown.endswith("\r\x1b[K") and shown.count("x") < 500

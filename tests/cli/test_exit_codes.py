@@ -34,7 +34,8 @@ def prepare(path, params):
 
 rows = lambda plan: (("a",), [("b",)])
 for name, names in {{"prepare": dict(prepare=prepare), "engine": dict(Engine=Engine),
-                    "parallel.plan_report": dict(plan_rows=rows, shard_rows=rows)}}.items():
+                    "parallel.plan_report": dict(plan_rows=rows, shard_rows=rows,
+                                                 plan_as_dict=lambda plan: {{}})}}.items():
     sys.modules["mlacli." + name] = types.ModuleType(name)
     vars(sys.modules["mlacli." + name]).update(names)
 from mlacli.cli import main
@@ -81,9 +82,9 @@ def test_debug_shows_the_traceback(mlacli, fake_model, monkeypatch):
         (["run-modle"], "unknown command 'run-modle' (did you mean run-model?)"),
         (["-m", "x"], "-m before a command (write mlacli run-model -m)"),
         (["run-model", "-mx", "f"], "unknown flag -mx (did you mean -m?)"),
-        (["run-model", "--lora", "f"], "--lora is not supported (merge the adapter"),
+        (["run-model", "--lora", "f"], "--lora is not supported: there are no adapters (merge"),
         (["run-model"], "no prompt (give one with -p TEXT, -f FILE or --prompt-ids 1,2,3)"),
-        (["plan", "-p", "x"], "unknown flag -p"),
+        (["plan", "-p", "x"], "-p is a flag of mlacli run-model (leave it out)"),
         (["check-flags", "--arch"], "--arch needs a value"),
     ],
 )

@@ -1,15 +1,19 @@
 """sweep-bench: order of measurements, room, and the lines of ik_llama.cpp's tool."""
 
+import csv
+import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 
-from mlacli.cli.sweep_bench import md_row, row_values
-from mlacli.errors import UsageError
+from mlacli.cli.sweep_output import md_row, row_values
+from mlacli.errors import RankError, UsageError
 from mlacli.params import Params
 from mlacli.sweep import SweepRow, sweep_shape
 
+MODEL = str(Path(__file__).parents[1] / "golden" / "models" / "v3.gguf")
 FLAGS = ("sweep-bench", "-m", "toy.gguf", "-ub", "64", "-t", "2")
 
 
@@ -50,7 +54,11 @@ def test_jsonl_keys_are_those_of_the_original(mlacli, fake_model):
     assert list(rows[0]) == [
         *("n_kv_max", "n_batch", "n_ubatch", "flash_attn", "n_gpu_layers", "n_threads"),
         *("n_threads_batch", "pp", "tg", "n_kv", "t_pp", "speed_pp", "t_tg", "speed_tg"),
+        *("split_mode", "step_p50", "step_p99", "memory", "failed", "config"),
     ]
+    assert rows[0]["config"]["context"] == "256 (given)"
+    assert rows[0]["memory"] == {"cpu": 32 << 20} and rows[0]["failed"] is None
+    assert 0 < rows[0]["step_p50"] <= rows[0]["step_p99"] <= rows[0]["t_tg"] + 1e-6
     assert [(r["pp"], r["tg"], r["n_kv"], r["flash_attn"]) for r in rows] == [
         (64, 3, n, 0) for n in (0, 64, 128, 192)
     ]
@@ -58,9 +66,10 @@ def test_jsonl_keys_are_those_of_the_original(mlacli, fake_model):
 
 def test_decode_comes_before_prefill_and_is_rewound(mlacli, fake_model):
     mlacli(*FLAGS, "-n", "2")
-    assert fake_model.calls[0] == ("decode", 0), "one token warms up"
-    row = fake_model.calls[6:11]
+    assert fake_model.calls[:2] == [("turn", None), ("decode", 0)], "one token warms up"
+    row = fake_model.calls[8:14]
     assert row == [
+        ("turn", None),
         ("rewind", 64),
         ("decode", 64),
         ("decode", 65),
@@ -86,7 +95,7 @@ def test_the_same_random_tokens_in_every_run(fake_model):
         engine = fake_model.engine(prepared, lambda done, total: None)
         prefill = engine.prefill
         engine.prefill = lambda ids: (seen.append(tuple(ids)), prefill(ids))[1]
-        rows = list(sweep(engine, sweep_shape(256, 64, 4)))
+        rows = list(sweep([engine], sweep_shape(256, 64, 4)))
         return seen, [(r.pp, r.tg, r.n_kv) for r in rows]
 
     assert prompts() == prompts()
@@ -130,5 +139,123 @@ def test_the_output_is_flushed_and_speeds_are_consistent(mlacli, fake_model):
 
 
 def test_unknown_formats_are_refused(mlacli):
-    done = mlacli(*FLAGS, "--output-format", "csv")
-    assert done.code == 2 and "--output-format: 'csv' is not one of md, jsonl" in done.err
+    done = mlacli(*FLAGS, "--output-format", "xml")
+    assert done.code == 2 and "--output-format: 'xml' is not one of md, jsonl, csv" in done.err
+
+
+def test_csv_has_the_keys_of_jsonl_as_columns(mlacli, fake_model):
+    done = mlacli(*FLAGS, "--output-format", "csv", "--sweep-memory")
+    rows = list(csv.DictReader(io.StringIO(done.out)))
+    assert [r["n_kv"] for r in rows] == ["0", "64", "128", "192"]
+    assert float(rows[0]["speed_pp"]) > 0 and rows[0]["failed"] == ""
+    assert (rows[0]["rss_hwm_mib"], rows[0]["vram_delta_mib"]) == ("64.0", "")
+    assert None not in rows[0], "as many cells as titles"
+
+
+def test_memory_columns_are_those_of_the_original(mlacli, fake_model):
+    head, rule, first, *_ = mlacli(*FLAGS, "--sweep-memory").out.splitlines()
+    assert head.endswith(" | S_TG t/s |    RSS HWM | VRAM delta |")
+    assert rule.endswith("-|----------|------------|------------|")
+    assert len(head) == len(rule)
+    assert first.endswith(" |       64.0 |        n/a |")
+    row = json.loads(
+        mlacli(*FLAGS, "--sweep-memory", "--output-format", "jsonl").out.splitlines()[0]
+    )
+    keys = list(row)
+    assert keys[keys.index("speed_tg") + 1 :][:2] == ["rss_hwm_mib", "vram_delta_mib"]
+    assert (row["rss_hwm_mib"], row["vram_delta_mib"]) == (64.0, None)
+
+
+def test_stride_skips_rows_but_neither_cache_nor_random_tokens(mlacli, fake_model, monkeypatch):
+    seen = []
+    engine = fake_model.engine_class
+    plain = engine.prefill
+    monkeypatch.setattr(
+        engine, "prefill", lambda self, ids: (seen.append(list(ids)), plain(self, ids))[1]
+    )
+    every = mlacli(*FLAGS)
+    all_ids, seen[:] = list(seen), []
+    third = mlacli(*FLAGS, "--sweep-stride", "3")
+    assert [numbers(x)[2] for x in third.out.splitlines()[2:]] == [0, 192]
+    assert len(every.out.splitlines()) == 2 + 4
+    assert seen == all_ids
+
+
+def failing(monkeypatch, engine, name, at):
+    """Engine.`name` that fails when it is called at depth `at`."""
+    plain = getattr(engine, name)
+
+    def call(self, ids):
+        if self.n_kv == at:
+            raise RankError(1, ValueError("out of order"))
+        return plain(self, ids)
+
+    monkeypatch.setattr(engine, name, call)
+
+
+def test_a_row_whose_decode_fails_is_written_so_and_the_sweep_goes_on(
+    mlacli, fake_model, monkeypatch
+):
+    failing(monkeypatch, fake_model.engine_class, "decode", 64 + 3)
+    done = mlacli(*FLAGS)
+    rows = done.out.splitlines()[2:]
+    assert done.code == 1 and len(rows) == 4
+    assert re.fullmatch(
+        r"\|    64 \|     16 \|     64 \| +\d+\.\d+ \| +\d+\.\d+ \|   failed \|      nan \|",
+        rows[1],
+    )
+    assert "Error: 1 of 4 rows failed, the first with: decode: rank 1 failed" in done.err
+    assert all("failed" not in row for row in (rows[0], *rows[2:]))
+
+
+def test_a_prefill_that_fails_ends_the_sweep(mlacli, fake_model, monkeypatch):
+    failing(monkeypatch, fake_model.engine_class, "prefill", 128)
+    done = mlacli(*FLAGS, "--output-format", "jsonl", "--sweep-stride", "3")
+    rows = [json.loads(line) for line in done.out.splitlines()]
+    assert [r["n_kv"] for r in rows] == [0, 128] and done.code == 1
+    assert rows[1]["t_pp"] is None and "out of order" in rows[1]["failed"]
+
+
+def test_compare_needs_devices_and_different_modes(mlacli):
+    done = mlacli(*FLAGS, "--compare", "none,graph")
+    assert done.code == 2 and "--compare needs several devices" in done.err
+    for words in ("none", "none,none", "none,auto", "none,row"):
+        assert mlacli(*FLAGS, "--compare", words).code == 2, words
+    done = mlacli(*FLAGS, "--compare", "none,graph", "-sm", "graph")
+    assert done.code == 2 and "exclude each other" in done.err
+
+
+def test_compare_alternates_the_modes(mlacli, fake_model):
+    done = mlacli(*FLAGS, "-dev", "cpu,cpu", "--compare", "none,graph", "--output-format", "jsonl")
+    rows = [json.loads(line) for line in done.out.splitlines()]
+    assert [(r["n_kv"], r["split_mode"]) for r in rows[:-1]] == [
+        (n, mode) for n in (0, 64, 128, 192) for mode in ("none", "graph")
+    ]
+    assert rows[-1]["compare"] == "graph/none" and rows[-1]["n_kv"] == [0, 64, 128, 192]
+    turns = [c[1] for c in fake_model.calls if c[0] == "turn"]
+    assert turns == ["none", "graph"] * 5
+    table = mlacli(*FLAGS, "-dev", "cpu,cpu", "--compare", "none,graph").out.splitlines()
+    assert table[0].endswith("|   MODE |") and table[2].endswith("|   none |")
+    assert "|  N_KV | S_PP graph/none | S_TG graph/none |" in table
+
+
+def test_a_mode_that_would_run_as_another_is_not_compared(mlacli):
+    words = ("-dev", "cpu,cpu", "--compare", "none,graph", "-rtr", "-c", "512")
+    done = mlacli("sweep-bench", "-m", MODEL, *words)
+    assert done.code == 2
+    assert "Error: --compare: -sm graph would run as -sm layer" in done.err
+
+
+def test_three_modes_of_a_real_model(mlacli):
+    words = ("-c", "256", "-ub", "96", "-n", "2", "-dev", "cpu,cpu", "-t", "2")
+    done = mlacli("sweep-bench", "-m", MODEL, *words, "--compare", "none,layer,graph")
+    assert done.code == 0
+    rows = [line.split("|")[1:-1] for line in done.out.splitlines()[2 : 2 + 6]]
+    assert [(int(row[2]), row[-1].strip()) for row in rows] == [
+        (n, mode) for n in (0, 96) for mode in ("none", "layer", "graph")
+    ]
+    pairs = ("layer/none", "graph/none", "graph/layer")
+    head = next(line for line in done.out.splitlines() if line.startswith("|  N_KV"))
+    assert all(f"S_PP {pair}" in head and f"S_TG {pair}" in head for pair in pairs)
+    said = [line for line in done.out.splitlines() if line.startswith(("S_PP: ", "S_TG: "))]
+    assert len(said) >= 6 and all("ahead of" in x or "overtakes" in x for x in said)

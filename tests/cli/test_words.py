@@ -6,8 +6,8 @@ import pytest
 
 from mlacli import flags
 from mlacli.cli.words import walk
-from mlacli.flags import COMMANDS, COMMON, ENVIRONMENT, GENERATION, LOADED, PLAN, SWEEP, to_params
-from mlacli.flags_refused import BY_NAME, REFUSED
+from mlacli.flag_values import choices
+from mlacli.flags import COMMANDS, COMMON, ENVIRONMENT, GENERATION, LOADED, PLAN, to_params
 from mlacli.params import ContextParams, ModelParams, SamplingParams, SplitParams
 
 TABLE = COMMON + GENERATION
@@ -97,10 +97,11 @@ def test_the_word_after_a_bare_fa_is_left_alone():
         (["--temp", "nan"], "--temp: 'nan' is not a finite number"),
         (["-dev", "gpu0"], "-dev: 'gpu0' is not a device"),
         (["-p", "a", "-f", "b"], "-p and -f exclude each other"),
-        (["--lora", "x"], "--lora is not supported (merge the adapter"),
+        (["--lora", "x"], "--lora is not supported: there are no adapters (merge the adapter"),
         (["--repeat_penalty", "1.1"], "--repeat_penalty is not supported"),
-        (["-no-fa"], "-no-fa is not supported (use -fa off)"),
-        (["-hf", "a/b"], "-hf is not supported (download the file"),
+        (["-hf", "a/b"], "-hf is not supported: nothing is downloaded (download the file"),
+        (["-nrep", "2"], "-nrep is a flag of mlacli sweep-bench"),
+        (["-mlok"], "unknown flag -mlok (did you mean --mlock?)"),
     ],
 )
 def test_errors(words, text):
@@ -137,8 +138,53 @@ def test_the_environment_comes_before_the_words():
     assert values("-c", "1024", environ=environ) == {"ctx_size": 1024, "predict": 7}
     line = walk(TABLE, ["-c", "1024"], environ)
     assert line.repeated() == []
+    assert line.notes() == ["-c wins over LLAMA_ARG_CTX_SIZE=512"]
+    environ = {"LLAMA_ARG_OVERRIDE_TENSOR": "a=CPU"}
+    assert values("-ot", "b=CPU", environ=environ) == {"override_tensor": ("b=CPU",)}
     line = walk(TABLE, [], {"LLAMA_ARG_CTX_SIZE": "x"})
     assert line.problems[0].error.message == "LLAMA_ARG_CTX_SIZE: 'x' is not an integer"
+
+
+def test_every_flag_has_a_variable():
+    """Words, switches and repeated flags alike: what the variable says is what the flag says."""
+    for flag in TABLE:
+        text = {"KV": "a.b=int:1", "SHARES": "1,1", "LIST": "cpu"}.get(flag.metavar)
+        text = text or (choices(flag.parse) or ("1",))[0]
+        words = [flag.names[0], text] if flag.parse else [flag.names[0]]
+        assert values(environ={flag.env: text if flag.parse else "on"}) == values(*words), flag
+    assert values(environ={"LLAMA_ARG_CPU_MOE": "0"}) == {}
+    line = walk(TABLE, [], {"LLAMA_ARG_CPU_MOE": "maybe"})
+    assert "neither on nor off" in line.problems[0].error.message
+
+
+def test_variables_of_what_mlacli_has_not():
+    line = walk(TABLE, [], {"LLAMA_ARG_HOST": "0.0.0.0", "LLAMA_ARG_NUMA": "distribute"})
+    assert not line.problems and len(line.notes()) == 2, "a container sets them for all programs"
+    line = walk(TABLE, [], {"LLAMA_ARG_ROPE_SCALE": "2"})
+    assert line.problems[0].error.message.startswith("LLAMA_ARG_ROPE_SCALE is not supported")
+    assert "neither mlacli nor" in walk(TABLE, [], {"LLAMA_ARG_XYZ": "1"}).notes()[0]
+    said = walk(TABLE, [], {"LLAMA_ARG_CTXSIZE": "1"}).notes()
+    assert said == ["LLAMA_ARG_CTXSIZE has no effect: did you mean LLAMA_ARG_CTX_SIZE?"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "refused"),
+    [
+        ("LLAMA_ARG_NO_KV_OFFLOAD", "1", True),
+        ("LLAMA_ARG_KV_OFFLOAD", "0", True),
+        ("LLAMA_ARG_KV_OFFLOAD", "1", False),
+        ("LLAMA_ARG_EMBEDDINGS", "0", False),
+        ("LLAMA_ARG_EMBEDDINGS", "1", True),
+    ],
+)
+def test_switches_by_variable(name, text, refused):
+    assert bool(walk(TABLE, [], {name: text}).problems) == refused
+
+
+def test_a_word_wins_over_the_variable_of_a_flag_that_excludes_it():
+    line = walk(TABLE, ["-f", "x"], {"LLAMA_ARG_PROMPT": "y"})
+    assert not line.problems and line.values == {"file": "x"}
+    assert line.notes() == ["LLAMA_ARG_PROMPT has no effect: -f wins over it"]
 
 
 def test_defaults_of_what_was_not_given():
@@ -169,8 +215,6 @@ def test_every_name_is_in_one_table_once():
     for name, sections in COMMANDS.items():
         names = [n for _, table in sections for flag in table for n in flag.names]
         assert len(names) == len(set(names)), name
-    accepted = {n for flag in LOADED + GENERATION + SWEEP + PLAN for n in flag.names}
-    refused = [n for flag in REFUSED for n in flag.names]
-    assert len(refused) == len(BY_NAME)
-    assert not accepted & set(refused)
-    assert set(ENVIRONMENT.values()) <= {flag.key for flag in COMMON + GENERATION}
+    assert set(ENVIRONMENT.values()) <= {
+        flag.key for s in COMMANDS.values() for _, t in s for flag in t
+    }

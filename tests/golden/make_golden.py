@@ -13,7 +13,6 @@ import importlib.util
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,7 +25,7 @@ from gguf.quants import dequantize
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-N_TOKENS, VOCAB = 40, 300
+N_TOKENS = 40
 
 
 def _module(path: Path) -> ModuleType:
@@ -40,175 +39,12 @@ def _module(path: Path) -> ModuleType:
 
 export = _module(ROOT / "examples" / "tiny_model" / "export_gguf.py")
 reference = _module(ROOT / "tests" / "kit" / "reference.py")
-
-COMMON = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "moe_intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 32,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "rms_norm_eps": 1e-6,  # transformers' q_a and kv_a norms use 1e-6 whatever the config says
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "attn_implementation": "eager",
-    "experts_implementation": "eager",
-}
-KV_F16 = {"attn_kv_b": "f16", "attn_k_b": "f16", "attn_v_b": "f16"}
-EXPERTS_Q8 = {f"ffn_{side}_exps": "q8_0" for side in ("gate", "up", "down")}
-
-
-def _yarn(factor: float, mscale: float, original: int) -> dict[str, Any]:
-    return {
-        "rope_type": "yarn",
-        "rope_theta": 10000.0,
-        "factor": factor,
-        "mscale": mscale,
-        "mscale_all_dim": mscale,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "original_max_position_embeddings": original,
-    }
-
-
-def _config(kind: str, heads: int, **own: Any) -> Any:
-    rope = own.setdefault("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0})
-    own["max_position_embeddings"] = int(
-        rope.get("original_max_position_embeddings", 512) * rope.get("factor", 1)
-    )
-    made = {**COMMON, "num_attention_heads": heads, "num_key_value_heads": heads, **own}
-    return getattr(transformers, f"{kind}Config")(**made)
-
-
-def v2lite() -> Any:
-    """No q_lora, plain top-k on softmax, not renormalised, 2 shared experts, YaRN 40 / 0.707."""
-    return _config(
-        "DeepseekV2",
-        4,
-        first_k_dense_replace=1,
-        q_lora_rank=None,
-        n_shared_experts=2,
-        num_experts_per_tok=3,
-        n_group=1,
-        topk_group=1,
-        topk_method="greedy",
-        norm_topk_prob=False,
-        routed_scaling_factor=1.0,
-        rope_parameters=_yarn(40.0, 0.707, 4096),
-    )
-
-
-def v2() -> Any:
-    """Group-limited top-k, a group's score is its maximum, weights times 16; output head tied."""
-    return _config(
-        "DeepseekV2",
-        4,
-        first_k_dense_replace=0,
-        q_lora_rank=48,
-        kv_lora_rank=64,
-        n_group=2,
-        topk_group=1,  # fewer than the experts used, or the groups would not bind
-        topk_method="group_limited_greedy",
-        norm_topk_prob=False,
-        routed_scaling_factor=16.0,
-        tie_word_embeddings=True,
-    )
-
-
-def v3() -> Any:
-    """Sigmoid gate with bias, groups by the sum of their two best, renormalised, YaRN 40 / 1."""
-    return _config(
-        "DeepseekV3",
-        8,
-        first_k_dense_replace=1,
-        q_lora_rank=32,
-        n_group=2,
-        topk_group=1,
-        norm_topk_prob=True,
-        routed_scaling_factor=2.5,
-        num_mtp_layers=0,
-        rope_parameters=_yarn(40.0, 1.0, 64),
-    )
-
-
-def glm47flash() -> Any:
-    """Sigmoid gate with bias, no groups, scale 1.8, five heads, rope 32, no YaRN."""
-    return _config(
-        "Glm4MoeLite",
-        5,
-        q_lora_rank=32,
-        qk_rope_head_dim=32,
-        v_head_dim=64,
-        num_experts_per_tok=4,
-        n_group=1,
-        topk_group=1,
-        norm_topk_prob=True,
-        routed_scaling_factor=1.8,
-        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
-    )
-
-
-def real_rows() -> Any:
-    """DeepSeek-V3's attention sizes: latent 512, rope 64, nope 128, v 128; the rest is small."""
-    return _config(
-        "DeepseekV3",
-        4,
-        num_hidden_layers=1,
-        first_k_dense_replace=0,
-        q_lora_rank=64,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
-        n_routed_experts=4,
-        n_group=1,
-        topk_group=1,
-        norm_topk_prob=True,
-        routed_scaling_factor=2.5,
-        num_mtp_layers=0,
-        rope_parameters=_yarn(40.0, 1.0, 4096),
-    )
-
-
-@dataclass(frozen=True)
-class Golden:
-    """One GGUF file; `logits` names the .npz file where it is not the file's own."""
-
-    file: str
-    config: Any
-    qtype: str
-    seed: int
-    layout: str = "split3d"
-    style: str = "mainline"
-    overrides: dict[str, str] = field(default_factory=dict)
-    logits: str = ""
-
-
-GOLDENS = (
-    Golden("v2lite", v2lite, "f16", 1),
-    Golden("v2lite_q8", v2lite, "q8_0", 1),
-    Golden("v2", v2, "f16", 50, overrides=EXPERTS_Q8 | {"attn_q_b": "f32"}),
-    Golden("v3", v3, "q8_0", 6, overrides=KV_F16),
-    Golden("v3_kv_b", v3, "q8_0", 6, "kv_b", "ik", KV_F16, logits="v3"),
-    Golden("v3_folded", v3, "q8_0", 6, "folded", "ik", KV_F16, logits="v3"),
-    Golden("v3_q8", v3, "q8_0", 6),
-    Golden("glm47flash", glm47flash, "f16", 86, overrides=EXPERTS_Q8),
-    Golden("glm47flash_q8", glm47flash, "q8_0", 86),
-    Golden("real_rows", real_rows, "q8_0", 46),
-)
+models = _module(HERE / "golden_models.py")
 
 
 def make_model(config: Any, seed: int) -> Any:
     """A model whose attention is peaked, whose routing is decided and whose logits have std 1-4."""
-    kind = {"deepseek_v2": "DeepseekV2", "deepseek_v3": "DeepseekV3"}.get(
-        config.model_type, "Glm4MoeLite"
-    )
+    kind = type(config).__name__.removesuffix("Config")
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     rng = torch.Generator().manual_seed(seed)
     # Gain of a matrix: the std of its output for an input of unit variance.
@@ -218,6 +54,8 @@ def make_model(config: Any, seed: int) -> Any:
         "q_proj": 1.6,
         "q_b_proj": 1.6,
         "mlp.gate.": 2.0,
+        "indexer.wq_b": 2.0,
+        "indexer.weights_proj": 2.0,
         "experts.down_proj": 2.0 / max(1.0, config.routed_scaling_factor),
     }
     with torch.no_grad():
@@ -227,6 +65,8 @@ def make_model(config: Any, seed: int) -> Any:
                 continue
             if name.endswith("e_score_correction_bias"):
                 p.copy_(0.15 * noise)
+            elif name.endswith("k_norm.bias"):
+                p.copy_(0.3 * noise)
             elif p.ndim == 1:
                 p.copy_(1.0 + 0.2 * noise)
             else:
@@ -256,9 +96,12 @@ def read_back(path: Path, config: Any) -> dict[str, torch.Tensor]:
         kv_b = np.concatenate([k_b, tensors[ours + "attn_v_b.weight"]], axis=1)
         assert kv_b.shape[0] == heads
         state[hf + "self_attn.kv_b_proj.weight"] = kv_b.reshape(-1, rank)
-        if ours + "ffn_gate_exps.weight" in tensors:
-            sides = [tensors[f"{ours}ffn_{side}_exps.weight"] for side in ("gate", "up")]
-            state[hf + "mlp.experts.gate_up_proj"] = np.concatenate(sides, axis=1)
+        if ours + "ffn_down_exps.weight" in tensors:
+            both = tensors.get(ours + "ffn_gate_up_exps.weight")
+            if both is None:
+                sides = [tensors[f"{ours}ffn_{side}_exps.weight"] for side in ("gate", "up")]
+                both = np.concatenate(sides, axis=1)
+            state[hf + "mlp.experts.gate_up_proj"] = both
             state[hf + "mlp.experts.down_proj"] = tensors[ours + "ffn_down_exps.weight"]
     return {name: torch.from_numpy(np.array(a)) for name, a in state.items()}
 
@@ -270,11 +113,19 @@ def run(model: Any, tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return model.double()(input_ids=ids, use_cache=False).logits[0].numpy()
 
 
+def run_dense(model: Any, tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The logits with an indexer that keeps every row."""
+    indexers = [layer.self_attn.indexer for layer in model.model.layers]
+    for indexer in filter(None, indexers):
+        indexer.index_topk = len(tokens)
+    return run(model, tokens)
+
+
 def nmse(got: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> float:
     return float(np.sum((got - want) ** 2) / np.sum((want - want.mean()) ** 2))
 
 
-def make(golden: Golden, folder: Path) -> str:
+def make(golden: Any, folder: Path) -> str:
     """Writes one file and, unless shared, its logits; returns a line of figures."""
     path = folder / f"{golden.file}.gguf"
     config = golden.config()
@@ -289,16 +140,21 @@ def make(golden: Golden, folder: Path) -> str:
         overrides=golden.overrides,
         name=f"mlacli golden {golden.file}",
     )
-    tokens = np.random.default_rng(golden.seed).integers(0, VOCAB, N_TOKENS).astype(np.int32)
+    tokens = np.random.default_rng(golden.seed).integers(0, models.VOCAB, N_TOKENS).astype(np.int32)
     margins: list[np.ndarray[Any, Any]] = []
+    choices: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
     ours = reference.load(path)
-    plain = reference.forward(ours, tokens, margins)
+    plain = reference.forward(ours, tokens, margins, choices)
+    more: dict[str, np.ndarray[Any, Any]] = {}
 
     if golden.logits:
         logits = np.load(folder / f"{golden.logits}.npz")["logits"].astype(np.float64)
     else:
         model.load_state_dict(read_back(path, config))
         logits = run(model, tokens)
+        if choices:
+            more["index_margin"] = np.min([margin for _, margin in choices], axis=0)
+            more["dense"] = run_dense(model, tokens)
         top2 = np.sort(logits, axis=1)[:, -2:]
         np.savez_compressed(
             folder / f"{golden.file}.npz",
@@ -306,6 +162,7 @@ def make(golden: Golden, folder: Path) -> str:
             logits=logits.astype(np.float32),
             top_gap=(top2[:, 1] - top2[:, 0]).astype(np.float32),
             route_margin=np.min(margins, axis=0).astype(np.float32),
+            **{name: a.astype(np.float32) for name, a in more.items()},
         )
 
     seen = {name: nmse(reference.forward(m, tokens), plain) for name, m in mutants(ours)}
@@ -314,6 +171,11 @@ def make(golden: Golden, folder: Path) -> str:
         f"std {logits.std():.2f}  route margin {np.min(margins):.0e}  top gap {_gap(logits):.0e}  "
         f"peak {_peak(ours, tokens):.2f} | " + "  ".join(f"{k} {v:.0e}" for k, v in seen.items())
     )
+    if choices:
+        dense = reference.forward(ours | {"hparams": ours["hparams"] | {"dsa": None}}, tokens)
+        error, margin = nmse(dense, more["dense"]), more["index_margin"].min()
+        figures += f" | dense agrees {error:.0e}, index margin {margin:.0e}"
+        assert error < 1e-10 and margin > 1e-4, figures
     assert nmse(plain, logits) < 1e-10, figures
     assert min(seen.values()) > 1e-5, figures
     return figures
@@ -332,6 +194,16 @@ def mutants(ours: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         }
         return {"hparams": hp | (hparams or {}), "weights": changed}
 
+    if hp["dsa"]:
+        yield "dense", model({"dsa": None})
+        yield "one row less", model({"dsa": hp["dsa"] | {"top_k": hp["dsa"]["top_k"] - 1}})
+        shared = [*hp["dsa"]["full"][:-1], False]
+        yield "last layer shared", model({"dsa": hp["dsa"] | {"full": shared}})
+        yield "k_norm bias", model(factors={"indexer.k_norm.bias": 0.0})
+    if hp["temp_scale"]:
+        yield "no-temperature", model({"temp_scale": 0.0})
+        yield "temperature+5%", model({"temp_scale": 1.05 * hp["temp_scale"]})
+        yield "other length", model({"temp_length": hp["temp_length"] + 1})
     yield "W_UK+1%", model(factors={".k": 1.01})
     yield "W_UV+1%", model(factors={".v": 1.01})
     yield "no-shexp", model(factors={"_shexp.weight": 0.0})
@@ -352,12 +224,12 @@ def mutants(ours: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def check_half_split(folder: Path) -> str:
     """A model with half-split rope must export to the interleaved pairs of GGUF."""
-    config = glm47flash()
+    config = models.glm47flash()
     config.rope_interleave = False
     model = make_model(config, 6)
     path = folder / "half_split.gguf"
     export.export_gguf(model, config, path)
-    tokens = np.random.default_rng(6).integers(0, VOCAB, N_TOKENS)
+    tokens = np.random.default_rng(6).integers(0, models.VOCAB, N_TOKENS)
     error = nmse(reference.forward(reference.load(path), tokens), run(model, tokens))
     assert error < 1e-10, error
     return f"half-split rope, exported and compared: {error:.1e}"
@@ -394,7 +266,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     print(f"torch {torch.__version__}, transformers {transformers.__version__}")
-    for golden in GOLDENS:
+    for golden in models.GOLDENS:
         if not args.only or args.only in golden.file:
             print(make(golden, args.out), flush=True)
     with tempfile.TemporaryDirectory() as folder:

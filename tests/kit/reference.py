@@ -1,7 +1,7 @@
 """The whole model in float64 NumPy: expanded attention, plain loops, one sequence, no cache.
 
 An oracle for tests. Imports nothing from mlacli; reads GGUF files with gguf-py alone.
-Covers deepseek2 and its kin without an indexer (DSA).
+Covers deepseek2, glm-dsa with and without its indexer (DSA), mistral4.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ def load(path: str | Path) -> Model:
         t.name: np.asarray(dequantize(t.data, t.tensor_type), dtype=np.float64)
         for t in reader.tensors
     }
-    if any(".indexer." in name for name in weights):
-        raise NotImplementedError("this reference has no sparse attention")
     meta = {key: field.contents() for key, field in reader.fields.items()}
     hp = _hparams(meta, weights)
     for i in range(hp["n_layer"]):
@@ -35,25 +33,38 @@ def load(path: str | Path) -> Model:
     return {"hparams": hp, "weights": weights}
 
 
-def forward(model: Model, tokens: Any, margins: list[Array] | None = None) -> Array:
+def forward(
+    model: Model,
+    tokens: Any,
+    margins: list[Array] | None = None,
+    choices: list[tuple[Array, Array]] | None = None,
+) -> Array:
     """Logits [n, vocab] of every position, float64.
 
     `margins` receives, for each MoE layer, the distance [n] in selection score between what was
     chosen and the best of what was not: a run in lower precision may route otherwise below it.
+    `choices` receives, for each layer with an indexer, which rows each token attends to [n, n] and
+    the same distance in index score.
     """
     hp, w = model["hparams"], model["weights"]
     tokens = np.asarray(tokens)
     h = w["token_embd.weight"][tokens]  # [n, D]
+    seen = np.tri(len(tokens), dtype=bool)  # [n, n]: the rows that each token attends to
     for i in range(hp["n_layer"]):
         b = f"blk.{i}."
-        h = h + attention(hp, w, b, rms(h, w[b + "attn_norm.weight"], hp["eps"]))
+        x = rms(h, w[b + "attn_norm.weight"], hp["eps"])
+        if hp["dsa"] and hp["dsa"]["full"][i]:
+            seen, distance = choose(hp, w, b, x)
+            if choices is not None:
+                choices.append((seen, distance))
+        h = h + attention(hp, w, b, x, seen)
         y = rms(h, w[b + "ffn_norm.weight"], hp["eps"])
         h = h + (ffn(w, b, "", y) if i < hp["n_dense"] else moe(hp, w, b, y, margins))
     head = w.get("output.weight", w["token_embd.weight"])
     return rms(h, w["output_norm.weight"], hp["eps"]) @ head.T
 
 
-def attention(hp: dict[str, Any], w: dict[str, Array], b: str, x: Array) -> Array:
+def attention(hp: dict[str, Any], w: dict[str, Array], b: str, x: Array, seen: Array) -> Array:
     """[n, D] from the normed input x [n, D]: per-head keys and values are built, then MHA."""
     n, n_heads, rank, nope, rot = len(x), hp["H"], hp["L"], hp["N"], hp["R"]
     pos = np.arange(n)
@@ -75,9 +86,33 @@ def attention(hp: dict[str, Any], w: dict[str, Array], b: str, x: Array) -> Arra
         k_nope = latent @ w[b + "k"][head].T  # [n, N]
         value = latent @ w[b + "v"][head].T  # [n, V]
         score = hp["scale"] * (q_nope @ k_nope.T + q_pe @ k_pe.T)
-        score = np.where(pos[None, :] <= pos[:, None], score, -np.inf)
+        score = np.where(seen, score, -np.inf)
         out[:, head] = softmax(score) @ value
     return out.reshape(n, -1) @ w[b + "attn_output.weight"].T
+
+
+def choose(hp: dict[str, Any], w: dict[str, Array], b: str, x: Array) -> tuple[Array, Array]:
+    """The lightning indexer's choice [n, n] and by how much the last chosen row leads the rest."""
+    dsa, n, rot = hp["dsa"], len(x), hp["R"]
+    pos = np.arange(n)
+
+    def turned(y: Array) -> Array:  # the rope part comes first
+        return np.concatenate([rotate(y[:, :rot], pos, hp), y[:, rot:]], axis=1)
+
+    key = x @ w[b + "indexer.attn_k.weight"].T
+    key = (key - key.mean(axis=1, keepdims=True)) / np.sqrt(key.var(axis=1, keepdims=True) + 1e-6)
+    key = turned(key * w[b + "indexer.k_norm.weight"] + w[b + "indexer.k_norm.bias"])
+    q_a = rms(x @ w[b + "attn_q_a.weight"].T, w[b + "attn_q_a_norm.weight"], hp["eps"])
+    q = (q_a @ w[b + "indexer.attn_q_b.weight"].T).reshape(n, dsa["heads"], -1)
+    weight = x @ w[b + "indexer.proj.weight"].T / math.sqrt(dsa["heads"] * q.shape[2])
+    score = np.zeros((n, n))
+    for head in range(dsa["heads"]):
+        score += weight[:, head, None] * np.maximum(turned(q[:, head]) @ key.T, 0)
+    seen, distance = np.zeros((n, n), bool), np.full(n, np.inf)
+    for t in range(n):
+        rows, distance[t] = top(score[t, : t + 1], min(dsa["top_k"], t + 1))
+        seen[t, rows] = True
+    return seen, distance
 
 
 def moe(
@@ -209,7 +244,8 @@ def _hparams(meta: dict[str, Any], weights: dict[str, Array]) -> dict[str, Any]:
     )
     gating = get("expert_gating_func", 0)
     if not gating:  # llama.cpp's rule for old files
-        gating = 2 if n_layer in (47, 48) and len(weights["token_embd.weight"]) == 154880 else 1
+        flash = n_layer in (47, 48) and len(weights["token_embd.weight"]) == 154880
+        gating = 2 if flash or arch == "glm-dsa" else 1
     context = get("context_length")
     n_ctx_orig = get("rope.scaling.original_context_length", context)
     return {
@@ -244,6 +280,27 @@ def _hparams(meta: dict[str, Any], weights: dict[str, Array]) -> dict[str, Any]:
         "group_best": 1 if gating == 1 else 2,  # a group's score is the sum of its best 1 or 2
         "norm": get("expert_weights_norm", False),
         "expert_scale": get("expert_weights_scale", 1.0),
+        "dsa": _dsa(meta, arch, weights, n_layer, context),
+    }
+
+
+def _dsa(
+    meta: dict[str, Any], arch: str, weights: dict[str, Array], n_layer: int, context: int
+) -> dict[str, Any] | None:
+    """The indexer's sizes, and which layers have one that counts."""
+    if not any(f"blk.{i}.indexer.proj.weight" in weights for i in range(n_layer)):
+        return None
+    key = f"{arch}.attention.indexer."
+    types = meta.get(key + "types")
+    if types is None:
+        old = context < 1048576
+        types = [old or i in (0, 1) or i % 4 == 2 for i in range(n_layer)]
+    return {
+        "heads": meta[key + "head_count"],
+        "top_k": meta[key + "top_k"],
+        "full": [
+            bool(types[i]) and f"blk.{i}.indexer.proj.weight" in weights for i in range(n_layer)
+        ],
     }
 
 

@@ -1,4 +1,4 @@
-"""Writes deepseek2 GGUF files: tiny seeded ones with weights, and headers of real models' shapes.
+"""Writes MLA GGUF files: tiny seeded ones with weights, and headers of real models' shapes.
 
 Built on gguf.GGUFWriter and the format's rules alone; imports nothing from mlacli.
 """
@@ -33,8 +33,9 @@ QTYPES = ("F32", *PACKED, *SCALES_AT)  # all that gguf can unpack
 
 @dataclass(frozen=True, kw_only=True)
 class Toy:
-    """One deepseek2 model. Sizes in the project's legend letters; q 0 = lite."""
+    """One model. Sizes in the project's legend letters; q 0 = lite."""
 
+    arch: str = "deepseek2"
     layers: int = 2  # without the MTP blocks
     dense: int = 1
     d: int = 64
@@ -60,9 +61,13 @@ class Toy:
     style: str = "mainline"  # ik: head_count_kv = heads, sizes in key_length and value_length
     tied: bool = False
     merged: bool = False  # one ffn_gate_up_exps
+    indexed: tuple[int, ...] = ()  # layers with indexer tensors
+    index_heads: int = 4
+    index_width: int = 24
+    top_k: int = 6
     # Tensor word (attn_q_b) -> type; "" = all other matrices.
     qtypes: Mapping[str, str] = field(default_factory=dict)
-    # Key (without "deepseek2.", or whole) -> value over the default; None removes it.
+    # Key (without the architecture, or whole) -> value over the default; None removes it.
     metadata: Mapping[str, Any] = field(default_factory=dict)
     alignment: int = 32
     seed: int = 1
@@ -94,6 +99,11 @@ class Toy:
             found |= {"attn_k_b.weight": (H * r, k), "attn_v_b.weight": (H * v, r)}
         if self.layout == "split3d":
             found |= {"attn_k_b.weight": (H, r, k), "attn_v_b.weight": (H, v, r)}
+        if layer in self.indexed:
+            i, n = self.index_width, self.index_heads
+            found |= {"indexer.attn_q_b.weight": (n * i, self.q), "indexer.attn_k.weight": (i, d)}
+            found |= {"indexer.k_norm.weight": (i,), "indexer.k_norm.bias": (i,)}
+            found |= {"indexer.proj.weight": (n, d)}
         found |= {"attn_output.weight": (d, H * v), "ffn_norm.weight": (d,)}
         if layer < self.dense or not self.experts:
             return found | {
@@ -164,11 +174,18 @@ class Toy:
                 "expert_group_count": self.groups,
                 "expert_group_used_count": self.groups_used,
             }
+        if self.indexed:
+            own |= {
+                "attention.indexer.head_count": self.index_heads,
+                "attention.indexer.key_length": self.index_width,
+                "attention.indexer.top_k": self.top_k,
+            }
+        arch = f"{self.arch}."
         whole: dict[str, Any] = {
-            f"deepseek2.{name}": value for name, value in own.items()
+            arch + name: value for name, value in own.items()
         } | {
-            name if name.startswith(("general.", "tokenizer.", "split.", "deepseek2."))
-            else f"deepseek2.{name}": value
+            name if name.startswith(("general.", "tokenizer.", "split.", arch))
+            else arch + name: value
             for name, value in self.metadata.items()
         }  # fmt: skip
         return {name: (x, _value_type(x)) for name, x in whole.items() if x is not None}
@@ -243,7 +260,7 @@ def random_blocks(
 
 
 def _writer(path: Path, toy: Toy, split_max_tensors: int = 0) -> gguf.GGUFWriter:
-    writer = gguf.GGUFWriter(path, "deepseek2", split_max_tensors=split_max_tensors)
+    writer = gguf.GGUFWriter(path, toy.arch, split_max_tensors=split_max_tensors)
     writer.add_name("toy")
     if toy.alignment != 32:
         writer.add_custom_alignment(toy.alignment)

@@ -1,15 +1,16 @@
-"""deepseek2 against logits of transformers' own classes, on any number of ranks.
+"""All golden models against logits of transformers' own classes, on any number of ranks.
+
+What is peculiar to glm-dsa and mistral4 is in their own files; the rest here is deepseek2's.
 
 Weakest link: the golden files come from tests/golden/make_golden.py, whose exporter is ours; it is
 held in place by tests/kit/reference.py, which reads the files on its own.
 """
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from kit import reference
 from kit.compare import nmse, row_nmse, same_top1
+from kit.golden_files import EXACT, FILES, SPLITS, golden, logits
 
 import mlacli
 from mlacli.backends.numpy_ops import NumpyOps
@@ -17,35 +18,10 @@ from mlacli.backends.numpy_weights import NumpyWeight
 from mlacli.loading.weights import from_float32, to_float32
 from mlacli.parallel.shards import Shard
 
-MODELS = Path(__file__).parents[1] / "golden" / "models"
-FILES = {path.stem: path for path in sorted(MODELS.glob("*.gguf"))}
-EXACT = {"cache_type_k": "f32", "graph_attn_precision": "f32"}
-SPLITS = {
-    "1 rank": {},
-    "2 ranks": {"device": "cpu,cpu", "split_mode": "graph"},
-    "3 ranks": {"device": "cpu,cpu,cpu", "split_mode": "graph"},
-    "5 ranks": {"device": "cpu,cpu,cpu,cpu,cpu", "split_mode": "graph"},
-    "-ts 3,1": {"device": "cpu,cpu", "split_mode": "graph", "tensor_split": "3,1"},
-    "-ts 1,0": {"device": "cpu,cpu", "split_mode": "graph", "tensor_split": "1,0"},
-    "experts by id": {"device": "cpu,cpu,cpu", "split_mode": "graph", "expert_split": "id"},
-    "experts by layer": {"device": "cpu,cpu,cpu", "split_mode": "graph", "expert_split": "layer"},
-    "2 stages": {"device": "cpu,cpu", "split_mode": "layer"},
-}
-
-
-def golden(name: str) -> tuple[list[int], np.ndarray]:
-    """(tokens, float32 logits [n, V]); the other layouts of v3 hold the same weights."""
-    data = np.load(MODELS / f"{'v3' if name in ('v3_kv_b', 'v3_folded') else name}.npz")
-    return data["tokens"].tolist(), data["logits"]
-
-
-def logits(path: Path, tokens: list[int], **flags: object) -> np.ndarray:
-    with mlacli.load(path, **flags) as engine:
-        return engine.logits(tokens)
-
 
 def test_there_are_golden_models() -> None:
     assert {"v2lite", "v2", "v3", "v3_kv_b", "v3_folded", "glm47flash", "real_rows"} <= set(FILES)
+    assert {"glm_dsa", "mistral4", "mistral4_rows"} <= set(FILES)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -67,7 +43,7 @@ def test_default_precision_stays_close(name: str, split: str) -> None:
 
 
 @pytest.mark.parametrize("ubatch", [1, 7, 16, 33])
-@pytest.mark.parametrize("name", ["v2", "v3", "glm47flash"])
+@pytest.mark.parametrize("name", ["v2", "v3", "glm47flash", "glm_dsa", "mistral4"])
 def test_any_ubatch_size_gives_the_same_logits(name: str, ubatch: int) -> None:
     tokens, want = golden(name)
     got = logits(FILES[name], tokens, **EXACT, ubatch_size=ubatch)
@@ -75,9 +51,10 @@ def test_any_ubatch_size_gives_the_same_logits(name: str, ubatch: int) -> None:
 
 
 @pytest.mark.parametrize("split", ["1 rank", "2 ranks", "2 stages"])
-def test_token_by_token_is_one_prefill(split: str) -> None:
-    tokens, want = golden("v3")
-    with mlacli.load(FILES["v3"], **EXACT, **SPLITS[split]) as engine:
+@pytest.mark.parametrize("name", ["v3", "glm_dsa", "mistral4"])
+def test_token_by_token_is_one_prefill(name: str, split: str) -> None:
+    tokens, want = golden(name)
+    with mlacli.load(FILES[name], **EXACT, **SPLITS[split]) as engine:
         got = np.stack([engine.decode(token) for token in tokens])
     assert nmse(got, want) <= 1e-6
 

@@ -50,6 +50,7 @@ CASES = {
     "deepseek-llm": "case LLAMA_VOCAB_PRE_TYPE_DEEPSEEK_LLM:",
     "deepseek-coder": "case LLAMA_VOCAB_PRE_TYPE_DEEPSEEK_CODER:",
     "deepseek-v3": "case LLAMA_VOCAB_PRE_TYPE_DEEPSEEK3_LLM:",
+    "glm4": "case LLAMA_VOCAB_PRE_TYPE_CHATGLM4:",
 }
 N_RANDOM, N_RECORDED = 5000, 150
 
@@ -157,10 +158,12 @@ def record_vocabulary(
     kept = [merges[i] for i in sorted(chosen)]
     ids_of = {token: i for i, token in enumerate(tokens)}
     special = {t for t, k in zip(tokens, types, strict=True) if k != 1}
-    special = {t for t in special if not t.startswith(("[PAD", "<|reserved", "<|place"))}
+    numbered = re.compile(r"\[PAD\d|<\|reserved|<\|place|<SPECIAL_")
+    special = {t for t in special if not numbered.match(t)}
     used = {part for merge in kept for part in (*merge.split(" "), merge.replace(" ", ""))}
     used |= {tokens[i] for ids in expected for i in ids} | special
-    used |= {tokens[metadata[f"tokenizer.ggml.{end}_token_id"]] for end in ("bos", "eos")}
+    ends = (metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("bos", "eos"))
+    used |= {tokens[i] for i in ends if i is not None}
     used |= {c for c in ByteLevel.alphabet() if c in ids_of} | {"</s>"}
     content = header | {
         "file": path.name,

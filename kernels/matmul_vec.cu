@@ -1,0 +1,48 @@
+// Op        y[b][t][o] = sum_i w[b][o][i] x[b][t][i]: dense (one b) and per-head (b = head) products
+// Shapes    w [B, out, in] in GGUF bytes, x rows of `in` at stride ldx, y rows at stride ldy;
+//           strides wb (bytes), xb, yb between batches; `skip` columns of the first block belong to
+//           another rank
+// Dtypes    w any GGUF type (WTYPE); x, y and sums float32
+// Grid      (ceil(out / 8), ceil(n / COLS), B), 256 threads: a warp per row, COLS tokens each
+// Assumes   skip a multiple of 32
+// Numerics  each lane sums its groups of 32 in order, then a fixed tree; relative error about 1e-6
+// Bound by  bytes of w for few tokens, float32 FMA for many
+// Sources   own
+// Tested by tests/gpu/test_cuda_models.py
+#include "pdl.cuh"
+#include "quants.cuh"
+#include "reduce.cuh"
+
+extern "C" __global__ void __launch_bounds__(256)
+matmul_f32(float* y, const unsigned char* w, const float* x, int n, int out, int in, int skip,
+           long long row_bytes, long long ldx, long long ldy, long long wb, long long xb,
+           long long yb) {
+    const int lane = threadIdx.x & 31, o = blockIdx.x * 8 + (threadIdx.x >> 5);
+    const int t0 = blockIdx.y * COLS, b = blockIdx.z;
+    pdl_launch();
+    pdl_wait();
+    if (o >= out) return;
+    const unsigned char* row = w + b * wb + o * row_bytes;
+    x += b * xb + t0 * ldx;
+    float sum[COLS];
+#pragma unroll
+    for (int t = 0; t < COLS; t++) sum[t] = 0.f;
+    for (int g = lane; g * 32 < in; g += 32) {
+        float v[32];
+        const int left = in - g * 32;
+        load_group_tail<WTYPE>(row, g + skip / 32, skip + in, v);
+#pragma unroll
+        for (int t = 0; t < COLS; t++) {
+            if (t0 + t >= n) break;
+            const float* in_t = x + t * ldx + g * 32;
+#pragma unroll
+            for (int i = 0; i < 32; i++)
+                if (i < left) sum[t] += v[i] * in_t[i];
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < COLS; t++) {
+        const float total = warp_sum(sum[t]);
+        if (lane == 0 && t0 + t < n) y[b * yb + (t0 + t) * ldy + o] = total;
+    }
+}

@@ -1,0 +1,57 @@
+"""CUDA devices through CuPy: whether there are any, and how much memory they have."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from mlacli.errors import BackendError
+
+
+def device_count() -> int:
+    """How many GPUs CuPy sees; 0 without CuPy or driver."""
+    try:
+        return int(_cupy().cuda.runtime.getDeviceCount())
+    except (BackendError, RuntimeError):
+        return 0
+
+
+def device_memory(name: str) -> tuple[int, int]:
+    """(total, free) bytes of `cudaN`; BackendError says what is missing."""
+    with _device(name):
+        free, total = _cupy().cuda.runtime.memGetInfo()
+    return int(total), int(free)
+
+
+def use_device(name: str) -> None:
+    """Make `cudaN` this thread's current device."""
+    _device(name).use()
+
+
+def _device(name: str) -> Any:
+    cp = _cupy()
+    try:
+        count = cp.cuda.runtime.getDeviceCount()
+    except cp.cuda.runtime.CUDARuntimeError as e:
+        raise BackendError(
+            f"device {name} is not available: {e}", "check the driver with nvidia-smi"
+        ) from None
+    index = int(name.removeprefix("cuda"))
+    if index >= count:
+        raise BackendError(
+            f"device {name} is not available: there are {count} CUDA devices",
+            "CUDA_VISIBLE_DEVICES decides which are seen",
+        )
+    return cp.cuda.Device(index)
+
+
+def _cupy() -> ModuleType:
+    try:
+        import cupy
+    except ImportError:
+        raise BackendError(
+            "CUDA devices need CuPy, which is not installed",
+            "install mlacli[cuda13], or mlacli[cuda12] for an older driver; or use -dev cpu",
+        ) from None
+    module: ModuleType = cupy
+    return module

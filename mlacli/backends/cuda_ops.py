@@ -1,0 +1,330 @@
+"""The ops of one CUDA rank: shape check, pick kernel, launch. Float32 arithmetic throughout.
+
+A decode step is captured into a CUDA graph once and replayed: tokens, positions and wanted rows
+live in fixed device buffers, every other address comes from the arena.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import cupy as cp
+import numpy as np
+
+from mlacli.backends.cuda_arena import Arena
+from mlacli.backends.cuda_kernels import Kernels
+from mlacli.loading.quant_types import QType
+from mlacli.ops import LayerWeights, Ops, Step
+from mlacli.parallel.comm import Comm
+from mlacli.params import ContextParams
+
+if TYPE_CHECKING:
+    from mlacli.models.parts import Routing
+    from mlacli.parallel.plan import RankPlan
+    from mlacli.parallel.shards import Shard
+
+Array = Any
+_CACHE_TYPES = {"f32": ("float", np.float32), "f16": ("__half", np.float16),
+                "bf16": ("__nv_bfloat16", np.uint16)}  # fmt: skip
+_SPLITS = 32  # ranges of the cache that one head's decode attention is cut into
+_COLS = 8  # tokens that one pass over a weight row serves
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CudaWeight:
+    """GGUF bytes on the device [*leading, row bytes] of a shard of local `shape`."""
+
+    name: str
+    shape: tuple[int, ...]
+    qtype: QType
+    raw: Array
+    skip: int = 0
+    first: int = 0
+
+    @property
+    def row_bytes(self) -> int:
+        return int(self.raw.shape[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Expert ids (int32) and weights [n, n_used] on the device."""
+
+    ids: Array
+    weights: Array
+
+
+class CudaOps(Ops):
+    """Ops on the current CUDA device; all its memory is `arena`."""
+
+    def __init__(self, comm: Comm, context: ContextParams, plan: RankPlan, n_shards: int) -> None:
+        self.comm, self.context = comm, context
+        self.stream = cp.cuda.Stream(non_blocking=True)
+        self.kernels = Kernels(self.stream)
+        padding = 256 * (n_shards + 1024)
+        self.arena = Arena(plan.device, plan.weights + plan.cache + plan.scratch + padding)
+        self._half = int(context.graph_attn_precision == "f16")
+        self._inputs: Array = None  # token, position and wanted row of a one-token step
+        self._frequencies: Array = None
+        self._base = 0  # where scratch begins
+        self._layer = 0  # where a half layer's temporaries begin
+        self._x: Array = None
+        self._graphs: dict[int, tuple[Any, Array | None]] = {}
+
+    # ---- steps ------------------------------------------------------------------------------
+
+    def execute(
+        self, tokens: Sequence[int], n_past: int, frequencies: Sequence[float],
+        out_rows: Sequence[int], forward: Callable[[Step], Array | None],
+    ) -> Array | None:  # fmt: skip
+        with self.stream:
+            if self._inputs is None:
+                self._frequencies = self._put(np.array(frequencies))
+                self._inputs = self.arena.take((3,), np.int32)
+                self._base = self.arena.mark()
+            if len(tokens) > 1:
+                self.arena.rewind(self._base)
+                return self._to_host(forward(self.step(tokens, n_past, frequencies, out_rows)))
+            self._inputs.set(np.array([tokens[0], n_past, 0], np.int32), stream=self.stream)
+            if len(out_rows) not in self._graphs:
+                self._graphs[len(out_rows)] = self._capture(n_past, len(out_rows), forward)
+            graph, logits = self._graphs[len(out_rows)]
+            graph.launch(self.stream)
+            return self._to_host(logits)
+
+    def _capture(
+        self, n_past: int, n_out: int, forward: Callable[[Step], Array | None]
+    ) -> tuple[Any, Array | None]:
+        """The graph of a one-token step and where it leaves its logits."""
+
+        def once() -> Array | None:
+            self.arena.rewind(self._base)
+            tokens, pos, wanted = (self._inputs[i : i + 1] for i in range(3))
+            return forward(self._rotated(tokens, pos, 1, n_past + 1, wanted[:n_out]))
+
+        once()  # compiles what is new, outside of the capture
+        self.stream.synchronize()
+        self.stream.begin_capture()
+        logits = once()
+        return self.stream.end_capture(), logits
+
+    def _to_host(self, logits: Array | None) -> Array | None:
+        out = None if logits is None else logits.get(stream=self.stream)
+        self.stream.synchronize()
+        return out
+
+    def step(
+        self, tokens: Sequence[int], n_past: int, frequencies: Sequence[float],
+        out_rows: Sequence[int],
+    ) -> Step:  # fmt: skip
+        n = len(tokens)
+        pos = np.arange(n_past, n_past + n)
+        token_ids, pos, wanted = (self._put(np.asarray(a, np.int32)) for a in
+                                  (tokens, pos, list(out_rows)))  # fmt: skip
+        return self._rotated(token_ids, pos, n, n_past + n, wanted)
+
+    def _rotated(self, tokens: Array, pos: Array, n: int, n_kv: int, wanted: Array) -> Step:
+        half = len(self._frequencies)
+        cos, sin = self._new(n, half), self._new(n, half)
+        block = min(512, half)
+        self._run("rope_table_f32", (n,), block, cos, sin, pos, self._frequencies, half)
+        return Step(tokens, pos, cos, sin, n, n_kv, wanted)
+
+    # ---- weights and cache ------------------------------------------------------------------
+
+    def upload(self, pieces: Any, shard: Shard) -> CudaWeight:
+        by_column = shard.axis == len(shard.shape) - 1
+        return CudaWeight(
+            shard.tensor, shard.shape, shard.qtype, self._put(pieces),
+            skip=shard.start % shard.qtype.block if by_column else 0,
+            first=shard.start if shard.axis == 0 else 0,
+        )  # fmt: skip
+
+    def download(self, w: CudaWeight) -> Any:
+        return self._to_host(w.raw)
+
+    def new_rows(self, n_ctx: int, width: int, cache_type: str) -> Array:
+        return self.arena.take((n_ctx, width), _CACHE_TYPES[cache_type][1])
+
+    # ---- products ---------------------------------------------------------------------------
+
+    def embed(self, tokens: Array, w: CudaWeight) -> Array:
+        n, d = len(tokens), w.shape[1]
+        residual, self._x = self._new(n, d), self._new(n, d)
+        self._layer = self.arena.mark()
+        self._run("embed_f32", (n,), 128, residual, tokens, w.raw, d, w.row_bytes, **_typed(w))
+        return residual
+
+    def matmul(self, x: Array, w: CudaWeight) -> Array:
+        y = self._new(len(x), w.shape[0])
+        self._matmul(y, w, x, 1, w.shape[0])
+        return y
+
+    def heads_up(self, x: Array, w: CudaWeight) -> Array:
+        h, out, _ = w.shape
+        y = self._new(len(x), h, out)
+        self._matmul(y, w, x, h, out)
+        return y
+
+    def _matmul(self, y: Array, w: CudaWeight, x: Array, batches: int, out: int) -> None:
+        n, cols = len(x), 1 if len(x) == 1 else _COLS
+        self._run(
+            "matmul_f32", (-(-out // 8), -(-n // cols), batches), 256, y, w.raw, x, n, out,
+            w.shape[-1], w.skip, w.row_bytes, _stride(x, 0), _stride(y, 0),
+            out * w.row_bytes, _stride(x, 1) if batches > 1 else 0, out, COLS=cols, **_typed(w),
+        )  # fmt: skip
+
+    # ---- element-wise -----------------------------------------------------------------------
+
+    def rms_norm(self, x: Array, w: CudaWeight, eps: float) -> Array:
+        n, d = x.shape
+        y = self._new(n, d)
+        self._run("rms_norm_f32", (n,), 256, y, x, w.raw, d, _stride(x, 0), eps)
+        return y
+
+    def reduce_add_norm(
+        self, partial: Array | None, residual: Array, norm: CudaWeight | None, eps: float
+    ) -> tuple[Array, Array]:
+        n, d = residual.shape
+        whole = self.comm.all_reduce(partial)
+        weight = None if norm is None else norm.raw
+        self._run("add_rms_norm_f32", (n,), 256, residual, self._x, whole, weight, d, eps)
+        self.arena.rewind(self._layer)  # the next half layer reuses this one's temporaries
+        return residual, self._x
+
+    def rope(self, x: Array, step: Step) -> Array:
+        heads, half = x.shape[1] if x.ndim == 3 else 1, x.shape[-1] // 2
+        y = self._new(*x.shape)
+        self._run(
+            "rope_f32", (step.n, heads), 32, y, x, step.cos, step.sin, half, _stride(x, 0),
+            _stride(x, 1) if x.ndim == 3 else 0,
+        )  # fmt: skip
+        return y
+
+    def silu_mul(self, gate: Array, up: Array) -> Array:
+        y = self._new(*gate.shape)
+        self._run("silu_mul_f32", (-(-y.size // 256),), 256, y, gate, up, y.size)
+        return y
+
+    def add(self, a: Array, b: Array) -> Array:
+        y = self._new(*a.shape)
+        self._run("add_f32", (-(-y.size // 256),), 256, y, a, b, y.size)
+        return y
+
+    def columns(self, x: Array, start: int, stop: int) -> Array:
+        return x[..., start:stop]
+
+    def rows(self, x: Array, wanted: Array) -> Array:
+        y = self._new(len(wanted), x.shape[1])
+        if len(wanted):
+            self._run("rows_f32", (len(wanted),), 256, y, x, wanted, x.shape[1])
+        return y
+
+    # ---- attention --------------------------------------------------------------------------
+
+    def store(self, rows: Array, c_kv: Array, k_pe: Array, step: Step) -> None:
+        r, p = c_kv.shape[1], k_pe.shape[1]
+        self._run("store", (step.n,), 256, rows, c_kv, k_pe, step.pos, r, p, CACHE=self._cached)
+
+    def split_heads(self, q: Array, k: int, p: int) -> tuple[Array, Array]:
+        q = q.reshape(len(q), -1, k + p)
+        return q[..., :k], q[..., k:]
+
+    def attend_expanded(
+        self, q_nope: Array, q_pe: Array, rows: Array, k_b: CudaWeight, v_b: CudaWeight,
+        step: Step, scale: float,
+    ) -> Array:  # fmt: skip
+        # The absorbed form is the same function; a kernel for the expanded one will be faster.
+        q_lat = self.heads_up(q_nope, k_b)
+        o = self.attend_absorbed(q_lat, q_pe, rows, k_b.shape[1], step, scale)
+        return self.heads_up(o, v_b)
+
+    def attend_absorbed(
+        self, q_lat: Array, q_pe: Array, rows: Array, r: int, step: Step, scale: float
+    ) -> Array:
+        n, h, p = q_pe.shape
+        splits = max(1, min(_SPLITS, -(-256 // (n * h))))
+        part, o = self._new(n, h, splits, r + 2), self._new(n, h, r)
+        self._run(
+            "mla_decode_split", (splits, h, n), 256, part, q_lat, q_pe, rows, step.pos, scale,
+            R=r, P=p, CACHE=self._cached, HALF=self._half,
+        )  # fmt: skip
+        self._run("mla_combine_f32", (n * h,), 256, o, part, splits, r)
+        return o
+
+    @property
+    def _cached(self) -> str:
+        return _CACHE_TYPES[self.context.cache_type_k][0]
+
+    # ---- routed experts ---------------------------------------------------------------------
+
+    def route(
+        self, x: Array, gate: CudaWeight, bias: CudaWeight | None, routing: Routing
+    ) -> Chosen:
+        n = len(x)
+        scores = self.matmul(x, gate)
+        chosen = Chosen(
+            self.arena.take((n, routing.n_used), np.int32), self._new(n, routing.n_used)
+        )
+        self._run(
+            "route_f32", (n,), 32, chosen.ids, chosen.weights, scores,
+            None if bias is None else bias.raw, gate.shape[0], routing.n_used, routing.n_groups,
+            routing.n_groups_used, routing.sigmoid, routing.renormalise, routing.scale,
+        )  # fmt: skip
+        return chosen
+
+    def moe_up(self, x: Array, chosen: Chosen, w: LayerWeights) -> Array:
+        (n, n_used), merged = chosen.ids.shape, w.ffn_gate_up_exps
+        gate = merged if merged is not None else w.ffn_gate_exps
+        held, f, d = gate.shape
+        expert_bytes, up, up_raw = f * gate.row_bytes, w.ffn_up_exps, None
+        if merged is not None:
+            f, up = f // 2, merged
+            up_raw = merged.raw.reshape(-1)[f * merged.row_bytes :]
+        h = self._new(n, n_used, f)
+        self._run(
+            "experts_up_f32", (-(-f // 8), n * n_used), 256, h, gate.raw,
+            up.raw if up_raw is None else up_raw, x, chosen.ids, n_used, f, d, gate.first, held,
+            gate.row_bytes, up.row_bytes, expert_bytes, expert_bytes // gate.row_bytes
+            * up.row_bytes, WTYPE=gate.qtype.id, WTYPE_UP=up.qtype.id,
+        )  # fmt: skip
+        return h
+
+    def moe_down(self, h: Array, chosen: Chosen, w: LayerWeights) -> Array:
+        down: CudaWeight = w.ffn_down_exps
+        (n, n_used), (held, d, f) = chosen.ids.shape, down.shape
+        y = self._new(n, d)
+        self._run(
+            "experts_down_f32", (-(-d // 8), n), 256, y, down.raw, h, chosen.ids, chosen.weights,
+            n_used, f, d, down.first, held, down.skip, down.row_bytes, d * down.row_bytes,
+            WTYPE=down.qtype.id, WTYPE_UP=down.qtype.id,
+        )  # fmt: skip
+        return y
+
+    # ---- plumbing ---------------------------------------------------------------------------
+
+    def _new(self, *shape: int) -> Array:
+        return self.arena.take(shape, np.float32)
+
+    def _put(self, host: Any) -> Array:
+        device = self.arena.take(host.shape, host.dtype)
+        if host.size:
+            device.set(np.ascontiguousarray(host), stream=self.stream)
+            self.stream.synchronize()  # the host copy may go away
+        return device
+
+    def _run(
+        self, name: str, grid: tuple[int, ...], block: int, *args: Any, **defines: Any
+    ) -> None:
+        self.kernels.launch(name, grid, block, *args, **defines)
+
+
+def _typed(w: CudaWeight) -> dict[str, int]:
+    return {"WTYPE": w.qtype.id}
+
+
+def _stride(x: Array, axis: int) -> int:
+    """Elements between neighbours along `axis`."""
+    return int(x.strides[axis]) // 4
