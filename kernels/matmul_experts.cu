@@ -3,7 +3,8 @@
 // Shapes    h [n, K, f], x [n, d], ids and weights [n, K], y [n, d];
 //           gate, up [E, f, d] and down [E, d, f] in GGUF bytes, experts `expert_bytes` apart
 // Dtypes    weights any GGUF type (WTYPE, up WTYPE_UP); activations and sums float32
-// Grid      up (ceil(f / 8), n K), down (ceil(d / 8), n); 256 threads, a warp per output row
+// Grid      up (ceil(f / 8), n K), down (ceil(d / 8), n); 256 threads, a warp per output row;
+//           shared bytes: 4 GROUP_STRIDE ceil(d / 32), and K times that of f
 // Assumes   experts first .. first + held - 1 are here; others add nothing
 // Numerics  as matmul_vec
 // Bound by  bytes of the chosen experts
@@ -12,19 +13,17 @@
 #include "pdl.cuh"
 #include "quants.cuh"
 #include "reduce.cuh"
+#include "staged.cuh"
 
+// sum + one group of a weight row times a group of a vector
 template <int T>
-__device__ __forceinline__ float dot(const unsigned char* row, const float* x, int n, int skip) {
-    float sum = 0.f;
-    for (int g = threadIdx.x & 31; g * 32 < n; g += 32) {
-        float v[32];
-        const int left = n - g * 32;
-        load_group_tail<T>(row, g + skip / 32, skip + n, v);
+__device__ __forceinline__ float dot_group(float sum, const unsigned char* row, int g, int n,
+                                           const float (&x)[32]) {
+    float v[32];
+    load_group_tail<T>(row, g, n, v);
 #pragma unroll
-        for (int i = 0; i < 32; i++)
-            if (i < left) sum += v[i] * x[g * 32 + i];
-    }
-    return warp_sum(sum);
+    for (int i = 0; i < 32; i++) sum += v[i] * x[i];
+    return sum;
 }
 
 extern "C" __global__ void __launch_bounds__(256)
@@ -32,35 +31,55 @@ experts_up_f32(float* h, const unsigned char* gate, const unsigned char* up, con
                const int* ids, int n_used, int f, int d, int first, int held,
                long long row_bytes, long long up_row_bytes, long long expert_bytes,
                long long up_expert_bytes) {
-    const int o = blockIdx.x * 8 + (threadIdx.x >> 5);
+    extern __shared__ float staged[];
+    const int lane = threadIdx.x & 31, o = blockIdx.x * 8 + (threadIdx.x >> 5);
     pdl_launch();
     pdl_wait();
     const int e = ids[blockIdx.y] - first;
+    stage(staged, x + (long long)(blockIdx.y / n_used) * d, d);
+    __syncthreads();
     if (o >= f) return;
-    float value = 0.f;
+    float g_sum = 0.f, u_sum = 0.f;
     if (e >= 0 && e < held) {
-        const float* in = x + (long long)(blockIdx.y / n_used) * d;
-        const float g = dot<WTYPE>(gate + e * expert_bytes + o * row_bytes, in, d, 0);
-        const float u = dot<WTYPE_UP>(up + e * up_expert_bytes + o * up_row_bytes, in, d, 0);
-        value = g / (1.f + expf(-g)) * u;
+        const unsigned char* g_row = gate + e * expert_bytes + o * row_bytes;
+        const unsigned char* u_row = up + e * up_expert_bytes + o * up_row_bytes;
+        for (int g = lane; g * 32 < d; g += 32) {
+            float in[32];
+            staged_group(staged, g, in);
+            g_sum = dot_group<WTYPE>(g_sum, g_row, g, d, in);
+            u_sum = dot_group<WTYPE_UP>(u_sum, u_row, g, d, in);
+        }
     }
-    if ((threadIdx.x & 31) == 0) h[(long long)blockIdx.y * f + o] = value;
+    g_sum = warp_sum(g_sum), u_sum = warp_sum(u_sum);
+    if (lane == 0) h[(long long)blockIdx.y * f + o] = g_sum / (1.f + expf(-g_sum)) * u_sum;
 }
 
 extern "C" __global__ void __launch_bounds__(256)
 experts_down_f32(float* y, const unsigned char* down, const float* h, const int* ids,
                  const float* weights, int n_used, int f, int d, int first, int held, int skip,
                  long long row_bytes, long long expert_bytes) {
-    const int o = blockIdx.x * 8 + (threadIdx.x >> 5);
+    extern __shared__ float staged[];
+    const int lane = threadIdx.x & 31, o = blockIdx.x * 8 + (threadIdx.x >> 5);
+    const int stride = (f + 31) / 32 * GROUP_STRIDE;
     pdl_launch();
     pdl_wait();
+    for (int s = 0; s < n_used; s++)
+        stage(staged + s * stride, h + ((long long)blockIdx.y * n_used + s) * f, f);
+    __syncthreads();
     if (o >= d) return;
-    float sum = 0.f;
+    float total = 0.f;
     for (int s = 0; s < n_used; s++) {
         const int slot = blockIdx.y * n_used + s, e = ids[slot] - first;
         if (e < 0 || e >= held) continue;
         const unsigned char* row = down + e * expert_bytes + o * row_bytes;
-        sum += weights[slot] * dot<WTYPE>(row, h + (long long)slot * f, f, skip);
+        float sum = 0.f;
+        for (int g = lane; g * 32 < f; g += 32) {
+            float in[32];
+            staged_group(staged + s * stride, g, in);
+            sum = dot_group<WTYPE>(sum, row, g + skip / 32, skip + f, in);
+        }
+        total += weights[slot] * sum;
     }
-    if ((threadIdx.x & 31) == 0) y[(long long)blockIdx.y * d + o] = sum;
+    total = warp_sum(total);
+    if (lane == 0) y[(long long)blockIdx.y * d + o] = total;
 }

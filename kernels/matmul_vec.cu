@@ -3,7 +3,9 @@
 //           strides wb (bytes), xb, yb between batches; `skip` columns of the first block belong to
 //           another rank
 // Dtypes    w any GGUF type (WTYPE); x, y and sums float32
-// Grid      (ceil(out / 8), ceil(n / COLS), B), 256 threads: a warp per row, COLS tokens each
+// Grid      matmul_vec (ceil(out / (8 ROWS)), n, B): a warp takes ROWS rows, x in shared memory
+//           matmul (ceil(out / 8), ceil(n / COLS), B): a warp takes a row and COLS tokens
+//           256 threads; shared bytes of matmul_vec: 4 GROUP_STRIDE ceil(in / 32)
 // Assumes   skip a multiple of 32
 // Numerics  each lane sums its groups of 32 in order, then a fixed tree; relative error about 1e-6
 // Bound by  bytes of w for few tokens, float32 FMA for many
@@ -12,7 +14,46 @@
 #include "pdl.cuh"
 #include "quants.cuh"
 #include "reduce.cuh"
+#include "staged.cuh"
 
+#ifdef ROWS
+extern "C" __global__ void __launch_bounds__(256)
+matmul_vec_f32(float* y, const unsigned char* w, const float* x, int n, int out, int in, int skip,
+               long long row_bytes, long long ldx, long long ldy, long long wb, long long xb,
+               long long yb) {
+    extern __shared__ float staged[];
+    const int lane = threadIdx.x & 31, o = (blockIdx.x * 8 + (threadIdx.x >> 5)) * ROWS;
+    const int t = blockIdx.y, b = blockIdx.z;
+    pdl_launch();
+    pdl_wait();
+    stage(staged, x + b * xb + t * ldx, in);
+    __syncthreads();
+    if (o >= out) return;
+    w += b * wb;
+    float sum[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) sum[r] = 0.f;
+    for (int g = lane; g * 32 < in; g += 32) {
+        float in_g[32];
+        staged_group(staged, g, in_g);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            float v[32];
+            load_group_tail<WTYPE>(w + min(o + r, out - 1) * row_bytes, g + skip / 32, skip + in,
+                                   v);
+#pragma unroll
+            for (int i = 0; i < 32; i++) sum[r] += v[i] * in_g[i];
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        const float total = warp_sum(sum[r]);
+        if (lane == 0 && o + r < out) y[b * yb + t * ldy + o + r] = total;
+    }
+}
+#endif
+
+#ifdef COLS
 extern "C" __global__ void __launch_bounds__(256)
 matmul_f32(float* y, const unsigned char* w, const float* x, int n, int out, int in, int skip,
            long long row_bytes, long long ldx, long long ldy, long long wb, long long xb,
@@ -46,3 +87,4 @@ matmul_f32(float* y, const unsigned char* w, const float* x, int n, int out, int
         if (lane == 0 && t0 + t < n) y[b * yb + (t0 + t) * ldy + o] = total;
     }
 }
+#endif

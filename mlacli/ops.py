@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mlacli.errors import UnsupportedFeature
+
 if TYPE_CHECKING:
     from mlacli.models.parts import Routing, Temperature
     from mlacli.parallel.comm import Comm
@@ -96,16 +98,8 @@ class Ops(Protocol):
         """x / sqrt(mean(x^2) + eps) * w."""
         ...
 
-    def layer_norm(self, x: Act, w: Weight, bias: Weight, eps: float) -> Act:
-        """(x - mean) / sqrt(variance + eps) * w + bias."""
-        ...
-
     def rope(self, x: Act, step: Step) -> Act:
         """x [n, p] or [n, h, p] with pairs (2i, 2i+1) rotated."""
-        ...
-
-    def rope_first(self, x: Act, step: Step) -> Act:
-        """x [n, i] or [n, I, i] with its first p columns rotated like `rope`, the rest as it is."""
         ...
 
     def temper(self, q: Act, temperature: Temperature, step: Step) -> Act:
@@ -126,30 +120,6 @@ class Ops(Protocol):
 
     def store(self, rows: Any, c_kv: Act, k_pe: Act, step: Step) -> None:
         """Write one cache row per token: c_kv, then k_pe."""
-        ...
-
-    def store_index(self, rows: Any, keys: Act, step: Step) -> None:
-        """Write one index key per token."""
-        ...
-
-    def heads(self, x: Act, n_heads: int) -> Act:
-        """[n, I * i] -> [n, I, i]."""
-        ...
-
-    def dsa_select(
-        self, q: Act, weights: Act, rows: Any, step: Step, top_k: int, imposed: Act | None = None
-    ) -> Act:
-        """The top_k cache rows of each token in ascending order [n, top_k]; needs n_kv > top_k.
-
-        Row j scores sum_I weights[I] * max(0, q[I] . key_j) / sqrt(I * i); rows beyond the token
-        score -inf, ties go to the lower row. `imposed` rows are taken instead (a test hook).
-        """
-        ...
-
-    def attend_chosen(
-        self, q_lat: Act, q_pe: Act, rows: Any, chosen: Act, r: int, step: Step, scale: float
-    ) -> Act:
-        """Softmax over each token's chosen rows, those beyond the token left out: [n, h, r]."""
         ...
 
     def heads_up(self, x: Act, w: Weight) -> Act:
@@ -184,6 +154,40 @@ class Ops(Protocol):
     def moe_down(self, h: Any, chosen: Any, w: LayerWeights) -> Act:
         """Weighted sum over chosen experts held here [n, d]."""
         ...
+
+    # ---- fine ops of sparse attention: a backend may lack them ------------------------------
+
+    def layer_norm(self, x: Act, w: Weight, bias: Weight, eps: float) -> Act:
+        """(x - mean) / sqrt(variance + eps) * w + bias."""
+        raise UnsupportedFeature("this backend has no sparse attention", "use --no-dsa")
+
+    def rope_first(self, x: Act, step: Step) -> Act:
+        """x [n, i] or [n, I, i] with its first p columns rotated like `rope`, the rest as it is."""
+        raise UnsupportedFeature("this backend has no sparse attention", "use --no-dsa")
+
+    def store_index(self, rows: Any, keys: Act, step: Step) -> None:
+        """Write one index key per token."""
+        raise UnsupportedFeature("this backend has no sparse attention", "use --no-dsa")
+
+    def heads(self, x: Act, n_heads: int) -> Act:
+        """[n, I * i] -> [n, I, i]."""
+        raise UnsupportedFeature("this backend has no sparse attention", "use --no-dsa")
+
+    def dsa_select(
+        self, q: Act, weights: Act, rows: Any, step: Step, top_k: int, imposed: Act | None = None
+    ) -> Act:
+        """The top_k cache rows of each token in ascending order [n, top_k]; needs n_kv > top_k.
+
+        Row j scores sum_I weights[I] * max(0, q[I] . key_j) / sqrt(I * i); rows beyond the token
+        score -inf, ties go to the lower row. `imposed` rows are taken instead (a test hook).
+        """
+        raise UnsupportedFeature("this backend has no sparse attention", "use --no-dsa")
+
+    def attend_chosen(
+        self, q_lat: Act, q_pe: Act, rows: Any, chosen: Act, r: int, step: Step, scale: float
+    ) -> Act:
+        """Softmax over each token's chosen rows, those beyond the token left out: [n, h, r]."""
+        raise UnsupportedFeature("this backend has no sparse attention", "use --no-dsa")
 
     # ---- coarse ops: composed defaults ------------------------------------------------------
 

@@ -27,10 +27,12 @@ SIGNATURES: dict[str, tuple[str, str]] = {
     "silu_mul_f32": ("activation", "pppl"),
     "add_f32": ("activation", "pppl"),
     "rows_f32": ("activation", "pppi"),
+    "temper_f32": ("activation", "pppiif"),
     "rope_table_f32": ("rope", "ppppi"),
     "rope_f32": ("rope", "ppppill"),
     "store": ("cache", "ppppii"),
     "matmul_f32": ("matmul_vec", "pppiiiillllll"),
+    "matmul_vec_f32": ("matmul_vec", "pppiiiillllll"),
     "experts_up_f32": ("matmul_experts", "pppppiiiiillll"),
     "experts_down_f32": ("matmul_experts", "pppppiiiiiill"),
     "route_f32": ("moe_route", "ppppiiiiiif"),
@@ -99,13 +101,19 @@ class Kernels:
         self.n_launches = 0
 
     def launch(
-        self, name: str, grid: tuple[int, ...], block: int, *args: Any, **defines: Any
-    ) -> None:
-        """Run kernel `name`, compiled with -D of `defines`; args as SIGNATURES declares them."""
+        self, name: str, grid: tuple[int, ...], block: int, *args: Any, shared: int = 0,
+        **defines: Any,
+    ) -> None:  # fmt: skip
+        """Run kernel `name`, compiled with -D of `defines`; args as SIGNATURES declares them.
+
+        `shared`: bytes of dynamic shared memory.
+        """
         key = (name, *sorted(defines.items()))
         function = self._functions.get(key)
         if function is None:
             function = self._functions[key] = self._compile(name, defines)
+        if shared > 48 << 10 and function.max_dynamic_shared_size_bytes < shared:
+            function.max_dynamic_shared_size_bytes = shared
         signature = SIGNATURES[name][1]
         assert len(args) == len(signature), f"{name}: {len(args)} arguments for {signature}"
         values: list[Any] = [
@@ -113,7 +121,7 @@ class Kernels:
         ]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
         config = _Config(
-            grid=(*grid, 1, 1)[:3], block=(block, 1, 1), stream=self.stream.ptr,
+            grid=(*grid, 1, 1)[:3], block=(block, 1, 1), shared=shared, stream=self.stream.ptr,
             attributes=ctypes.addressof(self._pdl) if self._use_pdl else None,
             n_attributes=int(self._use_pdl),
         )  # fmt: skip

@@ -21,7 +21,7 @@ from mlacli.parallel.comm import Comm
 from mlacli.params import ContextParams
 
 if TYPE_CHECKING:
-    from mlacli.models.parts import Routing
+    from mlacli.models.parts import Routing, Temperature
     from mlacli.parallel.plan import RankPlan
     from mlacli.parallel.shards import Shard
 
@@ -30,6 +30,7 @@ _CACHE_TYPES = {"f32": ("float", np.float32), "f16": ("__half", np.float16),
                 "bf16": ("__nv_bfloat16", np.uint16)}  # fmt: skip
 _SPLITS = 32  # ranges of the cache that one head's decode attention is cut into
 _COLS = 8  # tokens that one pass over a weight row serves
+_MOST_SHARED = 96 << 10  # bytes of shared memory that a CTA may take; two fit an SM
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -169,12 +170,18 @@ class CudaOps(Ops):
         return y
 
     def _matmul(self, y: Array, w: CudaWeight, x: Array, batches: int, out: int) -> None:
-        n, cols = len(x), 1 if len(x) == 1 else _COLS
-        self._run(
-            "matmul_f32", (-(-out // 8), -(-n // cols), batches), 256, y, w.raw, x, n, out,
-            w.shape[-1], w.skip, w.row_bytes, _stride(x, 0), _stride(y, 0),
-            out * w.row_bytes, _stride(x, 1) if batches > 1 else 0, out, COLS=cols, **_typed(w),
+        n, shared = len(x), _staged(w.shape[-1])
+        args = (
+            y, w.raw, x, n, out, w.shape[-1], w.skip, w.row_bytes, _stride(x, 0), _stride(y, 0),
+            out * w.row_bytes, _stride(x, 1) if batches > 1 else 0, out,
         )  # fmt: skip
+        if n <= 2 and shared <= _MOST_SHARED:
+            rows = 2 if out * batches >= 4096 else 1
+            grid = (-(-out // (8 * rows)), n, batches)
+            self._run("matmul_vec_f32", grid, 256, *args, shared=shared, ROWS=rows, **_typed(w))
+        else:
+            grid = (-(-out // 8), -(-n // _COLS), batches)
+            self._run("matmul_f32", grid, 256, *args, COLS=_COLS, **_typed(w))
 
     # ---- element-wise -----------------------------------------------------------------------
 
@@ -200,6 +207,14 @@ class CudaOps(Ops):
         self._run(
             "rope_f32", (step.n, heads), 32, y, x, step.cos, step.sin, half, _stride(x, 0),
             _stride(x, 1) if x.ndim == 3 else 0,
+        )  # fmt: skip
+        return y
+
+    def temper(self, q: Array, temperature: Temperature, step: Step) -> Array:
+        y = self._new(*q.shape)
+        self._run(
+            "temper_f32", (step.n,), 256, y, q, step.pos, q.shape[1], temperature.length,
+            temperature.scale,
         )  # fmt: skip
         return y
 
@@ -288,7 +303,7 @@ class CudaOps(Ops):
             "experts_up_f32", (-(-f // 8), n * n_used), 256, h, gate.raw,
             up.raw if up_raw is None else up_raw, x, chosen.ids, n_used, f, d, gate.first, held,
             gate.row_bytes, up.row_bytes, expert_bytes, expert_bytes // gate.row_bytes
-            * up.row_bytes, WTYPE=gate.qtype.id, WTYPE_UP=up.qtype.id,
+            * up.row_bytes, shared=_staged(d), WTYPE=gate.qtype.id, WTYPE_UP=up.qtype.id,
         )  # fmt: skip
         return h
 
@@ -299,7 +314,7 @@ class CudaOps(Ops):
         self._run(
             "experts_down_f32", (-(-d // 8), n), 256, y, down.raw, h, chosen.ids, chosen.weights,
             n_used, f, d, down.first, held, down.skip, down.row_bytes, d * down.row_bytes,
-            WTYPE=down.qtype.id, WTYPE_UP=down.qtype.id,
+            shared=n_used * _staged(f), WTYPE=down.qtype.id, WTYPE_UP=down.qtype.id,
         )  # fmt: skip
         return y
 
@@ -323,6 +338,11 @@ class CudaOps(Ops):
 
 def _typed(w: CudaWeight) -> dict[str, int]:
     return {"WTYPE": w.qtype.id}
+
+
+def _staged(n: int) -> int:
+    """Shared bytes of a staged vector of n floats (kernels/include/staged.cuh)."""
+    return 4 * 36 * -(-n // 32)
 
 
 def _stride(x: Array, axis: int) -> int:

@@ -9,6 +9,7 @@ from kit.compare import nmse, row_nmse, same_top1
 from kit.toy_gguf import QTYPES, Toy, write_toy
 
 import mlacli
+from mlacli.errors import UnsupportedFeature
 
 MODELS = Path(__file__).parents[1] / "golden" / "models"
 FILES = {path.stem: path for path in sorted(MODELS.glob("*.gguf"))}
@@ -21,13 +22,22 @@ def golden(name: str) -> tuple[list[int], np.ndarray]:
     return data["tokens"].tolist(), data["logits"]
 
 
-@pytest.mark.parametrize("name", [n for n in FILES if (MODELS / f"{n}.npz").exists()])
+@pytest.mark.parametrize(
+    "name", [n for n in FILES if (MODELS / f"{n}.npz").exists() and n != "glm_dsa"]
+)
 def test_logits_are_those_of_transformers(name: str) -> None:
     tokens, want = golden(name)
     with mlacli.load(FILES[name], device="cuda0", **EXACT) as engine:
         got = engine.logits(tokens)
     assert nmse(got, want) <= 1e-6
     assert same_top1(got, want)
+
+
+def test_glm_dsa_runs_dense() -> None:
+    data = np.load(MODELS / "glm_dsa.npz")
+    with mlacli.load(FILES["glm_dsa"], device="cuda0", **EXACT, no_dsa=True) as engine:
+        got = engine.logits(data["tokens"].tolist())
+    assert nmse(got, data["dense"]) <= 1e-6
 
 
 @pytest.mark.parametrize("name", ["v2lite", "v3", "glm47flash", "real_rows"])
@@ -78,3 +88,8 @@ def test_greedy_text_of_the_bundled_model_is_that_of_the_cpu() -> None:
         with mlacli.load(None, device=device, temp=0, **EXACT) as engine:
             texts.append("".join(engine.generate("Once upon a time", 60)))
     assert texts[0] == texts[1]
+
+
+def test_sparse_attention_is_refused() -> None:
+    with pytest.raises(UnsupportedFeature, match="sparse attention"):
+        mlacli.load(FILES["glm_dsa"], device="cuda0")

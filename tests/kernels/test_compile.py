@@ -11,7 +11,7 @@ from mlacli.backends.cuda_kernels import SIGNATURES, source  # noqa: E402
 DEFINES = {
     "cache": ("-DCACHE=__nv_bfloat16",),
     "embed": ("-DWTYPE=12",),
-    "matmul_vec": ("-DWTYPE=14", "-DCOLS=8"),
+    "matmul_vec": ("-DWTYPE=14", "-DCOLS=8", "-DROWS=2"),
     "matmul_experts": ("-DWTYPE=12", "-DWTYPE_UP=8"),
     "mla_decode": ("-DR=512", "-DP=64", "-DHALF=1", "-DCACHE=__half"),
 }
