@@ -49,6 +49,8 @@ BASES = {
     "lite": replace(TINY, q=0, sigmoid=False, biased=(), tied=True, merged=True, metadata={}),
     "folded, MTP": replace(TINY, layout="folded", mtp=1, qtypes={"ffn_down_exps": "Q4_0"}),
 }
+GOLDEN = Path(__file__).parent / "golden" / "models"
+GOLDENS = ("glm_dsa", "mistral4")  # architectures with parts that no toy has
 COMMANDS = (
     ("plan",),
     ("run-model", "--prompt-ids", "1,2", "-n", "1"),
@@ -116,14 +118,15 @@ def clean(
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("bases")
-    return {
+    toys = {
         name: write_toy(folder / f"{i}.gguf", toy).read_bytes()
         for i, (name, toy) in enumerate(BASES.items())
     }
+    return toys | {name: (GOLDEN / f"{name}.gguf").read_bytes() for name in GOLDENS}
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", [*BASES, *GOLDENS])
 def test_the_bases_are_sound(bases, name, words, tmp_path, capsys) -> None:
     path = tmp_path / "sound.gguf"
     path.write_bytes(take_apart(bases[name]).bytes())

@@ -68,6 +68,10 @@ class Parts:
             out += struct.pack(f"<{len(e.dims)}Q", *e.dims) + struct.pack("<IQ", e.kind, e.offset)
         return out + bytes(-len(out) % 32) + self.data
 
+    def arch(self) -> str:
+        pair = self.pair("general.architecture")
+        return pair.value[8:].decode("utf-8", "replace") if pair else "deepseek2"
+
     def pair(self, key: str) -> Pair | None:
         return next((p for p in self.pairs if p.key.decode("utf-8", "replace").endswith(key)), None)
 
@@ -211,13 +215,14 @@ def hparams(parts: Parts, r: Random) -> str:
             "expert_feed_forward_length", "feed_forward_length", "expert_gating_func",
             "head_count_kv", "vocab_size", "split.count", "split.no", "split.tensors.count",
             "general.alignment", "rope.scaling.original_context_length",
-            "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id",
+            "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id", "indexer.head_count",
+            "indexer.key_length", "indexer.top_k", "temperature_length",
         ) for n in (*HUGE[:11], 4, 5, 16, 17, 33, 64, 4096)]
         + [(name, x) for name in (
             "layer_norm_rms_epsilon", "rope.freq_base", "rope.scaling.factor",
             "rope.scaling.yarn_log_multiplier", "rope.scaling.yarn_ext_factor",
             "rope.scaling.attn_factor", "rope.scaling.yarn_beta_fast", "expert_weights_scale",
-            "rope.scaling.yarn_beta_slow", "rope.scale_linear",
+            "rope.scaling.yarn_beta_slow", "rope.scale_linear", "temperature_scale",
         ) for x in FLOATS]
     )  # fmt: skip
     raw = struct.pack("<f", value) if isinstance(value, float) else struct.pack("<I", value)
@@ -227,7 +232,7 @@ def hparams(parts: Parts, r: Random) -> str:
         whole = (
             key
             if key.partition(".")[0] in ("split", "general", "tokenizer")
-            else f"deepseek2.{key}"
+            else f"{parts.arch()}.{key}"
         )
         parts.pairs.append(Pair(whole.encode(), kind, raw))
     else:
@@ -238,7 +243,8 @@ def hparams(parts: Parts, r: Random) -> str:
 def per_layer(parts: Parts, r: Random) -> str:
     """A per-layer array of the wrong length or with strange entries."""
     key = r.choice(("head_count", "head_count_kv", "feed_forward_length",
-                    "expert_feed_forward_length", "expert_used_count", "block_count"))  # fmt: skip
+                    "expert_feed_forward_length", "expert_used_count", "block_count",
+                    "indexer.types"))  # fmt: skip
     numbers = [r.choice((0, 1, 2, 32, 64, 2**31, 2**32 - 1)) for _ in range(r.choice((0, 1, 2, 3)))]
     pair = parts.pair(key)
     if pair is not None:

@@ -23,7 +23,7 @@ from mlacli.loading import gather as module
 from mlacli.loading.gather import by_tensor, check_tensors, first_difference, gather, whole_shard
 from mlacli.loading.gguf_file import GgufFile
 from mlacli.loading.weights import read_shard
-from mlacli.models import deepseek2
+from mlacli.models import ARCHS
 from mlacli.parallel.plan import ShardPlan, plan_shards
 from mlacli.params import ContextParams, ModelParams, SplitParams
 
@@ -52,10 +52,11 @@ SPLITS = {
 
 
 def planned(file: GgufFile, split: SplitParams, merge: bool = False):
-    hp = deepseek2.Hparams.from_gguf(file)
+    model = ARCHS[file.arch]
+    hp = model.Hparams.from_gguf(file)
     devices = tuple(Device(f"cpu{i}", "cpu", 1 << 34, 1 << 34) for i in range(len(split.devices)))
     return hp, plan_shards(
-        deepseek2, "deepseek2", hp, file.tensors, ModelParams(merge_up_gate_experts=merge), split,
+        model, file.arch, hp, file.tensors, ModelParams(merge_up_gate_experts=merge), split,
         ContextParams(n_ctx=256), devices, devices[0],
     )  # fmt: skip
 
@@ -165,7 +166,10 @@ def test_heads_of_the_other_layouts(tmp_path, layout: str, split: str) -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("name", ["v3_q8", "v3_kv_b", "v3_folded", "glm47flash_q8", "v2lite"])
+@pytest.mark.parametrize(
+    "name",
+    ["v3_q8", "v3_kv_b", "v3_folded", "glm47flash_q8", "v2lite", "glm_dsa", "mistral4"],
+)
 def test_check_passes_on_sound_memory(name: str, split: str, monkeypatch) -> None:
     monkeypatch.setattr(module, "_CHUNK", 1000)  # many chunks
     file = GgufFile.open(GOLDEN / f"{name}.gguf")
