@@ -55,7 +55,13 @@ class Prepared:
     def _tokenizer(self) -> Tokenizer | None:
         if not has_tokenizer(self.gguf.metadata):
             return None
-        return Tokenizer.from_metadata(self.gguf.metadata)
+        tokenizer = Tokenizer.from_metadata(self.gguf.metadata)
+        if tokenizer.n_vocab > self.hparams.n_vocab:
+            raise GgufError(
+                f"the tokenizer has {tokenizer.n_vocab} tokens, token_embd {self.hparams.n_vocab}",
+                "the file is damaged, or its tokenizer is another model's",
+            )
+        return tokenizer
 
     @cached_property
     def predicted_tps(self) -> float | None:

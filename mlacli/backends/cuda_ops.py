@@ -143,6 +143,9 @@ class CudaOps(Ops):
             first=shard.start if shard.axis == 0 else 0,
         )  # fmt: skip
 
+    def download(self, w: CudaWeight) -> Any:
+        return self._to_host(w.raw)
+
     def new_rows(self, n_ctx: int, width: int, cache_type: str) -> Array:
         return self.arena.take((n_ctx, width), _CACHE_TYPES[cache_type][1])
 
