@@ -5,7 +5,8 @@
 // Dtypes    w any GGUF type (WTYPE); x, y and sums float32
 // Grid      matmul_vec (ceil(out / (8 ROWS)), n, B): a warp takes ROWS rows, x in shared memory
 //           matmul (ceil(out / 8), ceil(n / COLS), B): a warp takes a row and COLS tokens
-//           256 threads; shared bytes of matmul_vec: 4 GROUP_STRIDE ceil(in / 32)
+//           256 threads; shared bytes of matmul_vec: 4 GROUP_STRIDE ceil(in / 32), of matmul:
+//           COLS times that of 1024 columns, which it stages at a time
 // Assumes   skip a multiple of 32
 // Numerics  each lane sums its groups of 32 in order, then a fixed tree; relative error about 1e-6
 // Bound by  bytes of w for few tokens, float32 FMA for many
@@ -58,33 +59,37 @@ extern "C" __global__ void __launch_bounds__(256)
 matmul_f32(float* y, const unsigned char* w, const float* x, int n, int out, int in, int skip,
            long long row_bytes, long long ldx, long long ldy, long long wb, long long xb,
            long long yb) {
+    extern __shared__ float staged[];  // COLS tokens, 32 groups of each
     const int lane = threadIdx.x & 31, o = blockIdx.x * 8 + (threadIdx.x >> 5);
     const int t0 = blockIdx.y * COLS, b = blockIdx.z;
     pdl_launch();
     pdl_wait();
-    if (o >= out) return;
-    const unsigned char* row = w + b * wb + o * row_bytes;
+    const unsigned char* row = w + b * wb + min(o, out - 1) * row_bytes;
     x += b * xb + t0 * ldx;
     float sum[COLS];
 #pragma unroll
     for (int t = 0; t < COLS; t++) sum[t] = 0.f;
-    for (int g = lane; g * 32 < in; g += 32) {
+    for (int at = 0; at < in; at += 1024) {
+        __syncthreads();
+        for (int t = 0; t < COLS; t++)
+            if (t0 + t < n) stage(staged + t * 32 * GROUP_STRIDE, x + t * ldx + at, min(1024, in - at));
+        __syncthreads();
+        if (at + lane * 32 >= in) continue;
         float v[32];
-        const int left = in - g * 32;
-        load_group_tail<WTYPE>(row, g + skip / 32, skip + in, v);
+        load_group_tail<WTYPE>(row, at / 32 + lane + skip / 32, skip + in, v);
 #pragma unroll
         for (int t = 0; t < COLS; t++) {
             if (t0 + t >= n) break;
-            const float* in_t = x + t * ldx + g * 32;
+            float in_g[32];
+            staged_group(staged + t * 32 * GROUP_STRIDE, lane, in_g);
 #pragma unroll
-            for (int i = 0; i < 32; i++)
-                if (i < left) sum[t] += v[i] * in_t[i];
+            for (int i = 0; i < 32; i++) sum[t] += v[i] * in_g[i];
         }
     }
 #pragma unroll
     for (int t = 0; t < COLS; t++) {
         const float total = warp_sum(sum[t]);
-        if (lane == 0 && t0 + t < n) y[b * yb + (t0 + t) * ldy + o] = total;
+        if (lane == 0 && o < out && t0 + t < n) y[b * yb + (t0 + t) * ldy + o] = total;
     }
 }
 #endif

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import resource
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from mlacli.errors import UsageError
 from mlacli.params import SplitParams
+
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,22 +59,56 @@ def main_device(split: SplitParams, devices: tuple[Device, ...]) -> Device:
 
 
 def host_memory() -> tuple[int, int]:
-    """(total, available) bytes of this host, bounded by the control group's limit."""
+    """(total, available) bytes of this host, bounded by the limits of control group and process."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = total
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable:")) * 1024
+        free = _kilobytes("/proc/meminfo", "MemAvailable:")
     except (OSError, StopIteration):
         free = total // 2  # no such file outside Linux: take half
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        if limit != "max":
-            total, free = min(total, int(limit)), min(free, int(limit) - used)
-    except (OSError, ValueError):
-        return total, free
+    for limit, left in (*_group_limits(), *_process_limit()):
+        total, free = min(total, limit), min(free, max(0, left))
     return total, free
+
+
+def _kilobytes(path: str, word: str) -> int:
+    lines = Path(path).read_text().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith(word)) * 1024
+
+
+def _group_limits() -> Iterator[tuple[int, int]]:
+    """(limit, bytes left) of this process's control group and those above it (version 2).
+
+    Pages of files count as used there, but make room when it gets tight.
+    """
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        own = next(line[4:] for line in lines if line.startswith("0::/"))
+    except (OSError, StopIteration):
+        return
+    leaf = CGROUPS / own
+    for folder in (leaf, *leaf.parents):
+        if not folder.is_relative_to(CGROUPS):
+            return
+        try:
+            limit = (folder / "memory.max").read_text().strip()
+            if limit != "max":
+                used = int((folder / "memory.current").read_text())
+                stat = dict(x.split() for x in (folder / "memory.stat").read_text().splitlines())
+                pages = int(stat.get("active_file", 0)) + int(stat.get("inactive_file", 0))
+                yield int(limit), int(limit) - used + pages
+        except (OSError, ValueError):
+            continue
+
+
+def _process_limit() -> Iterator[tuple[int, int]]:
+    """The same of `ulimit -v`, which counts the mapped file too."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        try:
+            yield limit, limit - _kilobytes("/proc/self/status", "VmSize:")
+        except (OSError, StopIteration):
+            yield limit, limit // 2
 
 
 def resident_bytes() -> int:

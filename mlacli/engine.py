@@ -18,10 +18,11 @@ from mlacli.attention_forms import AttentionForm
 from mlacli.backends import open_ranks
 from mlacli.devices import resident_bytes
 from mlacli.errors import ContextFull, UsageError
-from mlacli.flags import COMMON, SAMPLING, library_values, to_params
+from mlacli.flags import LOADED, SAMPLING, library_values, to_params
 from mlacli.latent_cache import LatentCache
 from mlacli.layer_watch import LayerWatch, Watcher
-from mlacli.loading.weights import load_weights
+from mlacli.loading.gather import Checked, check_tensors
+from mlacli.loading.weights import load_weights, short_name
 from mlacli.ops import ModelWeights, Ops
 from mlacli.parallel.ranks import first_result
 from mlacli.prepare import Prepared, prepare
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mlacli.loading.tokenizer import Tokenizer
+    from mlacli.parallel.shards import Shard
 
     Floats = NDArray[np.float32]
 
@@ -56,7 +58,7 @@ def load(path: str | Path | None = None, **flags: Any) -> Engine:
     Keywords are long flag names with the values of the command line: device="cpu,cpu",
     split_mode="graph", cache_type_k="f32". Unknown names raise UsageError.
     """
-    values = library_values(COMMON + SAMPLING, flags)
+    values = library_values(LOADED + SAMPLING, flags)
     return Engine(prepare(path, to_params(values)))
 
 
@@ -77,14 +79,19 @@ class Engine:
         self._ranks = open_ranks(prepared.plan, prepared.params.context, prepared.n_threads)
         self._weights: list[ModelWeights] = []
         self._caches: list[LatentCache] = []
+        self.checked: Checked | None = None  # what --check-tensors went through
         try:
             self._load(progress)
+            if prepared.params.model.check_tensors:
+                self.checked = self.check_tensors()
         except BaseException:
             self.close()
             raise
         self.timings.load_s = time.perf_counter() - start
 
     def _load(self, progress: Callable[[int, int], None] | None) -> None:
+        import numpy as np
+
         plan, hp = self.prepared.plan, self.prepared.hparams
         total, done = sum(rank.weights for rank in plan.ranks), 0
 
@@ -96,7 +103,8 @@ class Engine:
 
         def one_rank(rank: int) -> tuple[ModelWeights, LatentCache]:
             ops = self._ops(rank)
-            weights = load_weights(self.prepared.gguf, plan, rank, hp, ops, count)
+            with np.errstate(all="ignore"):  # of NaN in the file: the sampler refuses the result
+                weights = load_weights(self.prepared.gguf, plan, rank, hp, ops, count)
             part = plan.ranks[rank]
             layers = range(*part.layers) if part.n_cached_layers else range(0)
             cache = LatentCache(ops, layers, plan.n_ctx, plan.cache)
@@ -108,6 +116,16 @@ class Engine:
         for weights, cache in self._ranks.group.run(one_rank):
             self._weights.append(weights)
             self._caches.append(cache)
+
+    def check_tensors(self) -> Checked:
+        """Every tensor as the ranks hold it compared with the file, and none with NaN in it."""
+
+        def download(shard: Shard) -> Any:
+            weight = self._weights[shard.rank].find(shard.layer, short_name(shard.tensor))
+            return self._ops(shard.rank).download(weight)
+
+        file, plan, hp = self.prepared.gguf, self.prepared.plan, self.prepared.hparams
+        return check_tensors(file, plan, hp, download)
 
     def _ops(self, rank: int) -> Ops:
         return self._ranks.ops[rank]
@@ -205,6 +223,8 @@ class Engine:
             )
 
     def _forward(self, phase: Phase, ids: Sequence[int], rows: Sequence[int]) -> Floats:
+        import numpy as np
+
         hp, model, n_past = self.prepared.hparams, self.prepared.model, self.n_kv
         frequencies = hp.rope.frequencies(hp.p)
 
@@ -213,10 +233,11 @@ class Engine:
             seen: Any = ops
             if self.watch is not None and (rank == 0 or self.params.split.mode != "graph"):
                 seen = LayerWatch(ops, self.prepared.plan.ranks[rank].layers[0], self.watch)
-            return ops.execute(
-                ids, n_past, frequencies, rows,
-                lambda step: model.forward(seen, hp, weights, cache, step),
-            )  # fmt: skip
+            with np.errstate(all="ignore"):  # the sampler refuses logits that are not finite
+                return ops.execute(
+                    ids, n_past, frequencies, rows,
+                    lambda step: model.forward(seen, hp, weights, cache, step),
+                )  # fmt: skip
 
         results = self._ranks.group.run(one_rank)
         for ops in self._ranks.ops:

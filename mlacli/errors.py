@@ -7,6 +7,21 @@ these into one `Error:` line and an exit code. Our own broken invariants stay `a
 from __future__ import annotations
 
 
+def one_line(text: str, most: int = 1000) -> str:
+    """`text` on one line that a terminal can't be fooled by: names in a file may hold anything.
+
+    What isn't printable is escaped, and more than `most` characters lose their middle.
+    """
+
+    def shortened(text: str) -> str:
+        return text if len(text) <= most else f"{text[: most * 2 // 3]} [...] {text[-most // 4 :]}"
+
+    text = shortened(" ".join(text.split()))
+    if text.isprintable():
+        return text
+    return shortened("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
+
+
 class MlacliError(Exception):
     """Bad input or environment; `hint` says what to do about it."""
 

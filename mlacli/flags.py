@@ -188,8 +188,8 @@ CONTEXT: tuple[Flag, ...] = (
     ),
     Flag(
         ("-t", "--threads"),
-        integer(1),
-        "CPU threads, divided among CPU ranks; all cores by default",
+        integer(1, 1 << 16),
+        "CPU threads, divided among CPU ranks; by default as many as the model keeps busy",
         "N",
     ),
 )
@@ -200,6 +200,14 @@ RUN: tuple[Flag, ...] = (
         ("-v", "--verbose", "--log-verbose"),
         None,
         "print each tensor's shard per rank, and how attention ran",
+    ),
+)
+
+LOAD: tuple[Flag, ...] = (
+    Flag(
+        ("--check-tensors",),
+        None,
+        "after loading, compare what the devices hold with the file, byte for byte; refuse NaN",
     ),
 )
 
@@ -280,6 +288,7 @@ PLAN: tuple[Flag, ...] = (
 )
 
 COMMON: tuple[Flag, ...] = MODEL + DEVICES + PLACEMENT + CONTEXT + RUN
+LOADED: tuple[Flag, ...] = COMMON + LOAD  # by commands that read weights
 GENERATION: tuple[Flag, ...] = PROMPT + SAMPLING
 
 Sections = tuple[tuple[str, tuple[Flag, ...]], ...]
@@ -303,12 +312,18 @@ def _perplexity_sections() -> Sections:
     )  # fmt: skip
 
 
+_LOADING = ("Loading", LOAD)
 COMMANDS: Mapping[str, Sections] = MappingProxyType(
     {
-        "run-model": (("Prompt", PROMPT), ("Sampling", SAMPLING), *_COMMON_SECTIONS),
-        "sweep-bench": (("Benchmark", SWEEP), *_COMMON_SECTIONS),
+        "run-model": (
+            ("Prompt", PROMPT),
+            ("Sampling", SAMPLING),
+            *_COMMON_SECTIONS,
+            ("Check", LOAD),
+        ),
+        "sweep-bench": (("Benchmark", SWEEP), *_COMMON_SECTIONS, _LOADING),
         "plan": (("Plan", PLAN), *_COMMON_SECTIONS),
-        "perplexity": (("Perplexity", PERPLEXITY), *_perplexity_sections()),
+        "perplexity": (("Perplexity", PERPLEXITY), *_perplexity_sections(), _LOADING),
         "check-flags": (("Check", CHECK), ("Other", OTHER)),
     }
 )

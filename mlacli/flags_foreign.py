@@ -92,7 +92,7 @@ FOREIGN: tuple[Foreign, ...] = (
     _idle("--repack -nr --no-repack --no-host", "the CPU keeps weights as they are in the file"),
     _idle("--no-op-offload -no-ooae --no-offload-only-active-experts", "no tensor is copied over"),
     _no("--op-offload -op --offload-policy", "tensors are computed where they lie"),
-    _no("--check-tensors -vq --validate-quants", "weights are not searched for bad values"),
+    _no("-vq --validate-quants", "its name is another here", "use --check-tensors"),
     _no("-nkvo --no-kv-offload", "the cache lies where its layers are computed", "use -ngl"),
     _idle("-kvo --kv-offload", "the cache lies where its layers are computed"),
     _no("-ncffn --n-cpu-ffn", "dense layers can't be placed by name", "use -ngl"),

@@ -57,6 +57,10 @@ class ModelWeights:
     output: Weight  # None also on a last-stage rank without vocabulary rows
     layers: dict[int, LayerWeights] = field(default_factory=dict)
 
+    def find(self, layer: int | None, name: str) -> Weight:
+        """The weight by its short name (`attn_q_b`); `layer` None = the model's own."""
+        return getattr(self if layer is None else self.layers[layer], name)
+
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
@@ -89,6 +93,10 @@ class Ops(Protocol):
 
     def upload(self, pieces: Any, shard: Any) -> Weight:
         """A weight from a shard's bytes."""
+        ...
+
+    def download(self, w: Weight) -> Any:
+        """The shard's bytes again, as they lie in this rank's memory: the inverse of upload."""
         ...
 
     def new_rows(self, n_ctx: int, width: int, cache_type: str, transposed: bool = False) -> Any:

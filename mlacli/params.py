@@ -28,6 +28,7 @@ class ModelParams:
     run_time_repack: bool = False
     merge_up_gate_experts: bool = False
     override_tensor: tuple[str, ...] = ()
+    check_tensors: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

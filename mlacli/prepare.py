@@ -27,6 +27,7 @@ from mlacli.errors import (
 from mlacli.loading.gguf_file import GgufFile
 from mlacli.loading.tokenizer import Tokenizer, has_tokenizer
 from mlacli.models import model_of
+from mlacli.parallel.memory import active_elements
 from mlacli.parallel.plan import ShardPlan, check_memory, plan_shards
 from mlacli.params import ContextParams, Params, SplitParams
 
@@ -35,6 +36,7 @@ _CACHED = {
     "keys": "keys per head", "values": "values per head",
 }  # fmt: skip
 BUNDLED = "tinytales-q8_0.gguf"
+_THREAD_WORK = 16 << 20  # weights a token is multiplied with, per thread
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,13 @@ class Prepared:
     def _tokenizer(self) -> Tokenizer | None:
         if not has_tokenizer(self.gguf.metadata):
             return None
-        return Tokenizer.from_metadata(self.gguf.metadata)
+        tokenizer = Tokenizer.from_metadata(self.gguf.metadata)
+        if tokenizer.n_vocab > self.hparams.n_vocab:
+            raise GgufError(
+                f"the tokenizer has {tokenizer.n_vocab} tokens, token_embd {self.hparams.n_vocab}",
+                "the file is damaged, or its tokenizer is another model's",
+            )
+        return tokenizer
 
     @cached_property
     def predicted_tps(self) -> float | None:
@@ -75,8 +83,14 @@ class Prepared:
 
     @property
     def n_threads(self) -> int:
-        """CPU threads of all ranks together."""
-        return self.params.context.n_threads or len(os.sched_getaffinity(0))
+        """CPU threads of all ranks together: -t, else one for each `_THREAD_WORK` up to the cores.
+
+        Threads of small products wait for each other more than they compute, on busy hosts badly.
+        """
+        if self.params.context.n_threads:
+            return self.params.context.n_threads
+        work = sum(active_elements(shard, self.hparams) for shard in self.plan.shards)
+        return max(1, min(len(os.sched_getaffinity(0)), int(work / _THREAD_WORK)))
 
     @property
     def effective(self) -> tuple[tuple[str, str, str], ...]:

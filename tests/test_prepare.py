@@ -1,5 +1,6 @@
 """What happens between flags and weights: guard first, then checks, mode, sizes, memory."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -334,3 +335,10 @@ def test_the_predicted_speed_tells_a_hopeless_run_from_a_quick_one(tmp_path: Pat
     assert huge.predicted_tps is not None and huge.predicted_tps < 1
     small = prepare(write_toy(tmp_path / "toy.gguf"), to_params({}))
     assert small.predicted_tps is not None and small.predicted_tps > 50
+
+
+def test_small_products_get_one_thread_and_large_ones_all_cores(tmp_path: Path) -> None:
+    small = prepare(write_toy(tmp_path / "toy.gguf"), to_params({}))
+    large = prepare(header_only(tmp_path / "v3.gguf", "v3"), to_params({"ctx_size": 256}))
+    assert small.n_threads == 1
+    assert large.n_threads == len(os.sched_getaffinity(0))

@@ -145,6 +145,9 @@ class CudaOps(Ops):
             first=shard.start if shard.axis == 0 else 0,
         )  # fmt: skip
 
+    def download(self, w: CudaWeight) -> Any:
+        return self._to_host(w.raw)
+
     def new_rows(self, n_ctx: int, width: int, cache_type: str, transposed: bool = False) -> Array:
         assert not transposed, "-fa off is refused on GPUs"
         return self.arena.take((n_ctx, width), _CACHE_TYPES[cache_type][1])
@@ -181,7 +184,8 @@ class CudaOps(Ops):
             self._run("matmul_vec_f32", grid, 256, *args, shared=shared, ROWS=rows, **_typed(w))
         else:
             grid = (-(-out // 8), -(-n // _COLS), batches)
-            self._run("matmul_f32", grid, 256, *args, COLS=_COLS, **_typed(w))
+            shared = _COLS * _staged(1024)
+            self._run("matmul_f32", grid, 256, *args, shared=shared, COLS=_COLS, **_typed(w))
 
     # ---- element-wise -----------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from mlacli.backends.numpy_attention import (
     whole_matrix,
 )
 from mlacli.backends.numpy_cache import STORED, Ints, LatentRows
-from mlacli.backends.numpy_weights import DequantCache, Floats, NumpyWeight, row_chunks
+from mlacli.backends.numpy_weights import DequantCache, Floats, NumpyWeight
 from mlacli.loading.weights import from_float32, to_float32
 from mlacli.ops import LayerCache, LayerWeights, Ops, Step
 from mlacli.parallel.comm import Comm
@@ -72,6 +72,9 @@ class NumpyOps(Ops):
             first=shard.start if shard.axis == 0 else 0,
         )  # fmt: skip
 
+    def download(self, w: NumpyWeight) -> NDArray[np.uint8]:
+        return w.raw
+
     def new_rows(
         self, n_ctx: int, width: int, cache_type: str, transposed: bool = False
     ) -> LatentRows:
@@ -83,13 +86,7 @@ class NumpyOps(Ops):
         return w.float32(tokens)
 
     def matmul(self, x: Floats, w: NumpyWeight) -> Floats:
-        dense = self.cache.whole(w)
-        if dense is not None:
-            return x @ dense.T
-        y = np.empty((len(x), w.shape[0]), np.float32)
-        for rows, part in row_chunks(w):
-            y[:, rows] = x @ part.T
-        return y
+        return self.cache.product(x, w)
 
     def heads_up(self, x: Floats, w: NumpyWeight) -> Floats:
         y: Floats = self._dense(w) @ x.transpose(1, 2, 0)  # [h, b, a] [h, a, n]
@@ -253,9 +250,9 @@ class NumpyOps(Ops):
 
     def _gated_expert(self, x: Floats, w: LayerWeights, e: int) -> Floats:
         if w.ffn_gate_up_exps is None:
-            gate = x @ self.cache.expert(w.ffn_gate_exps, e).T
-            return self.silu_mul(gate, x @ self.cache.expert(w.ffn_up_exps, e).T)
-        both = x @ self.cache.expert(w.ffn_gate_up_exps, e).T
+            gate = self.cache.product(x, w.ffn_gate_exps, e)
+            return self.silu_mul(gate, self.cache.product(x, w.ffn_up_exps, e))
+        both = self.cache.product(x, w.ffn_gate_up_exps, e)
         half = both.shape[-1] // 2
         return self.silu_mul(both[:, :half], both[:, half:])
 
@@ -264,7 +261,7 @@ class NumpyOps(Ops):
     ) -> Floats:
         y = np.zeros((len(chosen.ids), w.ffn_down_exps.shape[1]), np.float32)
         for e, rows, slots, act in h:
-            part = act @ self.cache.expert(w.ffn_down_exps, e).T
+            part = self.cache.product(act, w.ffn_down_exps, e)
             y[rows] += chosen.weights[rows, slots, None] * part
         return y
 

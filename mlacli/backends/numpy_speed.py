@@ -11,8 +11,8 @@ import numpy as np
 
 from mlacli.loading.quant_types import QType
 from mlacli.loading.weights import to_float32
+from mlacli.parallel.memory import active_elements
 from mlacli.parallel.plan import RankPlan, ShardPlan
-from mlacli.parallel.shards import Shard
 
 
 def predict_tps(plan: ShardPlan, hp: Any) -> float:
@@ -24,17 +24,9 @@ def predict_tps(plan: ShardPlan, hp: Any) -> float:
     for rank in plan.ranks:
         share = _cached_share(rank, plan)
         for shard in plan.of_rank(rank.rank):
-            n = _active(shard, hp)
+            n = active_elements(shard, hp)
             seconds += n * (_product_seconds() + (1 - share) * _unpack_seconds(shard.qtype))
     return 1 / max(seconds, 1e-9)
-
-
-def _active(shard: Shard, hp: Any) -> float:
-    """Elements that one token touches."""
-    if shard.tensor == "token_embd.weight":
-        return 0.0
-    used = hp.routing.n_used / hp.E if "_exps." in shard.tensor else 1.0
-    return math.prod(shard.shape) * used
 
 
 def _cached_share(rank: RankPlan, plan: ShardPlan) -> float:

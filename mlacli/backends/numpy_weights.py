@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from mlacli.loading.quant_types import QType
 from mlacli.loading.weights import to_float32
 
 Floats = NDArray[np.float32]
-_CHUNK = 64 << 20  # bytes of float32 that an uncached product unpacks at a time
+_CHUNK = 1 << 18  # elements of a product at a time: unpacked, they stay in a core's cache
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,8 +37,11 @@ class NumpyWeight:
 
     def float32(self, index: Any = ...) -> Floats:
         """raw[index] unpacked; `index` addresses leading axes only."""
-        unpacked = to_float32(self.raw[index], self.qtype)
-        return unpacked[..., self.skip : self.skip + self.shape[-1]]
+        return self.unpack(self.raw[index])
+
+    def unpack(self, rows: NDArray[np.uint8]) -> Floats:
+        """Some of `raw`'s rows as float32."""
+        return to_float32(rows, self.qtype)[..., self.skip : self.skip + self.shape[-1]]
 
 
 class DequantCache:
@@ -63,19 +65,36 @@ class DequantCache:
             self.used += size
         return found
 
-    def expert(self, w: NumpyWeight, e: int) -> Floats:
-        """Expert `e` of a weight that holds it."""
+    def expert(self, w: NumpyWeight, e: int) -> Floats | None:
+        """Expert `e` of a weight that holds it; None when it neither is cached nor fits."""
         if w.qtype.name == "F32":
             return w.float32(e - w.first)
         found = self._experts.get((w.name, e))
         if found is not None:
             self._experts.move_to_end((w.name, e))
             return found
-        unpacked = w.float32(e - w.first)
-        if self._make_room(unpacked.nbytes, self.budget - sum_bytes(self._whole)):
-            self._experts[w.name, e] = unpacked
-            self.used += unpacked.nbytes
-        return unpacked
+        size = 4 * int(np.prod(w.shape[1:]))
+        if not self._make_room(size, self.budget - sum_bytes(self._whole)):
+            return None
+        found = self._experts[w.name, e] = w.float32(e - w.first)
+        self.used += size
+        return found
+
+    def product(self, x: Floats, w: NumpyWeight, e: int | None = None) -> Floats:
+        """x w^T, or x w[e]^T for expert `e`: [n, in] -> [n, out].
+
+        Always by the same rows at a time, so that no bit depends on what is cached.
+        """
+        dense = self.whole(w) if e is None else self.expert(w, e)
+        raw = w.raw if e is None else w.raw[e - w.first]
+        n_rows, n_columns = w.shape[-2:]
+        step = max(1, _CHUNK // n_columns)
+        y = np.empty((len(x), n_rows), np.float32)
+        for start in range(0, n_rows, step):
+            rows = slice(start, min(start + step, n_rows))
+            part = w.unpack(raw[rows]) if dense is None else dense[rows]
+            np.matmul(x, part.T, out=y[:, rows])
+        return y
 
     def _make_room(self, size: int, most: int) -> bool:
         """Drop least recently used experts until `size` bytes fit; False if they can't."""
@@ -89,11 +108,3 @@ class DequantCache:
 
 def sum_bytes(arrays: dict[str, Floats]) -> int:
     return sum(a.nbytes for a in arrays.values())
-
-
-def row_chunks(w: NumpyWeight) -> Iterator[tuple[slice, Floats]]:
-    """A weight too large for the cache, some rows at a time."""
-    step = max(1, _CHUNK // (4 * w.shape[-1]))
-    for start in range(0, w.shape[0], step):
-        rows = slice(start, min(start + step, w.shape[0]))
-        yield rows, w.float32(rows)

@@ -14,12 +14,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
 from mlacli.cli.logs import INFO, TRACE, WARNING, logs
+from mlacli.errors import one_line
 
 __all__ = ["INFO", "TRACE", "WARNING"]
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+_CELL = 300  # characters of a table's cell
 _LONG = 200  # rows; drawing more takes rich seconds
 
 
@@ -32,6 +34,15 @@ class Finding(Protocol):
     def message(self) -> str: ...
     @property
     def hint(self) -> str: ...
+
+
+class Checked(Protocol):
+    """The part of `engine.checked` that is printed."""
+
+    @property
+    def n_tensors(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
 
 
 class Timings(Protocol):
@@ -79,19 +90,19 @@ def event(kind: str, **values: object) -> None:
 
 def note(text: str, hint: str = "") -> None:
     event("note", message=text, hint=hint)
-    log(f"note: {text} ({hint})" if hint else f"note: {text}")
+    log(one_line(f"note: {text} ({hint})" if hint else f"note: {text}"))
 
 
 def warning(text: str, hint: str = "") -> None:
     event("warning", message=text, hint=hint)
-    log(f"warning: {text} ({hint})" if hint else f"warning: {text}", WARNING)
+    log(one_line(f"warning: {text} ({hint})" if hint else f"warning: {text}"), WARNING)
 
 
 def error(message: str, hint: str, code: int) -> None:
     """The one `Error:` line that ends a run; no verbosity hides it."""
     event("error", message=message, hint=hint, exit_code=code)
     text = f"Error: {message} ({hint})" if hint else f"Error: {message}"
-    log(" ".join(text.split()), 0)
+    log(one_line(text), 0)
 
 
 def findings(found: Iterable[Finding]) -> None:
@@ -102,13 +113,18 @@ def findings(found: Iterable[Finding]) -> None:
 
 def effective(rows: Iterable[tuple[str, str, str]]) -> None:
     """The configuration that really runs: name, value, note."""
-    rows = list(rows)
+    rows = [(name, one_line(x, _CELL), one_line(y, _CELL)) for name, x, y in rows]
     event("configuration", **{n: {"value": v, "note": r} for n, v, r in rows})
     names = max((len(r[0]) for r in rows), default=0)
     values = max((len(r[1]) for r in rows if r[2]), default=0)
     log("configuration:")
     for name, value, remark in rows:
         log(f"  {name:<{names}}  {value:<{values}}  {remark}".rstrip())
+
+
+def checked(found: Checked) -> None:
+    """What --check-tensors found in order."""
+    log(f"checked {found.n_tensors} tensors, {found.nbytes / 2**30:.2f} GiB")
 
 
 def table(
@@ -123,7 +139,7 @@ def table(
     `turn`: on a terminal too narrow for it, rows become columns.
     """
     stream = sys.stderr if to_stderr else sys.stdout
-    cells = [list(row) for row in rows]
+    cells = [[one_line(cell, _CELL) for cell in row] for row in rows]
     lines = _plain_lines(columns, cells)
     if to_stderr:
         if logs.verbosity < INFO:

@@ -64,6 +64,8 @@ def run(line: CommandLine) -> None:
     shown = ids if prompt_wanted(line) else ()
     with console.LoadProgress() as progress, Engine(prepared, progress) as engine:
         progress.close()
+        if engine.checked is not None:
+            console.checked(engine.checked)
         with console.TokenStream() as out:
             decoder: Decoder = tokenizer.stream() if tokenizer else IdDecoder()
             if shown and isinstance(prompt, str):

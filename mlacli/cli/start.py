@@ -66,4 +66,6 @@ def open_engines(stack: ExitStack, prepared: Sequence[Prepared]) -> list[Engine]
     for p in prepared:
         with console.LoadProgress() as progress:
             engines.append(stack.enter_context(Engine(p, progress)))
+        if engines[-1].checked is not None:
+            console.checked(engines[-1].checked)
     return engines

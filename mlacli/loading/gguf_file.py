@@ -32,6 +32,8 @@ _SCALARS = {
     12: "d",
 }
 _STRING, _ARRAY = 8, 9
+# Far above what files hold, far below what hurts; the format's own limit for keys is 65535.
+_LONGEST_NAME, _LONGEST_TEXT, _MOST_ITEMS = 65535, 1 << 26, 1 << 24
 _DAMAGED = "the file is damaged or incomplete: download or convert it again"
 
 
@@ -83,9 +85,12 @@ class _Cursor:
         fmt = "<" + code
         return struct.unpack_from(fmt, self.data, self.skip(struct.calcsize(fmt), what))[0]
 
-    def string(self, what: str) -> str:
+    def string(self, what: str, most: int) -> str:
+        """Text of at most `most` bytes: a length that is a lie must not fill the memory."""
         n = self.scalar("Q", f"the length of {what}")
         at = self.skip(n, what)
+        if n > most:
+            raise GgufError(f"{what} has {n} bytes at offset {at}, more than {most}", _DAMAGED)
         return self.data[at : at + n].decode("utf-8", "replace")
 
     def skip_value(self, kind: int, what: str) -> None:
@@ -138,7 +143,7 @@ class Metadata(Mapping[str, Any]):
         cursor = self._cursor
         assert cursor is not None
         for i in range(n_pairs):
-            key = cursor.string(f"key {i}")
+            key = cursor.string(f"key {i}", _LONGEST_NAME)
             kind = cursor.scalar("I", f"the type of {key}")
             if key in self._where:
                 raise GgufError(f"key {key} appears twice, at offset {cursor.at}", _DAMAGED)
@@ -160,12 +165,14 @@ class Metadata(Mapping[str, Any]):
     @staticmethod
     def _value(cursor: _Cursor, kind: int, key: str) -> Any:
         if kind == _STRING:
-            return cursor.string(key)
+            return cursor.string(key, _LONGEST_TEXT)
         if kind != _ARRAY:
             return cursor.scalar(_SCALARS[kind], key)
         item, count = cursor.scalar("I", key), cursor.scalar("Q", key)
+        if count > _MOST_ITEMS:
+            raise GgufError(f"{key} is an array of {count}, more than {_MOST_ITEMS}", _DAMAGED)
         if item == _STRING:
-            return [cursor.string(key) for _ in range(count)]
+            return [cursor.string(key, _LONGEST_TEXT) for _ in range(count)]
         return list(
             struct.unpack_from(
                 f"<{count}{_SCALARS[item]}",
@@ -307,7 +314,7 @@ class GgufFile:
 
     @staticmethod
     def _read_info(cursor: _Cursor, i: int, part: int) -> TensorInfo:
-        name = cursor.string(f"the name of tensor {i}")
+        name = cursor.string(f"the name of tensor {i}", _LONGEST_NAME)
         what = f"the entry of tensor {name}"
         n_dims = cursor.scalar("I", what)
         if not 1 <= n_dims <= 4:

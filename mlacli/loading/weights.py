@@ -14,6 +14,7 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 
+from mlacli.loading.unpack import UNPACKERS, unpack
 from mlacli.ops import LayerWeights, ModelWeights, Ops, Weight
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ def to_float32(raw: Bytes, qtype: QType) -> Floats:
         return raw.view(np.float32)
     if qtype.name == "F16":
         return raw.view(np.float16).astype(np.float32)
+    if qtype.name in UNPACKERS:
+        return unpack(raw, qtype)
     return np.asarray(dequantize(np.ascontiguousarray(raw), GGMLQuantizationType(qtype.id)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from mlacli.attention_forms import (
@@ -14,6 +15,7 @@ from mlacli.attention_forms import (
 
 if TYPE_CHECKING:
     from mlacli.parallel.cuts import Range
+    from mlacli.parallel.shards import Shard
     from mlacli.params import ContextParams
 
 INDEX_BLOCK = 2048  # index keys that are scored at a time
@@ -95,3 +97,11 @@ def _sparse_values(hp: Any, n: int, h: int) -> int:
     choosing = n * (hp.q + ix.n_heads * ix.width) + 3 * n * INDEX_BLOCK + 10 * n * candidates
     attending = n * h * (2 * hp.cache_width + 2 * hp.r + hp.k + hp.p)
     return int(max(choosing, attending + ix.top_k * (2 * hp.cache_width + 3 * h)))
+
+
+def active_elements(shard: Shard, hp: Any) -> float:
+    """Weights of a shard that one token is multiplied with."""
+    if shard.tensor == "token_embd.weight":
+        return 0.0
+    used = hp.routing.n_used / hp.E if "_exps." in shard.tensor else 1.0
+    return math.prod(shard.shape) * used

@@ -124,7 +124,7 @@ class FakeEngine:
     def __init__(self, model, prepared):
         self.model, self.prepared, self.params = model, prepared, prepared.params
         self.n_ctx, self.n_kv, self.context_full = model.n_ctx, 0, False
-        self.closed = False
+        self.closed, self.checked = False, None
         self.timings = SimpleNamespace(
             load_s=0.5, prompt_s=0.25, n_prompt=5, decode_s=2.0, n_decoded=7, ttft_s=0.3
         )

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from pathlib import Path
 
 class Engine:
-    n_ctx = 64
+    n_ctx, checked = 64, None
     context_full = False
     timings = SimpleNamespace(load_s=1, prompt_s=1, n_prompt=1, decode_s=1, n_decoded=1, ttft_s=1)
     def __init__(self, prepared, progress): pass

@@ -7,7 +7,7 @@ import pytest
 from mlacli import flags
 from mlacli.cli.words import walk
 from mlacli.flag_values import choices
-from mlacli.flags import COMMANDS, COMMON, ENVIRONMENT, GENERATION, PLAN, to_params
+from mlacli.flags import COMMANDS, COMMON, ENVIRONMENT, GENERATION, LOADED, PLAN, to_params
 from mlacli.params import ContextParams, ModelParams, SamplingParams, SplitParams
 
 TABLE = COMMON + GENERATION
@@ -204,7 +204,7 @@ def test_tables_agree_with_the_parameter_groups():
             if f.name != "override_kv":
                 defaults[f.name] = getattr(group(), f.name)
     reached = set()
-    for flag in COMMON + GENERATION + PLAN:
+    for flag in LOADED + GENERATION + PLAN:
         name = flags._RENAMED.get(flag.key, flag.key)
         if name in defaults:
             reached.add(name)

@@ -7,7 +7,7 @@ import pytest
 from kit.compare import nmse
 
 from mlacli.backends.numpy_ops import LatentRows, NumpyOps, reduce_typed
-from mlacli.backends.numpy_weights import DequantCache, NumpyWeight, row_chunks
+from mlacli.backends.numpy_weights import DequantCache, NumpyWeight
 from mlacli.loading.quant_types import BF16, F16, F32, Q8_0
 from mlacli.loading.weights import from_float32, to_float32
 from mlacli.models.parts import Routing
@@ -37,16 +37,20 @@ def test_matmul_is_x_times_w_transposed(rng, qtype) -> None:
     assert nmse(ops().matmul(x, w), want) < 1e-12
 
 
-def test_a_weight_too_large_for_the_cache_is_unpacked_in_chunks(rng) -> None:
-    w = weight(rng.normal(size=(70_000, 256)), Q8_0)
-    chunks = list(row_chunks(w))
-    assert len(chunks) > 1
-    assert sum(part.shape[0] for _, part in chunks) == 70_000
-    x = rng.normal(size=(1, 256)).astype(np.float32)
-    small = ops()
-    small.cache = DequantCache(1000)
-    assert nmse(small.matmul(x, w), ops().matmul(x, w)) < 1e-12
-    assert small.cache.used == 0
+@pytest.mark.parametrize("qtype", [F32, Q8_0])
+@pytest.mark.parametrize("n", [1, 40])
+def test_no_bit_depends_on_what_is_cached(rng, qtype, n: int) -> None:
+    w = weight(rng.normal(size=(3, 2111, 256)), qtype, "experts")  # three chunks a product
+    whole = weight(rng.normal(size=(2111, 256)), qtype, "whole")
+    x = rng.normal(size=(n, 256)).astype(np.float32)
+    ample, small = DequantCache(1 << 30), DequantCache(1000)
+    for e, dense in ((None, whole.float32()), (0, w.float32(0)), (2, w.float32(2))):
+        held = whole if e is None else w
+        y = small.product(x, held, e)
+        assert nmse(y, x.astype(np.float64) @ dense.T.astype(np.float64)) < 1e-12
+        assert np.array_equal(ample.product(x, held, e), y)
+        assert np.array_equal(ample.product(x, held, e), y)  # from the cache
+    assert small.used == 0 and (ample.used > 0) == (qtype is Q8_0)
 
 
 def test_heads_up_multiplies_head_by_head(rng) -> None:
