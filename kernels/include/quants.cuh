@@ -5,7 +5,8 @@
 // load_bytes() gives q, d and m, load_group() the values. In all types the product is exact in
 // float32 (at most 23 significant bits: 11 of the float16 scale, 12 of sub-scale times value), so
 // only the subtraction of m rounds, and neither the order of factors nor FMA changes a bit.
-// With -ftz=true (CuPy's default) an MXFP4 product below 2^-126 becomes 0; nothing else differs.
+// With -ftz=true (CuPy's default) an MXFP4 scale or product below 2^-126 becomes 0; nothing else
+// differs.
 // Reads stay inside the row. A row starts at a multiple of QuantTraits::align.
 // Sources: layouts as gguf-py (llama.cpp's Python package, MIT) unpacks them; code own.
 // Tested by: tests/kernels/test_quants.py.
