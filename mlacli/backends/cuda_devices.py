@@ -11,7 +11,7 @@ from mlacli.errors import BackendError
 def device_count() -> int:
     """How many GPUs CuPy sees; 0 without CuPy or driver."""
     try:
-        return int(_cupy().cuda.runtime.getDeviceCount())
+        return int(_cupy("cuda0").cuda.runtime.getDeviceCount())
     except (BackendError, RuntimeError):
         return 0
 
@@ -19,7 +19,7 @@ def device_count() -> int:
 def device_memory(name: str) -> tuple[int, int]:
     """(total, free) bytes of `cudaN`; BackendError says what is missing."""
     with _device(name):
-        free, total = _cupy().cuda.runtime.memGetInfo()
+        free, total = _cupy(name).cuda.runtime.memGetInfo()
     return int(total), int(free)
 
 
@@ -29,7 +29,7 @@ def use_device(name: str) -> None:
 
 
 def _device(name: str) -> Any:
-    cp = _cupy()
+    cp = _cupy(name)
     try:
         count = cp.cuda.runtime.getDeviceCount()
     except cp.cuda.runtime.CUDARuntimeError as e:
@@ -45,12 +45,12 @@ def _device(name: str) -> Any:
     return cp.cuda.Device(index)
 
 
-def _cupy() -> ModuleType:
+def _cupy(device: str) -> ModuleType:
     try:
         import cupy
     except ImportError:
         raise BackendError(
-            "CUDA devices need CuPy, which is not installed",
+            f"device {device} is not available: CuPy is not installed",
             "install mlacli[cuda13], or mlacli[cuda12] for an older driver; or use -dev cpu",
         ) from None
     module: ModuleType = cupy

@@ -35,10 +35,10 @@ def test_a_foreign_run_that_differs_exits_3():
 
 
 def test_a_device_that_is_not_there_exits_1_and_vram_plans_for_it():
-    words = ["llama-cli", "-dev", "cuda0,cuda1"]
+    words = ["llama-cli", "-dev", "cuda98,cuda99"]
     report = judge(words)
     assert (report.exit_code, report.verdicts[0].verdict) == (1, "refused")
-    assert "cuda0 is not available" in report.verdicts[0].message
+    assert "cuda98 is not available" in report.verdicts[0].message
     assert judge(words, vram=(1 << 40, 1 << 40)).exit_code == 0
 
 
