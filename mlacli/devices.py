@@ -111,6 +111,16 @@ def _process_limit() -> Iterator[tuple[int, int]]:
             yield limit, limit // 2
 
 
+def bytes_in_use(device: str) -> int:
+    """Of a GPU, what all processes use; of the CPU, this process's resident pages."""
+    if device == "cpu":
+        return resident_bytes()
+    from mlacli.backends.cuda_devices import device_memory
+
+    total, free = device_memory(device)
+    return total - free
+
+
 def resident_bytes() -> int:
     """Bytes of this process that are in memory now; 0 where the system doesn't say."""
     try:

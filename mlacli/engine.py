@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from mlacli.attention_forms import AttentionForm
 from mlacli.backends import open_ranks
-from mlacli.devices import resident_bytes
+from mlacli.devices import bytes_in_use
 from mlacli.errors import ContextFull, UsageError
 from mlacli.flags import LOADED, SAMPLING, library_values, to_params
 from mlacli.latent_cache import LatentCache
@@ -76,6 +76,9 @@ class Engine:
         self.timings = Timings()
         self.forms: dict[Phase, set[AttentionForm]] = {"prefill": set(), "decode": set()}
         self.watch: Watcher | None = None  # is shown the residual stream after every layer
+        self._used_before = {
+            r.device: bytes_in_use(r.device) if r.kind == "cuda" else 0 for r in prepared.plan.ranks
+        }
         self._ranks = open_ranks(prepared.plan, prepared.params.context, prepared.n_threads)
         self._weights: list[ModelWeights] = []
         self._caches: list[LatentCache] = []
@@ -166,8 +169,11 @@ class Engine:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def memory(self) -> dict[str, int]:
-        """Bytes in use now by device. All CPU ranks are one process: its resident pages."""
-        return {r.device: resident_bytes() for r in self.prepared.plan.ranks if r.kind == "cpu"}
+        """Bytes in use now by device: of a GPU, what was added since this engine was opened.
+
+        All CPU ranks are one process: its resident pages.
+        """
+        return {name: bytes_in_use(name) - before for name, before in self._used_before.items()}
 
     # ---- forward ----------------------------------------------------------------------------
 

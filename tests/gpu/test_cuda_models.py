@@ -93,3 +93,11 @@ def test_greedy_text_of_the_bundled_model_is_that_of_the_cpu() -> None:
 def test_sparse_attention_is_refused() -> None:
     with pytest.raises(UnsupportedFeature, match="sparse attention"):
         mlacli.load(FILES["glm_dsa"], device="cuda0")
+
+
+def test_memory_in_use_is_what_the_plan_says() -> None:
+    with mlacli.load(None, device="cuda0") as engine:
+        engine.prefill([1, 2, 3])
+        used = engine.memory()["cuda0"]
+        planned = engine.prepared.plan.ranks[0].total
+    assert planned <= used <= planned + (512 << 20)
