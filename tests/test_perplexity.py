@@ -1,5 +1,6 @@
 """Perplexity and KL divergence against plain float64 loops; modes compared layer by layer."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,6 @@ from mlacli.perplexity import (
     kl_divergence,
     perplexity,
 )
-from mlacli.prepare import BUNDLED
 
 GOLDEN = Path(__file__).parent / "golden"
 V3 = GOLDEN / "models" / "v3.gguf"
@@ -206,9 +206,19 @@ def test_the_first_layer_that_goes_wrong_is_found():
 
 def test_llama_cpp_and_we_agree_on_the_bundled_model():
     """A base file that llama-perplexity wrote (golden/kld/README.md), read by us."""
-    if not (Path(mlacli.__file__).parent / "bundled" / BUNDLED).exists():
-        pytest.skip("the bundled model is not in this checkout")
     base = BaseFile(GOLDEN / "kld" / "tinytales-c16.kld")
     with mlacli.load(ctx_size=256) as engine:
         *_, d = kl_divergence(engine, base, base_chunks(base, 3072, 0))
     assert abs(d.mean_kld.value) <= 1e-4 and d.same_top.value == 1
+
+
+def test_the_bundled_model_has_the_recorded_perplexity():
+    """transformers' figure on the float32 weights, and our own, both on the whole held-out text."""
+    folder = Path(__file__).parents[1] / "examples" / "tiny_model"
+    recorded = json.loads((folder / "results.json").read_text())
+    with mlacli.load(ctx_size=256) as engine:
+        ids = engine.tokenizer.encode((folder / "heldout.txt").read_text())
+        chunks = cut(ids, 256, engine.tokenizer.bos_id)
+        value = list(perplexity(engine, chunks))[-1].value
+    assert value == pytest.approx(recorded["transformers"]["chunks_256"]["perplexity"], rel=0.01)
+    assert value == pytest.approx(recorded["mlacli"]["chunks_256"]["q8_0"], abs=1e-3)
