@@ -11,8 +11,9 @@ def main(path: str | None = None, prompt: str = "Once upon a time") -> None:
         for piece in engine.generate(prompt, n_predict=48):
             print(piece, end="", flush=True)
         print()
-        speed = engine.timings.n_decoded / engine.timings.decode_s
-        print(f"{speed:.0f} tokens a second", file=sys.stderr)
+        if engine.timings.n_decoded:
+            speed = engine.timings.n_decoded / engine.timings.decode_s
+            print(f"{speed:.0f} tokens a second", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,18 @@ from __future__ import annotations
 import resource
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from mlacli.attention_forms import AttentionForm
-from mlacli.backends import open_ranks
+from mlacli.backends import Ranks, open_ranks
 from mlacli.devices import bytes_in_use
 from mlacli.errors import ContextFull, UsageError
-from mlacli.flags import LOADED, SAMPLING, library_values, to_params
+from mlacli.flags import LOADED, PROMPT, SAMPLING, library_values, to_params
 from mlacli.latent_cache import LatentCache
 from mlacli.layer_watch import LayerWatch, Watcher
 from mlacli.loading.gather import Checked, check_tensors
@@ -32,12 +33,14 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from mlacli.loading.gguf_file import GgufFile
     from mlacli.loading.tokenizer import Tokenizer
     from mlacli.parallel.shards import Shard
 
     Floats = NDArray[np.float32]
 
 Phase = Literal["prefill", "decode"]
+_SAMPLING = SAMPLING + tuple(flag for flag in PROMPT if flag.key == "ignore_eos")
 
 
 @dataclass(slots=True)
@@ -58,12 +61,18 @@ def load(path: str | Path | None = None, **flags: Any) -> Engine:
     Keywords are long flag names with the values of the command line: device="cpu,cpu",
     split_mode="graph", cache_type_k="f32". Unknown names raise UsageError.
     """
-    values = library_values(LOADED + SAMPLING, flags)
+    values = library_values(LOADED + _SAMPLING, flags)
     return Engine(prepare(path, to_params(values)))
 
 
+def _release(ranks: Ranks, gguf: GgufFile) -> None:
+    """What an engine holds beside memory; knows no engine, so that one can be collected."""
+    ranks.close()
+    gguf.close()
+
+
 class Engine:
-    """Runs one sequence. Tokens 0..n_kv-1 are in the cache."""
+    """Runs one sequence, one call at a time. Tokens 0..n_kv-1 are in the cache."""
 
     def __init__(
         self, prepared: Prepared, progress: Callable[[int, int], None] | None = None
@@ -79,7 +88,13 @@ class Engine:
         self._used_before = {
             r.device: bytes_in_use(r.device) if r.kind == "cuda" else 0 for r in prepared.plan.ranks
         }
-        self._ranks = open_ranks(prepared.plan, prepared.params.context, prepared.n_threads)
+        try:
+            self._ranks = open_ranks(prepared.plan, prepared.params.context, prepared.n_threads)
+        except BaseException:
+            prepared.gguf.close()
+            raise
+        self._release = weakref.finalize(self, _release, self._ranks, prepared.gguf)
+        self._turn = 0  # grows with each rewind: a generation that lost its cache notices
         self._weights: list[ModelWeights] = []
         self._caches: list[LatentCache] = []
         self.checked: Checked | None = None  # what --check-tensors went through
@@ -122,6 +137,7 @@ class Engine:
 
     def check_tensors(self) -> Checked:
         """Every tensor as the ranks hold it compared with the file, and none with NaN in it."""
+        self._check_open()
 
         def download(shard: Shard) -> Any:
             weight = self._weights[shard.rank].find(shard.layer, short_name(shard.tensor))
@@ -143,10 +159,9 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """End the ranks and let go of the file."""
-        self._ranks.close()
+        """End the ranks and let go of the file; also done when the engine is collected."""
         self._weights, self._caches = [], []
-        self.prepared.gguf.close()
+        self._release()
 
     def take_turn(self) -> None:
         """Set this engine's threads for the process: call it where engines work in turns."""
@@ -155,6 +170,7 @@ class Engine:
     @property
     def tokenizer(self) -> Tokenizer | None:
         """None for a file without tokenizer: feed it ids."""
+        self._check_open()
         return self.prepared.tokenizer()
 
     @property
@@ -209,13 +225,19 @@ class Engine:
         if not 0 <= n_kv <= self.n_kv:
             raise UsageError(f"can't rewind to {n_kv}: {self.n_kv} tokens are cached", "")
         self.n_kv = n_kv
+        self._turn += 1
 
     def logits(self, token_ids: Sequence[int]) -> Floats:
         """Logits [n, V] of every token of a sequence, from an empty cache."""
         self.rewind(0)
         return self.prefill(token_ids, all_rows=True)
 
+    def _check_open(self) -> None:
+        if not self._release.alive:
+            raise UsageError("the engine is closed", "load the model again")
+
     def _check(self, ids: Sequence[int]) -> None:
+        self._check_open()
         n_vocab = self.prepared.hparams.n_vocab
         if not len(ids):
             raise UsageError("no tokens to compute", "give at least one")
@@ -264,14 +286,14 @@ class Engine:
         `context_full`.
         """
         sampler = sampler or Sampler(self.params.sampling, self._eog_ids())
-        eog_ids = frozenset() if self.params.sampling.ignore_eos else self._eog_ids()
+        eog_ids = frozenset() if sampler.params.ignore_eos else self._eog_ids()
         self.context_full = False
         self.timings = Timings(load_s=self.timings.load_s, n_prompt=len(prompt_ids))
         start = time.perf_counter()
         self.rewind(0)
         logits = self.prefill(prompt_ids)[-1]
         self.timings.prompt_s = time.perf_counter() - start
-        n = 0
+        n, here = 0, (self._turn, self.n_kv)
         while n_predict < 0 or n < n_predict:
             token_id = sampler.next(logits, self.n_kv)
             if n == 0:
@@ -283,8 +305,14 @@ class Engine:
             if self.n_kv == self.n_ctx:
                 self.context_full = True
                 return
+            if (self._turn, self.n_kv) != here:
+                raise UsageError(
+                    "another call used the engine during this generation",
+                    "finish one generation before the next, or load two engines",
+                )
             began = time.perf_counter()
             logits = self.decode(token_id)
+            here = self._turn, self.n_kv
             self.timings.decode_s += time.perf_counter() - began
             self.timings.n_decoded += 1
 
@@ -296,8 +324,8 @@ class Engine:
         if tokenizer is None:
             raise UsageError("the file has no tokenizer", "use generate_ids")
         ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        chosen = to_params(library_values(SAMPLING, sampling)).sampling if sampling else None
-        sampler = Sampler(chosen or self.params.sampling, self._eog_ids())
+        chosen = replace(self.params.sampling, **library_values(_SAMPLING, sampling))
+        sampler = Sampler(chosen, self._eog_ids())
         stream = tokenizer.stream()
         for token_id in self.generate_ids(ids, n_predict, sampler):
             if token_id not in tokenizer.eog_ids:

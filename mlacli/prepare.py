@@ -87,10 +87,11 @@ class Prepared:
 
         Threads of small products wait for each other more than they compute, on busy hosts badly.
         """
-        if self.params.context.n_threads:
-            return self.params.context.n_threads
-        work = sum(active_elements(shard, self.hparams) for shard in self.plan.shards)
-        return max(1, min(len(os.sched_getaffinity(0)), int(work / _THREAD_WORK)))
+        asked = self.params.context.n_threads
+        if not asked:
+            work = sum(active_elements(shard, self.hparams) for shard in self.plan.shards)
+            asked = min(len(os.sched_getaffinity(0)), int(work / _THREAD_WORK))
+        return max(asked, len(self.plan.ranks))  # each rank is a thread
 
     @property
     def effective(self) -> tuple[tuple[str, str, str], ...]:
@@ -112,10 +113,15 @@ class Prepared:
              " / ".join(_CACHED[part.name] for part in plan.cache)),
             *self._sparse_row(),
             ("reduce type", context.graph_reduce_type if graph else "-", ""),
-            ("threads", str(self.n_threads), f"{max(1, self.n_threads // len(plan.ranks))} a rank"),
+            *self._thread_row(),
         ]  # fmt: skip
         rows += [(f.flag, f.verdict, f.message) for f in self.findings if f.level == "note"]
         return tuple(rows)
+
+    def _thread_row(self) -> Iterator[tuple[str, str, str]]:
+        """CPU threads, where a rank computes on the CPU."""
+        if any(rank.kind == "cpu" for rank in self.plan.ranks):
+            yield "threads", str(self.n_threads), f"{self.n_threads // len(self.plan.ranks)} a rank"
 
     def _sparse_row(self) -> Iterator[tuple[str, str, str]]:
         """How cache rows are chosen; nothing for a file without indexer."""

@@ -1,5 +1,6 @@
 """The library: load(), generation, limits, and clean ends."""
 
+import gc
 import threading
 from pathlib import Path
 
@@ -156,3 +157,53 @@ def test_the_residual_is_shown_after_every_layer(mode) -> None:
         if mode != "graph":  # there a rank has a part of the vocabulary
             assert np.array_equal(ops.matmul(x, last.output), plain)
         assert not np.array_equal(seen[0], seen[1])
+
+
+def test_a_closed_engine_says_so() -> None:
+    for flags in ({}, {"device": "cpu,cpu", "split_mode": "graph"}):
+        with mlacli.load(V3, **flags) as engine:
+            pass
+        engine.close()
+        for call in (lambda e: e.logits([1]), lambda e: e.decode(1), lambda e: e.tokenizer):
+            with pytest.raises(UsageError, match="closed"):
+                call(engine)
+
+
+def test_a_generation_that_lost_its_cache_says_so(engine) -> None:
+    for other in (lambda: list(engine.generate_ids([3, 4], 2)), lambda: engine.logits([5, 6, 7])):
+        first = engine.generate_ids([1, 2], 9)
+        next(first)
+        other()
+        with pytest.raises(UsageError, match="another call used the engine"):
+            next(first)
+
+
+def test_sampling_words_add_to_those_of_load() -> None:
+    with mlacli.load(temp=0, ctx_size=256) as engine:
+        greedy = "".join(engine.generate("Once upon a time", 12))
+        assert "".join(engine.generate("Once upon a time", 12, top_k=40)) == greedy
+        assert len(list(engine.generate("Once", 400, temp=1, seed=1, ignore_eos=True))) > 200
+
+
+def blas_threads() -> set[int]:
+    from threadpoolctl import threadpool_info
+
+    return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+
+def test_blas_threads_are_those_of_the_last_open_engine_and_come_back() -> None:
+    before = blas_threads()
+    first, second = mlacli.load(V3, threads=1), mlacli.load(V3, threads=2)
+    assert blas_threads() == {2}
+    second.close()
+    assert blas_threads() == {1}
+    first.close()
+    assert blas_threads() == before
+
+
+def test_an_engine_that_is_dropped_lets_go_of_its_threads() -> None:
+    before = threading.active_count()
+    for _ in range(3):
+        mlacli.load(V3, device="cpu,cpu", split_mode="graph").prefill([1, 2])
+    gc.collect()
+    assert threading.active_count() == before

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from mlacli.backends.blas import BlasThreads
 from mlacli.errors import UnsupportedFeature
 from mlacli.parallel.comm import Comm, Exchange, PipeComm, SoloComm, ThreadComm
 from mlacli.parallel.ranks import RankGroup
@@ -21,29 +22,23 @@ class Ranks:
 
     ops: list[Ops]
     group: RankGroup
-    blas_limit: Any = None  # restores the BLAS threads; None on GPUs
-    blas_threads: int = 0  # of each rank
+    blas: BlasThreads | None = None  # None on GPUs
 
     def take_turn(self) -> None:
-        """The BLAS limit is the process's: set it anew where engines work in turns."""
-        if self.blas_limit is None:
-            return
-        from threadpoolctl import threadpool_limits
-
-        threadpool_limits(self.blas_threads, user_api="blas")
+        """The BLAS threads are the process's: set them anew where engines work in turns."""
+        if self.blas is not None:
+            self.blas.apply()
 
     def close(self) -> None:
         self.group.close()
-        if self.blas_limit is not None:
-            self.blas_limit.restore_original_limits()
+        if self.blas is not None:
+            self.blas.release()
 
 
 def open_ranks(plan: ShardPlan, context: ContextParams, n_threads: int) -> Ranks:
     """The ranks of `plan`, talking as its split mode needs; BLAS threads divided among them."""
     if any(rank.kind == "cuda" for rank in plan.ranks):
         return _cuda_ranks(plan, context)
-    from threadpoolctl import threadpool_limits
-
     from mlacli.backends.numpy_ops import NumpyOps, join_columns, reduce_typed
 
     n = len(plan.ranks)
@@ -57,9 +52,7 @@ def open_ranks(plan: ShardPlan, context: ContextParams, n_threads: int) -> Ranks
         return PipeComm(exchange, rank)
 
     ops: list[Ops] = [NumpyOps(comm(rank.rank), context, rank.dequant) for rank in plan.ranks]
-    blas_threads = max(1, n_threads // n)
-    limit = threadpool_limits(blas_threads, user_api="blas")
-    return Ranks(ops, RankGroup(n, exchange), limit, blas_threads)
+    return Ranks(ops, RankGroup(n, exchange), BlasThreads(max(1, n_threads // n)))
 
 
 def _cuda_ranks(plan: ShardPlan, context: ContextParams) -> Ranks:

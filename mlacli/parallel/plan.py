@@ -115,11 +115,14 @@ def check_memory(plan: ShardPlan) -> None:
     """MemoryBudgetError for the first device that its ranks don't fit."""
     for device, need, have in _needs(plan.ranks):
         if need > have:
-            hint = (
-                f"the largest context that fits is {plan.n_ctx_fits}: use -c {plan.n_ctx_fits}"
-                if plan.n_ctx_fits
-                else "use more or larger devices, a smaller quantisation, or a smaller -ub"
-            )
+            fits = plan.n_ctx_fits
+            if plan.ranks[0].kind == "cpu":  # a host's free memory moves from one look to the next
+                fits = int(fits * 0.95) // CTX_STEP * CTX_STEP
+            hint = "use more or larger devices, a smaller quantisation, or a smaller -ub"
+            if fits:
+                hint = f"the largest context that fits is {fits}: use -c {fits}"
+            elif not have:
+                hint = "the margin is all that the device has: give a smaller --margin"
             raise MemoryBudgetError(device, need, have, hint)
 
 

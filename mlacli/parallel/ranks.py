@@ -74,6 +74,7 @@ class RankGroup:
         """
         if self.n_ranks == 1:
             return [fn(0)]
+        assert self._calls, "the group is closed"
         call = _Call(fn, self.n_ranks)
         try:
             for calls in self._calls:
@@ -104,6 +105,7 @@ class RankGroup:
         assert self.exchange is not None
         while (call := self._calls[rank].get()) is not None:
             call.work(rank, self.exchange)
+            del call  # while it waits, a thread keeps nothing of its engine alive
 
     def _stop(self, call: _Call) -> None:
         """Ends `call` on every rank, wherever the interrupt came: it may not have reached all."""
