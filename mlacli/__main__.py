@@ -1,6 +1,10 @@
 """python -m mlacli."""
 
-from mlacli.cli import main
+import sys
 
 if __name__ == "__main__":
+    try:
+        from mlacli.cli import main
+    except KeyboardInterrupt:
+        sys.exit(130)
     main()

@@ -5,10 +5,12 @@ Nothing heavy is imported here, so that --help costs neither numpy nor gguf nor 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
 import traceback
+from contextlib import suppress
 from typing import NoReturn
 
 import click
@@ -40,6 +42,9 @@ Other:
   --list-devices  devices of this machine
   -h, --help      this text; `mlacli COMMAND --help` lists the flags of a command"""
 
+
+# What writing to a stream fails with, and reading does not.
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EBADF)
 
 _OWN_WORDS = ("--help", "--version", "--list-devices")
 
@@ -100,66 +105,87 @@ def run(args: list[str]) -> int:
     try:
         return _run(args)
     finally:
-        console.close_logs()
+        with suppress(OSError):  # a full disk, which was said when the line was written
+            console.close_logs()
 
 
 def _run(args: list[str]) -> int:
     try:
-        with cli.make_context("mlacli", list(args)) as ctx:
-            cli.invoke(ctx)
+        code = _invoked(args)
         sys.stdout.flush()
-        return 0
-    except click.exceptions.Exit as e:
-        return _flushed(e.exit_code)
+        return code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        return _silenced()
+        _silence()
+        return 0
     except MlacliError as e:
         return _failed(e.message, e.hint, e.exit_code)
     except click.ClickException as e:
         return _failed(e.format_message(), "", 2)
+    except OSError as e:
+        if e.errno in _UNWRITABLE and e.filename is None:
+            return _failed(f"can't write the output: {e.strerror}", "", 1)
+        return _internal(e)
     except Exception as e:
-        what = f"internal error: {type(e).__name__}: {e}"
-        return _failed(what, "set MLACLI_DEBUG=1 to see the traceback", 1)
+        return _internal(e)
+
+
+def _invoked(args: list[str]) -> int:
+    try:
+        with cli.make_context("mlacli", list(args)) as ctx:
+            cli.invoke(ctx)
+    except click.exceptions.Exit as e:
+        return e.exit_code
+    return 0
+
+
+def _internal(e: Exception) -> int:
+    what = f"internal error: {type(e).__name__}: {e}"
+    return _failed(what, "set MLACLI_DEBUG=1 to see the traceback", 1)
 
 
 def _failed(message: str, hint: str, code: int) -> int:
     """Prints the one `Error:` line, after what was already written to stdout."""
-    if os.environ.get("MLACLI_DEBUG", "0") not in ("", "0"):
-        console.log(traceback.format_exc().rstrip(), 0)
     try:
         sys.stdout.flush()
+    except OSError:
+        _silence()
+    try:
+        if os.environ.get("MLACLI_DEBUG", "0") not in ("", "0"):
+            console.log(traceback.format_exc().rstrip(), 0)
         console.error(message, hint, code)
-    except BrokenPipeError:
-        _silenced()
+    except OSError:
+        _silence()
     return code
 
 
-def _flushed(code: int) -> int:
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return _silenced()
-    return code
-
-
-def _silenced() -> int:
-    """Points both streams at nothing, so that the interpreter's last flush can't fail either."""
+def _silence() -> None:
+    """Points streams that fail at nothing, so that the interpreter's last flush can't fail too."""
     nothing = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (BrokenPipeError, ValueError):
+        except (OSError, ValueError):
             os.dup2(nothing, stream.fileno())
-    return 0
+
+
+def _open_streams() -> None:
+    """Streams that the caller closed (`>&-`) become the null device; text in any locale."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # text in an ASCII locale
 
 
 def main() -> NoReturn:
     """The console script."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # text in an ASCII locale
-    if instruction := os.environ.get("_MLACLI_COMPLETE"):
-        sys.exit(shell_complete(cli, {}, "mlacli", "_MLACLI_COMPLETE", instruction))
-    sys.exit(run(sys.argv[1:]))
+    try:
+        _open_streams()
+        if instruction := os.environ.get("_MLACLI_COMPLETE"):
+            sys.exit(shell_complete(cli, {}, "mlacli", "_MLACLI_COMPLETE", instruction))
+        sys.exit(run(sys.argv[1:]))
+    except KeyboardInterrupt:  # outside a command: while it starts or ends
+        sys.exit(130)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 _CELL = 300  # characters of a table's cell
+_WIDE = 24  # characters of a configuration value; longer ones shift their own remark only
 _LONG = 200  # rows; drawing more takes rich seconds
 
 
@@ -116,7 +117,7 @@ def effective(rows: Iterable[tuple[str, str, str]]) -> None:
     rows = [(name, one_line(x, _CELL), one_line(y, _CELL)) for name, x, y in rows]
     event("configuration", **{n: {"value": v, "note": r} for n, v, r in rows})
     names = max((len(r[0]) for r in rows), default=0)
-    values = max((len(r[1]) for r in rows if r[2]), default=0)
+    values = max((len(r[1]) for r in rows if r[2] and len(r[1]) <= _WIDE), default=0)
     log("configuration:")
     for name, value, remark in rows:
         log(f"  {name:<{names}}  {value:<{values}}  {remark}".rstrip())
@@ -271,7 +272,7 @@ class TokenStream:
     def __exit__(
         self, kind: type[BaseException] | None, e: BaseException | None, t: TracebackType | None
     ) -> None:
-        if kind is None or not issubclass(kind, BrokenPipeError):
+        if kind is None or not issubclass(kind, OSError):
             self.close()
 
     def write(self, piece: str) -> None:

@@ -66,9 +66,9 @@ def alone(line: CommandLine, n_ctx: int) -> None:
         start, final = time.perf_counter(), NOTHING
         with console.TokenStream() as out:
             for i, final in enumerate(perplexity(engine, chunks, writer), 1):
-                out.write(f"[{i}]{final.value:.4f},")
                 if i == 1:
                     _announce(chunks, time.perf_counter() - start)
+                out.write(f"[{i}]{final.value:.4f},")
         error = final.error
         if math.isnan(error):
             console.warning("the standard deviation of log(prob) is not positive: no error given")
@@ -138,7 +138,7 @@ def by_mode(line: CommandLine, n_ctx: int) -> None:
             for after in compare(engines, chunks):
                 found = after
                 status.show(f"{found[0].ppl.count} tokens scored")
-        console.table(*compared_rows(found))
+        console.table(*compared_rows(found), turn=True)
         _report(engines[0], chunks, time.perf_counter() - start)
 
 

@@ -66,16 +66,23 @@ def run(line: CommandLine) -> None:
         progress.close()
         if engine.checked is not None:
             console.checked(engine.checked)
-        with console.TokenStream() as out:
-            decoder: Decoder = tokenizer.stream() if tokenizer else IdDecoder()
-            if shown and isinstance(prompt, str):
-                out.write(prompt)
-            else:
-                out.write("".join(decoder.push(i) for i in shown))
-            for token_id in engine.generate_ids(ids, line["predict"], sampler):
-                if token_id not in eog_ids:
-                    out.write(decoder.push(token_id))
-            out.write(decoder.flush())
+        made = False
+        try:
+            with console.TokenStream() as out:
+                decoder: Decoder = tokenizer.stream() if tokenizer else IdDecoder()
+                if shown and isinstance(prompt, str):
+                    out.write(prompt)
+                else:
+                    out.write("".join(decoder.push(i) for i in shown))
+                for token_id in engine.generate_ids(ids, line["predict"], sampler):
+                    made = True
+                    if token_id not in eog_ids:
+                        out.write(decoder.push(token_id))
+                out.write(decoder.flush())
+        except KeyboardInterrupt:
+            if made:
+                report(engine, line["verbose"])
+            raise
         report(engine, line["verbose"])
 
 

@@ -159,16 +159,15 @@ def _md_line(cells: list[str]) -> str:
 
 
 def ratio_lines(comparisons: list[Comparison]) -> list[str]:
-    """The table of ratios by depth, then one line per overtaking (or that there is none)."""
-    titles = [f"{what} {c.name}" for c in comparisons for what in ("S_PP", "S_TG")]
-    lines = [md_head(("N_KV", 6), *((t, len(t)) for t in titles))]
-    by_depth: dict[int, dict[str, float | None]] = {}
-    for c in comparisons:
-        for n_kv, pp, tg in zip(c.n_kv, c.pp, c.tg, strict=True):
-            by_depth.setdefault(n_kv, {}).update({f"S_PP {c.name}": pp, f"S_TG {c.name}": tg})
-    for n_kv, at_depth in sorted(by_depth.items()):
-        cells = [_ratio_cell(at_depth.get(t), len(t)) for t in titles]
-        lines.append(_md_line([f"{n_kv:6d}", *cells]))
+    """The ratios, one row per depth and pair, then one line per overtaking (or that none is)."""
+    width = max((len(c.name) for c in comparisons), default=0)
+    lines = [md_head(("N_KV", 6), (f"{'PAIR':<{width}}", width), ("S_PP", 8), ("S_TG", 8))]
+    cells = [
+        (n_kv, [f"{n_kv:6d}", f"{c.name:<{width}}", _ratio_cell(pp), _ratio_cell(tg)])
+        for c in comparisons
+        for n_kv, pp, tg in zip(c.n_kv, c.pp, c.tg, strict=True)
+    ]
+    lines += [_md_line(row) for _, row in sorted(cells, key=lambda cell: cell[0])]
     lines.append("")
     for c in comparisons:
         for what, ratios in (("S_PP", c.pp), ("S_TG", c.tg)):
@@ -176,8 +175,8 @@ def ratio_lines(comparisons: list[Comparison]) -> list[str]:
     return lines
 
 
-def _ratio_cell(ratio: float | None, width: int) -> str:
-    return f"{'nan':>{width}}" if ratio is None else f"{ratio:{width}.3f}"
+def _ratio_cell(ratio: float | None) -> str:
+    return f"{'nan':>8}" if ratio is None else f"{ratio:8.3f}"
 
 
 def _overtaking_lines(c: Comparison, what: str, ratios: tuple[float | None, ...]) -> list[str]:

@@ -220,7 +220,10 @@ def _read_environment(line: CommandLine, environ: Mapping[str, str]) -> None:
             _give(line, known[key], name, text)
         elif text.lower() in _TRUE:
             line.items.append(Given(known[key], name, text, True))
-        elif text.lower() not in _FALSE:
+        elif text.lower() in _FALSE:
+            if twin := known.get(f"no_{key}"):
+                line.items.append(Given(twin, name, text, True))
+        else:
             what = f"{name}: {text!r} is neither on nor off"
             _problem(line, name, text, UsageError(what, f"set {name}=1 or unset it"))
     for name, option in _foreign_variables(environ).items():

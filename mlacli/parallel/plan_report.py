@@ -14,8 +14,8 @@ Rows = tuple[tuple[str, ...], list[tuple[str, ...]]]
 def plan_rows(plan: ShardPlan) -> Rows:
     """(columns, one row per rank): what it computes and what it holds."""
     columns = (
-        "rank", "device", "layers", "heads", "experts", "vocab", "share", "weights", "mirrored",
-        "cache", "scratch", "f32 copies", "total", "of",
+        "rank", "device", "layers", "heads", "experts", "vocab", "share asked > got", "weights",
+        "mirrored", "cache", "scratch", "f32 copies", "total", "of",
     )  # fmt: skip
     return columns, [_rank_row(rank) for rank in plan.ranks]
 
@@ -57,7 +57,7 @@ def _shard_row(s: Shard, plan: ShardPlan) -> tuple[str, ...]:
 
 
 def plan_as_dict(plan: ShardPlan) -> dict[str, Any]:
-    """The plan in plain types; the keys are an interface (README, "plan --json").
+    """The plan in plain types; the keys are an interface (examples/REFERENCE.md).
 
     Sizes in bytes, ranges as [first, last + 1].
     """

@@ -58,6 +58,15 @@ def test_a_table_that_fits_the_terminal_is_not_turned(terminal):
     assert [line.split()[0] for line in out.getvalue().splitlines()][2:] == ["cpu", "cuda0"]
 
 
+def test_a_long_value_does_not_push_the_remarks(capsys):
+    rows = [("model", "/a/" + "long/" * 20, "Tiny"), ("context", "256", "given")]
+    console.effective([*rows, ("attention", "-mla 3 -fa on", "block-wise")])
+    assert capsys.readouterr().err.splitlines()[2:] == [
+        "  context    256            given",
+        "  attention  -mla 3 -fa on  block-wise",
+    ]
+
+
 def test_progress_is_for_terminals():
     plain, tty = io.StringIO(), Terminal()
     for stream in (plain, tty):

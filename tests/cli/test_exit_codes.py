@@ -128,6 +128,67 @@ def test_a_pipe_closed_before_the_last_flush_ends_quietly():
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("redirected", "out", "code"),
+    [
+        (">&-", "", 0),
+        ("2>&-", "Once", 0),
+        (">&- 2>&- <&-", "", 0),
+        (">/dev/full", "", 1),
+        ("2>/dev/full", "", 1),
+    ],
+)
+def test_streams_that_are_closed_or_full(redirected, out, code):
+    words = "-m mlacli run-model -p Once -n 1 --temp 0"
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} {words} {redirected}"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == code
+    assert done.stdout.startswith(out) and bool(done.stdout) == bool(out)
+    assert "Traceback" not in done.stderr and "internal" not in done.stderr
+    said = "Error: can't write the output: No space left on device\n"
+    assert done.stderr.endswith(said) == (redirected == ">/dev/full")
+
+
+@pytest.mark.parametrize("words", ["--help", "run-model --help", "frobnicate", "--version"])
+def test_answers_to_a_full_disk(words):
+    shell = f"{sys.executable} -m mlacli {words} >/dev/full"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=20)
+    assert done.returncode == (2 if words == "frobnicate" else 1)
+    assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
+    assert "internal" not in done.stderr
+
+
+def test_an_os_error_of_something_else_is_not_called_the_output(mlacli, fake_model, monkeypatch):
+    fake_model.error = OSError(5, "Input/output error")
+    done = mlacli("run-model", "--prompt-ids", "1")
+    assert done.code == 1 and done.err.startswith("Error: internal error: OSError")
+
+
+def test_ctrl_c_while_modules_load_is_silent():
+    code = """
+import runpy, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("click", "mlacli.cli.run_model"):
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Finder())
+sys.argv = ["mlacli", "run-model"]
+if "main" in sys.orig_argv[-1]:
+    sys.meta_path.pop(0)
+    from mlacli.cli import main
+    sys.meta_path.insert(0, Finder())
+    main()
+runpy.run_module("mlacli", run_name="__main__")
+"""
+    for way in ("module", "main"):
+        done = subprocess.run([sys.executable, "-c", code, way], capture_output=True, timeout=20)
+        assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
 def test_text_survives_an_ascii_locale():
     code = "from mlacli.cli import main; import sys; sys.argv = ['mlacli', 'ü']; main()"
     env = {"PYTHONIOENCODING": "ascii", "PATH": ""}

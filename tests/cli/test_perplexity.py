@@ -1,12 +1,15 @@
 """The perplexity command on a real engine, with bytes for tokens."""
 
+import io
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import mlacli as library
+from mlacli.cli import run
 from mlacli.kld_file import BaseWriter
 from mlacli.perplexity import cut, perplexity
 from mlacli.prepare import Prepared
@@ -45,6 +48,14 @@ def test_the_lines_of_llama_perplexity(mlacli, text):
         *_, want = perplexity(engine, cut([1, *TEXT.encode()], 40, 1, 3))
     assert final == f"Final estimate: PPL = {want.value:.4f} +/- {want.error:.5f}"
     assert "memory" in done.err and "scored" in done.err
+
+
+def test_the_work_is_announced_before_the_first_estimate(text, monkeypatch):
+    both = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", both)
+    monkeypatch.setattr(sys, "stderr", both)
+    assert run([*RUN, "-f", text, "--chunks", "2"]) == 0
+    assert re.search(r"\n2 chunks of 40 tokens, about \d+ s\n\[1\]\d", both.getvalue())
 
 
 def test_chunks_are_of_c_tokens_though_the_context_is_rounded_up(mlacli, text):
@@ -124,3 +135,17 @@ def test_modes_side_by_side(mlacli, text):
     ppl = {float(x.split()[1]) for x in (none, layer, graph)}
     assert max(ppl) - min(ppl) < 1e-2 * min(ppl)
     assert none.split()[3:] == ["-"] * 6 and graph.split()[-1] != "-"
+
+
+def test_modes_side_by_side_on_a_narrow_terminal(text, monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", screen)
+    for name, value in {"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"}.items():
+        monkeypatch.setenv(name, value)
+    modes = ("-dev", "cpu,cpu", "--compare", "none,layer,graph")
+    assert run([*RUN, "-f", text, "--chunks", "2", *modes]) == 0
+    shown = screen.getvalue()
+    lines = {line[:24].strip(): line for line in shown.splitlines()}
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
+    assert len(re.findall(r"\d\.\d{3}e[-+]\d\d", lines["max logit diff"])) == 2

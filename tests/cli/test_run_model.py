@@ -190,6 +190,23 @@ def test_ctrl_c_ends_the_line(mlacli, fake_model):
     assert (done.code, done.out) == (130, "Hello wo\n")
     assert "Error" not in done.err
     assert fake_model.calls[-1] == ("close",)
+    assert "decode       2.000 s       7 tokens" in done.err
+
+
+def test_ctrl_c_before_the_first_token_has_no_timings(mlacli, fake_model):
+    fake_model.fails_after = 0
+    done = mlacli("run-model", "-p", "Hello")
+    assert done.code == 130 and "decode" not in done.err
+
+
+@pytest.mark.parametrize("text", ["0", "false", "OFF"])
+def test_a_variable_turns_a_switch_off(mlacli, fake_model, monkeypatch, text):
+    monkeypatch.setenv("LLAMA_ARG_DISPLAY_PROMPT", text)
+    monkeypatch.setenv("LLAMA_ARG_ESCAPE", text)
+    assert mlacli("run-model", "-p", r"a\nb").out == " world\n"
+    assert generated(fake_model)[1] == [0, *rb"a\nb"]
+    done = mlacli("run-model", "-p", r"a\nb", "-e", "--display-prompt")
+    assert done.out == "a\nb world\n", "a word wins"
 
 
 def test_warnings_of_the_tokenizer_are_printed(mlacli, fake_model):
