@@ -19,11 +19,14 @@ MLA_ARCHS = ("deepseek2", "glm-dsa", "mistral4")
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What becomes of a flag. An error stops the run, a warning changes it, a note does neither."""
+    """What becomes of a flag. An error stops the run, a note changes nothing.
+
+    A warning says what runs differently; with the verdict "warned" all runs as asked.
+    """
 
     level: Literal["error", "warning", "note"]
     flag: str
-    verdict: Literal["refused", "downgraded", "changed", "no effect"]
+    verdict: Literal["refused", "downgraded", "changed", "warned", "no effect"]
     message: str
     hint: str = ""
 
@@ -133,12 +136,14 @@ def _refused(params: Params) -> Iterable[Finding]:
 
 
 def _changed(params: Params) -> Iterable[Finding]:
-    n_devices = len(params.split.vram or params.split.devices)
-    if _mode(params) == "graph" and n_devices == 1:
+    n_devices, n_shares = len(params.split.vram or params.split.devices), _n_shares(params)
+    if _mode(params) == "graph" and min(n_devices, n_shares) == 1:
+        ts = params.spelled("tensor_split")
+        several = f"give several devices a share in {ts}"
         yield Finding(
             "warning", params.spelled("split_mode"), "changed",
             "-sm graph on one device runs as one rank",
-            "name several devices, e.g. -dev cpu,cpu",
+            "name several devices, e.g. -dev cpu,cpu" if n_devices == 1 else several,
         )  # fmt: skip
     if _is_lifted(_as_it_runs(params)):
         flag = params.spelled("attention_max_batch")
@@ -146,6 +151,12 @@ def _changed(params: Params) -> Iterable[Finding]:
             "warning", flag, "changed", f"{flag} is lifted to {LEAST_SCORES_MIB} MiB, the least",
             f"give {LEAST_SCORES_MIB} or more, or a smaller -ub",
         )  # fmt: skip
+
+
+def _n_shares(params: Params) -> int:
+    """How many devices get a share of the model; without -ts all do."""
+    shares = params.split.tensor_split or [1.0] * len(params.split.vram or params.split.devices)
+    return sum(share > 0 for share in shares)
 
 
 def _is_lifted(context: ContextParams) -> bool:
@@ -189,11 +200,11 @@ def _idle(params: Params) -> Iterable[Finding]:
         ("tensor_split", mode == "none", "-sm none uses one device"),
         ("expert_split", mode != "graph", graph_only),
         ("graph_reduce_type", mode != "graph", graph_only),
-        ("gpu_layers", on_cpu, "no effect on cpu"),
-        ("n_cpu_moe", on_cpu, "no effect on cpu"),
-        ("cpu_moe", on_cpu, "no effect on cpu"),
-        ("run_time_repack", on_cpu, "no effect on cpu"),
-        ("override_tensor", on_cpu, "no effect on cpu"),
+        ("gpu_layers", on_cpu, "all layers are on the CPU"),
+        ("n_cpu_moe", on_cpu, "all layers are on the CPU"),
+        ("cpu_moe", on_cpu, "all layers are on the CPU"),
+        ("run_time_repack", on_cpu, "nothing is repacked on the CPU"),
+        ("override_tensor", on_cpu, "all layers are on the CPU"),
     )
     for key, idle, why in rules:
         if idle and key in params.typed:

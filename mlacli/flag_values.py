@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -183,6 +184,22 @@ def override_kv(word: str) -> tuple[str, Any]:
         return key, text == "true"
     parsers: dict[str, Parse] = {"int": integer(), "float": number, "str": str}
     return key, parsers[kind](text)
+
+
+def placement(word: str) -> str:
+    """REGEX=DEVICE rules, separated at every comma as in llama.cpp; the word itself."""
+    for rule in word.split(","):
+        pattern, equals, device = rule.partition("=")
+        if not pattern or not equals:
+            raise _bad("REGEX=DEVICE", rule, "e.g. exps=CPU; a comma begins the next rule")
+        if not re.fullmatch(r"cpu|cuda\d+", device, re.IGNORECASE):
+            raise _bad("a device", device, "devices are CPU and CUDA0, CUDA1, ...; e.g. exps=CPU")
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as e:
+            raise _bad("a regular expression", pattern, f"correct it: {e}") from None
+    return word
 
 
 def token_ids(word: str) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from mlacli.flag_values import (
     number,
     on_off,
     override_kv,
+    placement,
     rows_kept,
     seed,
     shares,
@@ -102,7 +103,7 @@ PLACEMENT: tuple[Flag, ...] = (
     Flag(("-cmoe", "--cpu-moe"), None, "keep all routed experts in host memory"),
     Flag(
         ("-ot", "--override-tensor"),
-        text,
+        placement,
         "place tensors, regex=DEVICE[,...]",
         "RULES",
         repeats=True,

@@ -250,7 +250,8 @@ def together(prepared: Sequence[Prepared]) -> list[Prepared]:
 def _refuse_changes(findings: Sequence[Finding]) -> None:
     for finding in findings:
         if finding.verdict in ("downgraded", "changed"):
-            raise StrictDowngrade(finding.message, finding.hint + ", or leave --strict out")
+            message = finding.message.replace(": running with", ": would run with")
+            raise StrictDowngrade(message, finding.hint + ", or leave --strict out")
 
 
 def _settle_mode(split: SplitParams, devices: tuple[Device, ...], planned: Any) -> SplitParams:
@@ -274,7 +275,7 @@ def _clipped(context: ContextParams, n_ctx: int) -> ContextParams:
 
 def _beyond_training(params: Params, plan: ShardPlan) -> Finding:
     return Finding(
-        "warning", params.spelled("ctx_size"), "no effect",
+        "warning", params.spelled("ctx_size"), "warned",
         f"the context of {plan.n_ctx} exceeds the training context of {plan.n_ctx_train}",
         "text beyond it may degrade",
     )  # fmt: skip

@@ -111,6 +111,11 @@ def test_strict_refuses_every_change(toy, values):
     assert caught.value.exit_code == 3 and "--strict" in caught.value.hint
 
 
+def test_strict_says_what_would_run(toy):
+    with pytest.raises(StrictDowngrade, match=": would run with -sm layer"):
+        ask(toy, split_mode="graph", cpu_moe=True, strict=True, **TWO)
+
+
 def test_strict_lets_notes_pass(toy):
     """A flag without effect is no change of what was asked."""
     found = ask(toy, strict=True, cache_type_v="f16", run_time_repack=True)
@@ -255,6 +260,8 @@ def test_context_beyond_training_warns(toy):
     assert found.plan.n_ctx == 4096
     assert [f.level for f in found.findings] == ["warning"]
     assert "4096 exceeds the training context of 2048" in found.findings[0].message
+    assert verdicts(found) == ["warned"]
+    assert verdicts(ask(toy, ctx_size=4096, strict=True)) == ["warned"]
     assert ask(toy, ctx_size=2048).findings == ()
 
 

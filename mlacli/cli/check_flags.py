@@ -17,7 +17,7 @@ import click
 from mlacli import dialects
 from mlacli.cli import console
 from mlacli.cli.flag_command import FlagCommand
-from mlacli.cli.invocation import Invocation, invocation, script_words
+from mlacli.cli.invocation import Invocation, invocation, script_command
 from mlacli.cli.words import CommandLine, Given, Idle, Problem, canonical, walk
 from mlacli.errors import MlacliError, UsageError
 from mlacli.flags import COMMANDS, ENVIRONMENT, to_params
@@ -71,6 +71,7 @@ class Report:
 
     called: Invocation
     arch: str
+    arch_assumed: bool  # neither --arch nor a model's header says it
     asked_mode: str | None
     effective_mode: str
     verdicts: tuple[Verdict, ...]
@@ -90,6 +91,8 @@ class Report:
             "program": self.called.program or None,
             "dialect": self.called.dialect,
             "arch": self.arch,
+            "arch_assumed": self.arch_assumed,
+            "commands": list(self.called.commands),
             "split_mode": {"asked": self.asked_mode, "effective": self.effective_mode},
             "flags": [asdict(v) for v in self.verdicts],
             "plan": self.fit and self.fit.as_dict(),
@@ -114,7 +117,8 @@ def judge(
     params = to_params(line.values, line.typed)
     if vram:
         params = replace(params, split=replace(params.split, vram=vram))
-    errors: list[MlacliError] = [p.error for p in line.problems]
+    errors: list[MlacliError] = [called.lacking] if called.lacking else []
+    errors += [p.error for p in line.problems]
     fit, prepared = None, None
     if arch is None and called.command != "check-flags" and line["model"] is not None:
         try:
@@ -126,21 +130,21 @@ def judge(
     if prepared is not None:
         arch, settled, findings = prepared.arch, prepared.params, prepared.findings
     else:
-        arch = arch or _DEFAULT_ARCH
-        settled, findings = guard(arch, params)
-        findings = (*findings, *check(arch, settled))
+        if arch is not None and (unknown := _unknown(arch)):
+            errors.append(unknown)
+        settled, findings = guard(arch or _DEFAULT_ARCH, params)
+        findings = (*findings, *check(arch or _DEFAULT_ARCH, settled))
         errors += [UsageError(f.message, f.hint) for f in findings if f.level == "error"]
     mode = _mode(settled)
-    verdicts = [*_program(called), *_typed(line, findings, mode, called, settled)]
+    verdicts = [*_program(called), *_typed(line, findings, mode, called)]
     verdicts += _untyped(line, findings)
     if missing := _missing_device(settled):
         errors.append(missing)
         verdicts = [_with_device(v, missing) for v in verdicts]
-    if called.lacking:
-        errors.append(called.lacking)
     return Report(
-        called, arch, params.split.mode, mode, tuple(verdicts), fit, errors[0] if errors else None
-    )
+        called, arch or _DEFAULT_ARCH, arch is None, params.split.mode, mode, tuple(verdicts), fit,
+        errors[0] if errors else None,
+    )  # fmt: skip
 
 
 def _prepared(path: str, params: Params) -> tuple[Prepared, list[MlacliError]]:
@@ -179,6 +183,16 @@ def _arch_of(path: str) -> str | None:
         file.close()
 
 
+def _unknown(arch: str) -> MlacliError | None:
+    from mlacli.models import model_of
+
+    try:
+        model_of(arch)
+    except MlacliError as e:
+        return e
+    return None
+
+
 def _missing_device(params: Params) -> MlacliError | None:
     from mlacli.devices import find_devices
 
@@ -207,7 +221,7 @@ def _program(called: Invocation) -> Iterator[Verdict]:
 
 
 def _typed(
-    line: CommandLine, findings: Sequence[Finding], mode: str, called: Invocation, params: Params
+    line: CommandLine, findings: Sequence[Finding], mode: str, called: Invocation
 ) -> Iterator[Verdict]:
     """One verdict for each flag as typed; a flag that counts no more says so."""
     last = {g.flag.key: g for g in line.given}
@@ -225,7 +239,7 @@ def _typed(
             yield Verdict(item.word, item.text, "no effect", why)
         elif item.flag.key == "split_mode" and item.value not in (mode, "auto"):
             yield Verdict(item.word, item.text, "downgraded", f"runs as -sm {mode}")
-        elif called.foreign and (differs := _differs(item, line, params)):
+        elif called.foreign and (differs := _differs(item, line, by_word)):
             yield Verdict(item.word, item.text, *differs)
         elif f := by_word.get(item.word):
             yield Verdict(item.word, item.text, f.verdict, f.message, f.hint)
@@ -235,17 +249,16 @@ def _typed(
             yield Verdict(item.word, item.text, "supported")
 
 
-def _differs(item: Given, line: CommandLine, params: Params) -> tuple[str, str, str] | None:
+def _differs(
+    item: Given, line: CommandLine, by_word: Mapping[str, Finding]
+) -> tuple[str, str, str] | None:
     """(verdict, message, hint) where llama.cpp's own run would differ from ours."""
     if item.flag.key == "seed" and item.value is not None and line["temp"] > 0:
         why = "a seed draws other numbers than in llama.cpp; runs of mlacli repeat each other"
         return "changes results", why, "use --temp 0 to compare"
-    split = params.split
-    on_cpu = not split.vram and all(name == "cpu" for name in split.devices)
-    asked = item.flag.key == "gpu_layers" and item.value != 0 and "device" not in line.values
-    if asked and on_cpu:
-        hint = "name GPUs with -dev, or give -ngl 0"
-        return "changed", "all layers are computed on cpu", hint
+    asked = item.flag.key == "gpu_layers" and item.value and "device" not in line.values
+    if asked and (f := by_word.get(item.word)):
+        return "changed", f.message, "name GPUs with -dev, or give -ngl 0"
     return None
 
 
@@ -270,7 +283,7 @@ def print_report(report: Report) -> None:
         source = dialects.dialect(name)
         console.result(f"options of: {source.repository} at {source.commit[:9]}")
     asked = report.asked_mode or "not given"
-    console.result(f"architecture: {report.arch}")
+    console.result(f"architecture: {report.arch}{' (assumed)' * report.arch_assumed}")
     console.result(f"split mode: {report.effective_mode} (asked: {asked})")
     for text in plan_lines(report.fit):
         console.result(text)
@@ -308,9 +321,17 @@ def run(line: CommandLine, words: list[str]) -> None:
     script = line["file"]
     if script is not None and words:
         raise UsageError("a command line beside --file", "give one of them")
+    if script is None and not words:
+        raise UsageError("no command line to judge", "e.g. check-flags -- llama-cli -m model.gguf")
+    commands: tuple[str, ...] = ()
     if script is not None:
-        words = script_words(script)
+        chosen = script_command(script)
+        words, commands = chosen.words, chosen.commands
     report = judge(words, line["arch"], line["vram"], line["dialect"], os.environ)
+    if commands:
+        report = replace(report, called=replace(report.called, commands=commands))
+    if len(found := report.called.commands) > 1:
+        console.note(f"{len(found)} commands found, only the first is judged: {found[0]}")
     if line["json"]:
         console.result(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
     else:
@@ -329,9 +350,11 @@ command = CheckFlagsCommand(
         "The line may begin with its program (llama-cli, llama-server, llama-sweep-bench, mlacli "
         "run-model, ...) and variables (LLAMA_ARG_CTX_SIZE=4096 llama-cli ...); those that are set "
         "count too. With -m FILE in the line its header is read, and the plan says what fits.",
-        "Verdicts: supported; renamed; no effect (and why); changes results; changed (device or "
-        "mode); downgraded (split mode); refused (why, and what to do); unknown; bad value.",
-        "JSON keys: command, program, dialect, arch, split_mode {asked, effective}, flags [{flag, "
+        "Verdicts: supported; warned (runs as asked, but); renamed; no effect (and why); "
+        "changes results; changed (device or mode); downgraded (split mode); refused (why, and "
+        "what to do); unknown; bad value.",
+        "JSON keys: command, program, dialect, arch, arch_assumed, commands (of a script: all that "
+        "call a known program, the first is judged), split_mode {asked, effective}, flags [{flag, "
         "value, verdict, message, hint}], plan {fits, n_ctx, n_ctx_fits, devices [{device, need, "
         "have}]}, error {message, hint}, exit_code; program, dialect, asked, value, plan and "
         "error may be null; need and have are bytes.",

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 from mlacli import dialects
@@ -19,8 +19,10 @@ from mlacli.errors import MlacliError, UsageError
 from mlacli.flags import COMMANDS
 
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
-_WRAPPERS = {
-    "env", "exec", "nohup", "time", "sudo", "export", "if", "then", "else", "do", "!",
+_WRAPPERS = {"exec", "nohup", "time", "setsid", "export", "if", "then", "else", "do", "!"}
+_LAUNCHERS = {  # these have options of their own, and numbers, in front of the program
+    "env", "sudo", "doas", "taskset", "numactl", "nice", "ionice", "chrt", "stdbuf", "timeout",
+    "mpirun", "mpiexec", "srun",
 }  # fmt: skip
 _PROGRAM = re.compile(r"llama-[\w.-]+|main|server|perplexity|mlacli")
 _LIKE_RUN_MODEL = ("llama-cli", "llama-completion", "llama-simple", "main")
@@ -38,6 +40,7 @@ class Invocation:
     dialect: str | None
     environ: Mapping[str, str]
     flags: tuple[str, ...]
+    commands: tuple[str, ...] = ()  # of the script it is from, those that call a known program
 
     @property
     def foreign(self) -> bool:
@@ -58,17 +61,17 @@ def invocation(words: Sequence[str], dialect: str | None = None) -> Invocation:
     """What the words of one command call; one word alone is a whole line."""
     rest = list(words)
     if len(rest) == 1 and " " in rest[0]:
-        return invocation(chosen_command(shell_commands(rest[0], os.environ), "the line"), dialect)
-    environ = {}
-    while rest and (_ASSIGNMENT.fullmatch(rest[0]) or rest[0] in _WRAPPERS):
-        if m := _ASSIGNMENT.fullmatch(rest.pop(0)):
-            environ[m[1]] = m[2]
-    if rest and re.fullmatch(r"python[\d.]*", PurePath(rest[0]).name) and rest[1:2] == ["-m"]:
-        del rest[:2]
-    program = PurePath(rest[0]).name.removesuffix(".exe") if rest else ""
-    if not _PROGRAM.fullmatch(program):
+        chosen = chosen_command(shell_commands(rest[0], os.environ), "the line")
+        return replace(invocation(chosen.words, dialect), commands=chosen.commands)
+    at = _program_at(rest)
+    n = at
+    if n is None:  # no program: what is in front of the flags
+        n = next((i for i, word in enumerate(rest) if not _in_front(word)), len(rest))
+    environ = {m[1]: m[2] for m in map(_ASSIGNMENT.fullmatch, rest[:n]) if m}
+    del rest[:n]
+    if at is None:
         return Invocation("run-model", "", dialect, environ, tuple(rest))
-    del rest[0]
+    program = _name(rest.pop(0))
     if program == "mlacli":
         name = rest.pop(0) if rest and rest[0] in COMMANDS else "run-model"
         return Invocation(name, program, None, environ, tuple(rest))
@@ -91,8 +94,8 @@ def _told(program: str, words: Sequence[str]) -> str | None:
     return told.pop() if len(told) == 1 else None
 
 
-def script_words(path: str) -> list[str]:
-    """The words of the command line in a shell script, what it exports in front."""
+def script_command(path: str) -> Chosen:
+    """The command line in a shell script, what it exports in front."""
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text()
     except (OSError, UnicodeDecodeError) as e:
@@ -100,26 +103,53 @@ def script_words(path: str) -> list[str]:
     return chosen_command(shell_commands(text, os.environ), path)
 
 
-def chosen_command(commands: Sequence[Command], where: str) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The words of the first of a script's `commands`, all of which could be meant."""
+
+    words: list[str]
+    commands: tuple[str, ...]
+
+
+def chosen_command(commands: Sequence[Command], where: str) -> Chosen:
     """The first command that calls a known program, else the first that begins with a flag."""
-    exported: list[str] = []
-    for command in commands:
-        if command.words[0] == "export":
-            exported += [w for w in command.words[1:] if "=" in w]
-        elif _calls(command.words):
-            return exported + command.readable()
-    for command in commands:
-        if command.words[0].startswith("-"):
-            return exported + command.readable()
-    raise UsageError(f"no llama.cpp or mlacli command in {where}", "write it as llama-cli -m ...")
+    found = [c for c in commands if _program_at(c.words) is not None]
+    found = found or [c for c in commands if c.words[0].startswith("-")]
+    if not found:
+        hint = "write it as llama-cli -m ..."
+        raise UsageError(f"no llama.cpp or mlacli command in {where}", hint)
+    first = next(i for i, command in enumerate(commands) if command is found[0])
+    exports = (c.words[1:] for c in commands[:first] if c.words[0] == "export")
+    exported = [w for words in exports for w in words if "=" in w]
+    return Chosen(exported + found[0].readable(), tuple(" ".join(c.words) for c in found))
 
 
-def _calls(command: Sequence[str]) -> bool:
-    words = [w for w in command if not _ASSIGNMENT.fullmatch(w) and w not in _WRAPPERS]
-    name = PurePath(words[0]).name if words else ""
-    if name.startswith("python"):
-        return "mlacli" in words[:3]
-    return bool(_PROGRAM.fullmatch(name.removesuffix(".exe")))
+def _name(word: str) -> str:
+    return PurePath(word).name.removesuffix(".exe")
+
+
+def _in_front(word: str) -> bool:
+    return bool(_ASSIGNMENT.fullmatch(word)) or word in _WRAPPERS or _name(word) in _LAUNCHERS
+
+
+def _program_at(words: Sequence[str]) -> int | None:
+    """Where the program is that the words call, None when they call none that is known.
+
+    Behind a launcher its options, one value after each, and numbers are passed over.
+    """
+    launched = False
+    for i, word in enumerate(words):
+        name = _name(word)
+        if _PROGRAM.fullmatch(name):
+            return i
+        if re.fullmatch(r"python[\d.]*", name):
+            is_ours = "-m" in words[i:] and words[words.index("-m", i) + 1 :][:1] == ["mlacli"]
+            return words.index("mlacli", i) if is_ours else None
+        launched = launched or name in _LAUNCHERS
+        its_own = word.startswith("-") or words[i - 1].startswith("-") or word[:1].isdigit()
+        if not _in_front(word) and not (launched and its_own):
+            return None
+    return None
 
 
 @dataclass(frozen=True, slots=True)

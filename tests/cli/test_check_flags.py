@@ -29,8 +29,8 @@ def test_json(mlacli, golden):
     assert (done.code, done.err) == (3, "")
     golden("check-flags-json", done.out)
     report = json.loads(done.out)
-    keys = "command program dialect arch split_mode flags plan error exit_code"
-    assert list(report) == keys.split()
+    keys = "command program dialect arch arch_assumed commands split_mode flags plan error"
+    assert list(report) == [*keys.split(), "exit_code"]
     assert report["split_mode"] == {"asked": "graph", "effective": "layer"}
     assert set(report["flags"][0]) == {"flag", "value", "verdict", "message", "hint"}
 
@@ -51,7 +51,9 @@ def test_every_mistake_is_in_the_report_and_the_first_is_the_error(mlacli, golde
     )
     assert done.code == 2
     golden("check-flags-refused", done.out)
-    assert done.err == "Error: unknown flag -mx (did you mean -m?)\n"
+    assert (
+        done.err == "Error: llama-server is not supported: mlacli has no server (use run-model)\n"
+    )
     assert "llama-server is not supported: mlacli has no server" in done.out
 
 
@@ -79,3 +81,39 @@ def test_the_mode_that_nobody_asked_for():
     assert judge([]).effective_mode == "none"
     assert judge(["-dev", "cpu,cpu"]).effective_mode == "layer"
     assert judge([]).asked_mode is None
+
+
+def test_no_line_is_a_usage_error(mlacli):
+    done = mlacli("check-flags", "--json")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("Error: no command line to judge (e.g. check-flags -- llama-cli")
+
+
+def test_an_assumed_architecture_is_named_so(mlacli):
+    assert "architecture: deepseek2 (assumed)\n" in mlacli("check-flags", "-ub", "64").out
+    told = mlacli("check-flags", "--arch", "mistral4", "-ub", "64").out
+    assert "architecture: mistral4\n" in told
+    assert judge(["-ub", "64"]).as_dict()["arch_assumed"] is True
+    assert judge(["-ub", "64"], "deepseek2").as_dict()["arch_assumed"] is False
+
+
+def test_an_architecture_that_mlacli_does_not_run(mlacli):
+    done = mlacli("check-flags", "--arch", "llama", "--", "llama-cli", "-p", "hi")
+    assert done.code == 1 and "result: refused" in done.out
+    assert done.err.startswith(
+        "Error: architecture 'llama' is not supported (mlacli runs deepseek2"
+    )
+
+
+def test_a_script_of_several_commands_says_which_is_judged(mlacli, tmp_path):
+    script = tmp_path / "run.sh"
+    script.write_text("echo llama-cli\nllama-cli -ub 64\nnice -n 5 llama-server -c 1\n")
+    done = mlacli("check-flags", "--json", "--file", str(script))
+    assert done.code == 0
+    assert done.err == "note: 2 commands found, only the first is judged: llama-cli -ub 64\n"
+    commands = ["llama-cli -ub 64", "nice -n 5 llama-server -c 1"]
+    assert json.loads(done.out)["commands"] == commands
+    line = mlacli("check-flags", "llama-cli -ub 64; llama-server -c 1")
+    assert line.code == 0 and line.err == done.err
+    script.write_text("llama-cli -ub 64\n")
+    assert mlacli("check-flags", "--file", str(script)).err == ""

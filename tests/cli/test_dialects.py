@@ -62,7 +62,8 @@ def value_of(word):
     flag = OURS.get(word)
     if flag is None:
         return "1"
-    return {"KV": "a=int:1", "LIST": "cpu"}.get(flag.metavar) or (*choices(flag.parse), "1")[0]
+    given = {"KV": "a=int:1", "LIST": "cpu", "RULES": "a=CPU"}
+    return given.get(flag.metavar) or (*choices(flag.parse), "1")[0]
 
 
 @pytest.mark.parametrize("command", ["run-model", "sweep-bench"])

@@ -87,3 +87,32 @@ def test_what_a_script_can_not_hold(mlacli, tmp_path, monkeypatch, text, error):
     assert done.code == 2 and error in done.err
     assert mlacli("check-flags", "--file", str(tmp_path / "none.sh")).code == 1
     assert mlacli("check-flags", "--file", str(path), "-ub", "1").code == 2
+
+
+LAUNCHERS = (
+    "taskset -c 0-7", "numactl --interleave=all", "nice -n 5", "stdbuf -oL", "timeout 10",
+    "timeout -k 5s 10s", "env A=B", "env -i A=B", "sudo", "sudo -E", "nohup", "taskset 0xff",
+    "A=B sudo nice -n 5 numactl -N 0 -m 0", "mpirun -np 2",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("program", ["./bin/llama-cli", "python3 -m mlacli", "mlacli run-model"])
+def test_launchers_in_front_are_passed_over(launcher, program):
+    line = f"{launcher} {program} -ub 64"
+    for words in ([line], line.split()):
+        called = invocation(words)
+        assert called.program in ("llama-cli", "mlacli") and called.flags == ("-ub", "64")
+        assert called.environ == ({"A": "B"} if "A=B" in line else {})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "cd llama-cli", "sudo cp llama-cli /bin", "time make llama-cli", "python llama-cli",
+        "if ! command -v llama-cli", "nice -n 5 make llama-cli", "timeout 10 python x.py llama-cli",
+    ],
+)  # fmt: skip
+def test_a_program_that_is_only_named_is_not_called(line):
+    with pytest.raises(UsageError, match=r"no llama\.cpp or mlacli command"):
+        invocation([line])

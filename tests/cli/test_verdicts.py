@@ -123,3 +123,59 @@ def test_the_plan_of_a_model(mlacli, tmp_path):
     gpu0 = report["plan"]["devices"][0]
     assert gpu0["device"] == "gpu0" and gpu0["need"] > gpu0["have"] == 0
     assert report["error"]["message"] in small.err
+
+
+@pytest.mark.parametrize("count", ["-1", "auto", "all", "0"])
+def test_layers_on_gpus_that_nobody_counts_are_no_change(count):
+    report = judge(["llama-cli", "-ngl", count])
+    assert (report.exit_code, report.verdicts[0].verdict) == (0, "no effect")
+    assert report.verdicts[0].message == "all layers are on the CPU"
+
+
+def test_layers_on_gpus_differ_for_foreign_programs_alone():
+    foreign, own = judge(["llama-cli", "-ngl", "99"]), judge(["mlacli", "run-model", "-ngl", "99"])
+    assert (foreign.exit_code, own.exit_code) == (3, 0)
+    assert foreign.verdicts[0].message == own.verdicts[0].message == "all layers are on the CPU"
+
+
+def test_graph_with_one_share_exits_3_as_a_strict_run(mlacli, tmp_path):
+    line = ["run-model", "-m", str(write_toy(tmp_path / "toy.gguf")), "-c", "64"]
+    line += ["-dev", "cpu,cpu", "-ts", "1,0", "-sm", "graph"]
+    assert mlacli("check-flags", "--", "mlacli", *line).code == 3
+    assert mlacli(*line, "--prompt-ids", "1,2", "-n", "1", "--strict").code == 3
+
+
+def test_a_context_beyond_training_is_warned_of(tmp_path):
+    words = ["llama-cli", "-m", str(write_toy(tmp_path / "toy.gguf")), "-c", "4096"]
+    report = judge(words)
+    assert report.exit_code == 0
+    said = {v.flag: (v.verdict, v.message) for v in report.verdicts}["-c"]
+    assert said[0] == "warned" and "exceeds the training context" in said[1]
+
+
+@pytest.mark.parametrize(
+    ("rules", "why"),
+    [
+        ("blk.(=CPU", "is not a regular expression"),
+        ("foo", "'foo' is not REGEX=DEVICE"),
+        ("x=CUDA9x", "'CUDA9x' is not a device"),
+        ("a=CPU,", "'' is not REGEX=DEVICE"),
+        ("a=CPU,b", "'b' is not REGEX=DEVICE"),
+        ("a{9999999999999}=CPU", "is not a regular expression"),
+    ],
+)
+def test_placement_rules_are_parsed(rules, why):
+    report = judge(["-ot", rules])
+    assert (report.exit_code, report.verdicts[0].verdict) == (2, "bad value")
+    assert why in report.verdicts[0].message and report.verdicts[0].hint
+
+
+@pytest.mark.parametrize("rules", [r"blk\.(1|2)\.ffn_.*_exps=CPU,b=CUDA10", "[[:a:]]=cpu"])
+def test_placement_rules_of_llama_cpp(rules, recwarn):
+    assert judge(["-ot", rules]).exit_code == 0 and not recwarn.list
+
+
+@pytest.mark.parametrize("program", ["llama-server", "./llama-quantize"])
+def test_a_program_that_mlacli_lacks_is_the_error(mlacli, program):
+    done = mlacli("check-flags", "--", program, "--port", "1", "--rpc", "x", "-ub", "none")
+    assert done.code == 2 and done.err.startswith(f"Error: {program.strip('./')} is not supported")

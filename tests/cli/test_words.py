@@ -121,7 +121,9 @@ def test_a_refused_flag_takes_its_values_along():
 
 
 def test_typed_words_and_repeats():
-    line = walk(TABLE, ["--ctx_size", "1", "-e", "--no-escape", "-c", "2", "-ot", "a", "-ot", "b"])
+    line = walk(
+        TABLE, ["--ctx_size", "1", "-e", "--no-escape", "-c", "2", "-ot", "a=CPU", "-ot", "b=CPU"]
+    )
     assert line.values["ctx_size"] == 2
     assert line.typed == {
         "escape": "-e",
@@ -150,11 +152,13 @@ def test_the_environment_comes_before_the_words():
 def test_every_flag_has_a_variable():
     """Words, switches and repeated flags alike: what the variable says is what the flag says."""
     for flag in TABLE:
-        text = {"KV": "a.b=int:1", "SHARES": "1,1", "LIST": "cpu"}.get(flag.metavar)
+        given = {"KV": "a.b=int:1", "SHARES": "1,1", "LIST": "cpu", "RULES": "a=CPU"}
+        text = given.get(flag.metavar)
         text = text or (choices(flag.parse) or ("1",))[0]
         words = [flag.names[0], text] if flag.parse else [flag.names[0]]
         assert values(environ={flag.env: text if flag.parse else "on"}) == values(*words), flag
     assert values(environ={"LLAMA_ARG_CPU_MOE": "0"}) == {}
+    assert values(environ={"LLAMA_ARG_ESCAPE": "off"}) == {"no_escape": True}
     line = walk(TABLE, [], {"LLAMA_ARG_CPU_MOE": "maybe"})
     assert "neither on nor off" in line.problems[0].error.message
 
