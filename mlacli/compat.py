@@ -61,7 +61,7 @@ def guard(arch: str, params: Params) -> tuple[Params, tuple[Finding, ...]]:
         "warning",
         found[0],
         "downgraded",
-        f"-sm graph can't be combined with {found[0]} on {arch}: running with -sm layer",
+        f"-sm graph can't be combined with {found[0]} on {arch}, so -sm layer takes its place",
         f"leave {found[0]} out to keep -sm graph",
     )
     return replace(params, split=replace(params.split, mode="layer")), (finding,)

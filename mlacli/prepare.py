@@ -250,8 +250,7 @@ def together(prepared: Sequence[Prepared]) -> list[Prepared]:
 def _refuse_changes(findings: Sequence[Finding]) -> None:
     for finding in findings:
         if finding.verdict in ("downgraded", "changed"):
-            message = finding.message.replace(": running with", ": would run with")
-            raise StrictDowngrade(message, finding.hint + ", or leave --strict out")
+            raise StrictDowngrade(finding.message, finding.hint + ", or leave --strict out")
 
 
 def _settle_mode(split: SplitParams, devices: tuple[Device, ...], planned: Any) -> SplitParams:

@@ -112,7 +112,7 @@ def test_strict_refuses_every_change(toy, values):
 
 
 def test_strict_says_what_would_run(toy):
-    with pytest.raises(StrictDowngrade, match=": would run with -sm layer"):
+    with pytest.raises(StrictDowngrade, match="so -sm layer takes its place"):
         ask(toy, split_mode="graph", cpu_moe=True, strict=True, **TWO)
 
 

@@ -101,3 +101,15 @@ def test_memory_in_use_is_what_the_plan_says() -> None:
         used = engine.memory()["cuda0"]
         planned = engine.prepared.plan.ranks[0].total
     assert planned <= used <= planned + (512 << 20)
+
+
+@pytest.mark.parametrize("ubatch", [16, 39])
+def test_a_prompt_of_several_ubatches_ends_in_the_same_logits(ubatch: int) -> None:
+    """Ubatches before the last ask for no logits at all; 39 leaves one token for the last."""
+    tokens, want = golden("v3")
+    with mlacli.load(FILES["v3"], device="cuda0", **EXACT, ubatch_size=ubatch) as engine:
+        assert nmse(engine.prefill(tokens)[0], want[-1]) <= 1e-6
+        engine.rewind(0)
+        engine.prefill(tokens[:1])  # a one-token step first, so that its graph is there
+        engine.rewind(0)
+        assert nmse(engine.prefill(tokens)[0], want[-1]) <= 1e-6
