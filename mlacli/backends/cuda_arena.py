@@ -6,11 +6,11 @@ scratch part that is rewound after each half layer. Nothing is freed, so capture
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import cupy as cp
 
+from mlacli.backends.cuda_array import Array
 from mlacli.errors import MemoryBudgetError
 
 _ALIGN = 256
@@ -29,17 +29,18 @@ class Arena:
                 device, nbytes, free, "other programs use the device: free it, or use a smaller -c"
             ) from None
         self._at = 0
+        self.peak = 0
 
-    def take(self, shape: tuple[int, ...], dtype: Any) -> Any:
+    def take(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """An array at the next free address; its content is whatever was there."""
-        nbytes = math.prod(shape) * cp.dtype(dtype).itemsize
-        if self._at + nbytes > self.size:
+        array = Array.dense(self._memory.ptr + self._at, shape, dtype)
+        if self._at + array.nbytes > self.size:
             raise MemoryBudgetError(
-                self.device, self._at + nbytes, self.size, "the plan's scratch is too small"
+                self.device, self._at + array.nbytes, self.size, "the plan's scratch is too small"
             )
-        pointer = cp.cuda.MemoryPointer(self._memory, self._at)
-        self._at += -(-nbytes // _ALIGN) * _ALIGN
-        return cp.ndarray(shape, dtype, pointer)
+        self._at += -(-array.nbytes // _ALIGN) * _ALIGN
+        self.peak = max(self.peak, self._at)
+        return array
 
     def mark(self) -> int:
         return self._at

@@ -1,7 +1,7 @@
 """Kernels of one device: source text, header inlining, typed signatures, launch.
 
-CuPy's own launch checks nothing and has no attributes, so every kernel declares its parameters and
-is launched by cuLaunchKernelEx, with programmatic dependent launch unless MLACLI_PDL=0.
+CuPy's own launch checks nothing and has no attributes, so parameters are read from the kernels'
+text and launches go to cuLaunchKernelEx, with programmatic dependent launch unless MLACLI_PDL=0.
 """
 
 from __future__ import annotations
@@ -19,26 +19,6 @@ import cupy as cp
 
 from mlacli.errors import BackendError
 
-# Kernel -> (file, parameters): p pointer (array or None), i int, l long long, f float.
-SIGNATURES: dict[str, tuple[str, str]] = {
-    "embed_f32": ("embed", "pppil"),
-    "rms_norm_f32": ("norm", "pppilf"),
-    "add_rms_norm_f32": ("norm", "ppppif"),
-    "silu_mul_f32": ("activation", "pppl"),
-    "add_f32": ("activation", "pppl"),
-    "rows_f32": ("activation", "pppi"),
-    "temper_f32": ("activation", "pppiif"),
-    "rope_table_f32": ("rope", "ppppi"),
-    "rope_f32": ("rope", "ppppill"),
-    "store": ("cache", "ppppii"),
-    "matmul_f32": ("matmul_vec", "pppiiiillllll"),
-    "matmul_vec_f32": ("matmul_vec", "pppiiiillllll"),
-    "experts_up_f32": ("matmul_experts", "pppppiiiiillll"),
-    "experts_down_f32": ("matmul_experts", "pppppiiiiiill"),
-    "route_f32": ("moe_route", "ppppiiiiiif"),
-    "mla_decode_split": ("mla_decode", "pppppf"),
-    "mla_combine_f32": ("mla_combine", "ppii"),
-}
 _CTYPES = {"p": ctypes.c_uint64, "i": ctypes.c_int, "l": ctypes.c_longlong, "f": ctypes.c_float}
 
 
@@ -88,6 +68,32 @@ def _kernel_folder() -> Traversable:
         return Path(__file__).parents[2] / "kernels"
 
 
+_KERNEL = re.compile(
+    r'extern "C" __global__\s+(?:__\w+__\s*\([^)]*\)\s*)*void\s+'
+    r"(?:__\w+__\s*\([^)]*\)\s*)*(\w+)\(([^)]*)\)"
+)
+_KINDS = {"int": "i", "float": "f", "long": "l"}
+
+
+@cache
+def signatures() -> dict[str, tuple[str, str]]:
+    """Kernel -> (file, parameters) of every kernel: p pointer, i int, l long long, f float."""
+    found: dict[str, tuple[str, str]] = {}
+    for path in sorted(_kernel_folder().iterdir(), key=lambda path: path.name):
+        if path.name.endswith(".cu"):
+            for kernel, parameters in _KERNEL.findall(path.read_text()):
+                assert kernel not in found, f"two kernels are called {kernel}"
+                found[kernel] = path.name.removesuffix(".cu"), _kinds(parameters)
+    return found
+
+
+def _kinds(parameters: str) -> str:
+    return "".join(
+        "p" if "*" in one else _KINDS[one.replace("const ", "").split()[0]]
+        for one in parameters.split(",")
+    )
+
+
 class Kernels:
     """Compiles kernels for the current device on first use and launches them on its stream."""
 
@@ -104,7 +110,7 @@ class Kernels:
         self, name: str, grid: tuple[int, ...], block: int, *args: Any, shared: int = 0,
         **defines: Any,
     ) -> None:  # fmt: skip
-        """Run kernel `name`, compiled with -D of `defines`; args as SIGNATURES declares them.
+        """Run kernel `name`, compiled with -D of `defines`; args as its text declares them.
 
         `shared`: bytes of dynamic shared memory.
         """
@@ -114,7 +120,7 @@ class Kernels:
             function = self._functions[key] = self._compile(name, defines)
         if shared > 48 << 10 and function.max_dynamic_shared_size_bytes < shared:
             function.max_dynamic_shared_size_bytes = shared
-        signature = SIGNATURES[name][1]
+        signature = signatures()[name][1]
         assert len(args) == len(signature), f"{name}: {len(args)} arguments for {signature}"
         values: list[Any] = [
             _CTYPES[kind](_value(a, kind)) for a, kind in zip(args, signature, strict=True)
@@ -135,20 +141,20 @@ class Kernels:
     @staticmethod
     def _compile(name: str, defines: dict[str, Any]) -> Any:
         options = ("-std=c++17", *(f"-D{key}={value}" for key, value in sorted(defines.items())))
-        text = source(SIGNATURES[name][0])
+        text = source(signatures()[name][0])
         try:
             function = cp.RawModule(code=text, options=options).get_function(name)
             _ = function.kernel  # compiles now
         except cp.cuda.compiler.CompileException as e:
             log = "\n".join(str(e).splitlines()[:20])
-            raise BackendError(f"kernels/{SIGNATURES[name][0]}.cu does not compile: {log}") from e
+            raise BackendError(f"kernels/{signatures()[name][0]}.cu does not compile: {log}") from e
         return function
 
 
 def _value(arg: Any, kind: str) -> Any:
     if kind != "p":
         return float(arg) if kind == "f" else int(arg)
-    return 0 if arg is None else arg.data.ptr
+    return 0 if arg is None else arg.ptr
 
 
 @cache

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import cupy as cp
 import numpy as np
+from numpy.typing import NDArray
 
 from mlacli.attention_forms import AttentionForm
 from mlacli.backends.cuda_arena import Arena
+from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_kernels import Kernels
 from mlacli.loading.quant_types import QType
 from mlacli.ops import LayerCache, LayerWeights, Ops, Step
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from mlacli.parallel.plan import RankPlan
     from mlacli.parallel.shards import Shard
 
-Array = Any
+Host = NDArray[Any]
 _CACHE_TYPES = {"f32": ("float", np.float32), "f16": ("__half", np.float16),
                 "bf16": ("__nv_bfloat16", np.uint16)}  # fmt: skip
 _SPLITS = 32  # ranges of the cache that one head's decode attention is cut into
@@ -68,11 +70,11 @@ class CudaOps(Ops):
         padding = 256 * (n_shards + 1024)
         self.arena = Arena(plan.device, plan.weights + plan.cache + plan.scratch + padding)
         self._half = int(context.graph_attn_precision == "f16")
-        self._inputs: Array = None  # token, position and wanted row of a one-token step
-        self._frequencies: Array = None
+        self._inputs: Any = None  # token, position and wanted row of a one-token step
+        self._frequencies: Any = None
         self._base = 0  # where scratch begins
         self._layer = 0  # where a half layer's temporaries begin
-        self._x: Array = None
+        self._x: Any = None
         self._graphs: dict[int, tuple[Any, Array | None, set[AttentionForm]]] = {}
 
     # ---- steps ------------------------------------------------------------------------------
@@ -80,22 +82,23 @@ class CudaOps(Ops):
     def execute(
         self, tokens: Sequence[int], n_past: int, frequencies: Sequence[float],
         out_rows: Sequence[int], forward: Callable[[Step], Array | None],
-    ) -> Array | None:  # fmt: skip
+    ) -> Host | None:  # fmt: skip
         with self.stream:
             if self._inputs is None:
-                self._frequencies = self._put(np.array(frequencies))
+                self._frequencies = self.put(np.array(frequencies))
                 self._inputs = self.arena.take((3,), np.int32)
                 self._base = self.arena.mark()
             if len(tokens) > 1:
                 self.arena.rewind(self._base)
-                return self._to_host(forward(self.step(tokens, n_past, frequencies, out_rows)))
-            self._inputs.set(np.array([tokens[0], n_past, 0], np.int32), stream=self.stream)
+                logits = forward(self.step(tokens, n_past, frequencies, out_rows))
+                return None if logits is None else self.get(logits)
+            self.copy_in(self._inputs, np.array([tokens[0], n_past, 0], np.int32))
             if len(out_rows) not in self._graphs:
                 self._graphs[len(out_rows)] = self._capture(n_past, len(out_rows), forward)
             graph, logits, forms = self._graphs[len(out_rows)]
             graph.launch(self.stream)
             self.forms |= forms
-            return self._to_host(logits)
+            return None if logits is None else self.get(logits)
 
     def _capture(
         self, n_past: int, n_out: int, forward: Callable[[Step], Array | None]
@@ -113,26 +116,36 @@ class CudaOps(Ops):
         logits = once()
         return self.stream.end_capture(), logits, set(self.forms)
 
-    def _to_host(self, logits: Array | None) -> Array | None:
-        out = None if logits is None else logits.get(stream=self.stream)
+    def get(self, array: Array) -> Host:
+        """A host copy, once everything launched before is done."""
+        host = np.empty(array.shape, array.dtype)
+        _copy(host.ctypes.data, array.ptr, array.nbytes, self.stream.ptr)
         self.stream.synchronize()
-        return out
+        return host
+
+    def copy_in(self, array: Array, host: Host) -> None:
+        """Fill `array` from `host`, which the caller may change once this returns."""
+        host = np.ascontiguousarray(host)
+        assert host.nbytes == array.nbytes, "a copy changes no sizes"
+        if host.nbytes:
+            _copy(array.ptr, host.ctypes.data, host.nbytes, self.stream.ptr)
+            self.stream.synchronize()
 
     def step(
         self, tokens: Sequence[int], n_past: int, frequencies: Sequence[float],
         out_rows: Sequence[int],
     ) -> Step:  # fmt: skip
         n = len(tokens)
-        pos = np.arange(n_past, n_past + n)
-        token_ids, pos, wanted = (self._put(np.asarray(a, np.int32)) for a in
-                                  (tokens, pos, list(out_rows)))  # fmt: skip
+        at = np.arange(n_past, n_past + n)
+        token_ids, pos, wanted = (self.put(np.asarray(a, np.int32)) for a in
+                                  (tokens, at, list(out_rows)))  # fmt: skip
         return self._rotated(token_ids, pos, n, n_past + n, wanted)
 
-    def _rotated(self, tokens: Array, pos: Array, n: int, n_kv: int, wanted: Array) -> Step:
+    def _rotated(self, tokens: Array, pos: Array, n: int, n_kv: int, wanted: Any) -> Step:
         half = len(self._frequencies)
-        cos, sin = self._new(n, half), self._new(n, half)
+        cos, sin = self.new((n, half)), self.new((n, half))
         block = min(512, half)
-        self._run("rope_table_f32", (n,), block, cos, sin, pos, self._frequencies, half)
+        self.run("rope_table_f32", (n,), block, cos, sin, pos, self._frequencies, half)
         return Step(tokens, pos, cos, sin, n, n_kv, wanted)
 
     # ---- weights and cache ------------------------------------------------------------------
@@ -140,13 +153,13 @@ class CudaOps(Ops):
     def upload(self, pieces: Any, shard: Shard) -> CudaWeight:
         by_column = shard.axis == len(shard.shape) - 1
         return CudaWeight(
-            shard.tensor, shard.shape, shard.qtype, self._put(pieces),
+            shard.tensor, shard.shape, shard.qtype, self.put(pieces),
             skip=shard.start % shard.qtype.block if by_column else 0,
             first=shard.start if shard.axis == 0 else 0,
         )  # fmt: skip
 
     def download(self, w: CudaWeight) -> Any:
-        return self._to_host(w.raw)
+        return self.get(w.raw)
 
     def new_rows(self, n_ctx: int, width: int, cache_type: str, transposed: bool = False) -> Array:
         assert not transposed, "-fa off is refused on GPUs"
@@ -156,19 +169,19 @@ class CudaOps(Ops):
 
     def embed(self, tokens: Array, w: CudaWeight) -> Array:
         n, d = len(tokens), w.shape[1]
-        residual, self._x = self._new(n, d), self._new(n, d)
+        residual, self._x = self.new((n, d)), self.new((n, d))
         self._layer = self.arena.mark()
-        self._run("embed_f32", (n,), 128, residual, tokens, w.raw, d, w.row_bytes, **_typed(w))
+        self.run("embed_f32", (n,), 128, residual, tokens, w.raw, d, w.row_bytes, **_typed(w))
         return residual
 
     def matmul(self, x: Array, w: CudaWeight) -> Array:
-        y = self._new(len(x), w.shape[0])
+        y = self.new((len(x), w.shape[0]))
         self._matmul(y, w, x, 1, w.shape[0])
         return y
 
     def heads_up(self, x: Array, w: CudaWeight) -> Array:
         h, out, _ = w.shape
-        y = self._new(len(x), h, out)
+        y = self.new((len(x), h, out))
         self._matmul(y, w, x, h, out)
         return y
 
@@ -177,24 +190,24 @@ class CudaOps(Ops):
         if n == 0:  # a ubatch whose logits nobody wants
             return
         args = (
-            y, w.raw, x, n, out, w.shape[-1], w.skip, w.row_bytes, _stride(x, 0), _stride(y, 0),
-            out * w.row_bytes, _stride(x, 1) if batches > 1 else 0, out,
+            y, w.raw, x, n, out, w.shape[-1], w.skip, w.row_bytes, x.stride(0), y.stride(0),
+            out * w.row_bytes, x.stride(1) if batches > 1 else 0, out,
         )  # fmt: skip
         if n <= 2 and shared <= _MOST_SHARED:
             rows = 2 if out * batches >= 4096 else 1
             grid = (-(-out // (8 * rows)), n, batches)
-            self._run("matmul_vec_f32", grid, 256, *args, shared=shared, ROWS=rows, **_typed(w))
+            self.run("matmul_vec_f32", grid, 256, *args, shared=shared, ROWS=rows, **_typed(w))
         else:
             grid = (-(-out // 8), -(-n // _COLS), batches)
             shared = _COLS * _staged(1024)
-            self._run("matmul_f32", grid, 256, *args, shared=shared, COLS=_COLS, **_typed(w))
+            self.run("matmul_f32", grid, 256, *args, shared=shared, COLS=_COLS, **_typed(w))
 
     # ---- element-wise -----------------------------------------------------------------------
 
     def rms_norm(self, x: Array, w: CudaWeight, eps: float) -> Array:
         n, d = x.shape
-        y = self._new(n, d)
-        self._run("rms_norm_f32", (n,), 256, y, x, w.raw, d, _stride(x, 0), eps)
+        y = self.new((n, d))
+        self.run("rms_norm_f32", (n,), 256, y, x, w.raw, d, x.stride(0), eps)
         return y
 
     def reduce_add_norm(
@@ -203,51 +216,51 @@ class CudaOps(Ops):
         n, d = residual.shape
         whole = self.comm.all_reduce(partial)
         weight = None if norm is None else norm.raw
-        self._run("add_rms_norm_f32", (n,), 256, residual, self._x, whole, weight, d, eps)
+        self.run("add_rms_norm_f32", (n,), 256, residual, self._x, whole, weight, d, eps)
         self.arena.rewind(self._layer)  # the next half layer reuses this one's temporaries
         return residual, self._x
 
     def rope(self, x: Array, step: Step) -> Array:
         heads, half = x.shape[1] if x.ndim == 3 else 1, x.shape[-1] // 2
-        y = self._new(*x.shape)
-        self._run(
-            "rope_f32", (step.n, heads), 32, y, x, step.cos, step.sin, half, _stride(x, 0),
-            _stride(x, 1) if x.ndim == 3 else 0,
+        y = self.new(x.shape)
+        self.run(
+            "rope_f32", (step.n, heads), 32, y, x, step.cos, step.sin, half, x.stride(0),
+            x.stride(1) if x.ndim == 3 else 0,
         )  # fmt: skip
         return y
 
     def temper(self, q: Array, temperature: Temperature, step: Step) -> Array:
-        y = self._new(*q.shape)
-        self._run(
+        y = self.new(q.shape)
+        self.run(
             "temper_f32", (step.n,), 256, y, q, step.pos, q.shape[1], temperature.length,
             temperature.scale,
         )  # fmt: skip
         return y
 
     def silu_mul(self, gate: Array, up: Array) -> Array:
-        y = self._new(*gate.shape)
-        self._run("silu_mul_f32", (-(-y.size // 256),), 256, y, gate, up, y.size)
+        y = self.new(gate.shape)
+        self.run("silu_mul_f32", (-(-y.size // 256),), 256, y, gate, up, y.size)
         return y
 
     def add(self, a: Array, b: Array) -> Array:
-        y = self._new(*a.shape)
-        self._run("add_f32", (-(-y.size // 256),), 256, y, a, b, y.size)
+        y = self.new(a.shape)
+        self.run("add_f32", (-(-y.size // 256),), 256, y, a, b, y.size)
         return y
 
     def columns(self, x: Array, start: int, stop: int) -> Array:
         return x[..., start:stop]
 
-    def rows(self, x: Array, wanted: Array) -> Array:
-        y = self._new(len(wanted), x.shape[1])
+    def rows(self, x: Array, wanted: Any) -> Array:
+        y = self.new((len(wanted), x.shape[1]))
         if len(wanted):
-            self._run("rows_f32", (len(wanted),), 256, y, x, wanted, x.shape[1])
+            self.run("rows_f32", (len(wanted),), 256, y, x, wanted, x.shape[1])
         return y
 
     # ---- attention --------------------------------------------------------------------------
 
     def store(self, rows: Array, c_kv: Array, k_pe: Array, step: Step) -> None:
         r, p = c_kv.shape[1], k_pe.shape[1]
-        self._run("store", (step.n,), 256, rows, c_kv, k_pe, step.pos, r, p, CACHE=self._cached)
+        self.run("store", (step.n,), 256, rows, c_kv, k_pe, step.pos, r, p, CACHE=self._cached)
 
     def split_heads(self, q: Array, k: int, p: int) -> tuple[Array, Array]:
         q = q.reshape(len(q), -1, k + p)
@@ -261,12 +274,12 @@ class CudaOps(Ops):
         self.forms.add(AttentionForm("absorbed", True))
         n, h, p = q_pe.shape
         splits = max(1, min(_SPLITS, -(-256 // (n * h))))
-        part, o = self._new(n, h, splits, r + 2), self._new(n, h, r)
-        self._run(
+        part, o = self.new((n, h, splits, r + 2)), self.new((n, h, r))
+        self.run(
             "mla_decode_split", (splits, h, n), 256, part, q_lat, q_pe, kv.rows, step.pos, scale,
             R=r, P=p, CACHE=self._cached, HALF=self._half,
         )  # fmt: skip
-        self._run("mla_combine_f32", (n * h,), 256, o, part, splits, r)
+        self.run("mla_combine_f32", (n * h,), 256, o, part, splits, r)
         return o
 
     @property
@@ -280,10 +293,8 @@ class CudaOps(Ops):
     ) -> Chosen:
         n = len(x)
         scores = self.matmul(x, gate)
-        chosen = Chosen(
-            self.arena.take((n, routing.n_used), np.int32), self._new(n, routing.n_used)
-        )
-        self._run(
+        chosen = Chosen(self.new((n, routing.n_used), np.int32), self.new((n, routing.n_used)))
+        self.run(
             "route_f32", (n,), 32, chosen.ids, chosen.weights, scores,
             None if bias is None else bias.raw, gate.shape[0], routing.n_used, routing.n_groups,
             routing.n_groups_used, routing.sigmoid, routing.renormalise, routing.scale,
@@ -298,8 +309,8 @@ class CudaOps(Ops):
         if merged is not None:
             f, up = f // 2, merged
             up_raw = merged.raw.reshape(-1)[f * merged.row_bytes :]
-        h = self._new(n, n_used, f)
-        self._run(
+        h = self.new((n, n_used, f))
+        self.run(
             "experts_up_f32", (-(-f // 8), n * n_used), 256, h, gate.raw,
             up.raw if up_raw is None else up_raw, x, chosen.ids, n_used, f, d, gate.first, held,
             gate.row_bytes, up.row_bytes, expert_bytes, expert_bytes // gate.row_bytes
@@ -310,8 +321,8 @@ class CudaOps(Ops):
     def moe_down(self, h: Array, chosen: Chosen, w: LayerWeights) -> Array:
         down: CudaWeight = w.ffn_down_exps
         (n, n_used), (held, d, f) = chosen.ids.shape, down.shape
-        y = self._new(n, d)
-        self._run(
+        y = self.new((n, d))
+        self.run(
             "experts_down_f32", (-(-d // 8), n), 256, y, down.raw, h, chosen.ids, chosen.weights,
             n_used, f, d, down.first, held, down.skip, down.row_bytes, d * down.row_bytes,
             shared=n_used * _staged(f), WTYPE=down.qtype.id, WTYPE_UP=down.qtype.id,
@@ -320,19 +331,17 @@ class CudaOps(Ops):
 
     # ---- plumbing ---------------------------------------------------------------------------
 
-    def _new(self, *shape: int) -> Array:
-        return self.arena.take(shape, np.float32)
+    def new(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
+        """Scratch until the end of the half layer; its content is whatever was there."""
+        return self.arena.take(shape, dtype)
 
-    def _put(self, host: Any) -> Array:
+    def put(self, host: Host) -> Array:
+        """A device copy that stays where it is until the arena is rewound."""
         device = self.arena.take(host.shape, host.dtype)
-        if host.size:
-            device.set(np.ascontiguousarray(host), stream=self.stream)
-            self.stream.synchronize()  # the host copy may go away
+        self.copy_in(device, host)
         return device
 
-    def _run(
-        self, name: str, grid: tuple[int, ...], block: int, *args: Any, **defines: Any
-    ) -> None:
+    def run(self, name: str, grid: tuple[int, ...], block: int, *args: Any, **defines: Any) -> None:
         self.kernels.launch(name, grid, block, *args, **defines)
 
 
@@ -345,6 +354,5 @@ def _staged(n: int) -> int:
     return 4 * 36 * -(-n // 32)
 
 
-def _stride(x: Array, axis: int) -> int:
-    """Elements between neighbours along `axis`."""
-    return int(x.strides[axis]) // 4
+def _copy(target: int, source: int, nbytes: int, stream: int) -> None:
+    cp.cuda.runtime.memcpyAsync(target, source, nbytes, cp.cuda.runtime.memcpyDefault, stream)
