@@ -34,4 +34,3 @@ def test_kernel_compiles(name: str, arch: str) -> None:
         pytest.fail(nvrtc.getProgramLog(program))
     finally:
         nvrtc.destroyProgram(program)
-
