@@ -1,4 +1,4 @@
-"""Weight tiles: NumPy's own tiling read back by kernels/include/tiles.cuh, bit for bit with gguf-py.
+"""Weight tiles: NumPy's tiling read back by kernels/include/tiles.cuh, bit for bit with gguf-py.
 
 Weakest link: kit/tiled.py lays the tiles out, so repack.cu is tested against it.
 """
@@ -11,17 +11,13 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 from gguf.quants import dequantize
-from kit.tiled import boost, qtype_of, scaled_values, tile_weight
+from kit.tiled import TILED, boost, cut_row, qtype_of, scaled_values, shapes, tile_weight
 from kit.toy_gguf import random_weight
 
 from mlacli.loading.tiles import tiled_shape
 
 HERE = Path(__file__).parent
 INCLUDE = HERE.parents[1] / "kernels" / "include"
-TILED = (
-    "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "Q4_K", "Q5_K",
-    "Q6_K", "IQ4_XS",
-)  # fmt: skip
 
 
 def same_bits(got: np.ndarray, want: np.ndarray) -> None:
@@ -31,22 +27,6 @@ def same_bits(got: np.ndarray, want: np.ndarray) -> None:
     assert not len(wrong), f"{len(wrong)} of {got.size} differ, first at {wrong[0]}: " + str(
         (got[tuple(wrong[0])], want[tuple(wrong[0])])
     )
-
-
-def cut_row(name: str, n_in: int, skip: int) -> tuple[int, slice]:
-    """Columns that a local row's blocks hold, and which of them are the rank's own."""
-    block = qtype_of(name).block
-    return -(-(skip + n_in) // block) * block, slice(skip, skip + n_in)
-
-
-def shapes(name: str) -> list[tuple[tuple[int, ...], int]]:
-    """(local shape, skip): leading axes, ragged rows, columns that fill no tile or cut a block."""
-    block = qtype_of(name).block
-    if block == 256:
-        return [((16, 256), 0), ((3, 21, 512), 0), ((5, 160), 32), ((2, 33, 320), 224)]
-    if block == 32:
-        return [((16, 64), 0), ((3, 21, 96), 0), ((37, 320), 0)]
-    return [((16, 64), 0), ((3, 21, 77), 0), ((5, 130), 0)]
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,10 @@ from gguf.quants import dequantize
 from mlacli.loading.quant_types import QType, from_id
 from mlacli.loading.tiles import TiledShape, tiled_shape
 
+TILED = (
+    "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "Q4_K", "Q5_K",
+    "Q6_K", "IQ4_XS",
+)  # fmt: skip
 # Largest |stored number less zero| of the types: the header's bound is made of it.
 MOST = {
     "Q4_0": 8, "Q4_1": 15, "Q5_0": 16, "Q5_1": 31, "Q8_0": 128, "IQ4_NL": 127, "MXFP4": 12,
@@ -30,6 +34,22 @@ TABLES = {"IQ4_NL": IQ4, "IQ4_XS": IQ4, "MXFP4": FP4}
 
 def qtype_of(name: str) -> QType:
     return from_id(int(T[name]), name)
+
+
+def cut_row(name: str, n_in: int, skip: int) -> tuple[int, slice]:
+    """Columns that a local row's blocks hold, and which of them are the rank's own."""
+    block = qtype_of(name).block
+    return -(-(skip + n_in) // block) * block, slice(skip, skip + n_in)
+
+
+def shapes(name: str) -> list[tuple[tuple[int, ...], int]]:
+    """(local shape, skip): leading axes, ragged rows, columns that fill no tile or cut a block."""
+    block = qtype_of(name).block
+    if block == 256:
+        return [((16, 256), 0), ((3, 21, 512), 0), ((5, 160), 32), ((2, 33, 320), 224)]
+    if block == 32:
+        return [((16, 64), 0), ((3, 21, 96), 0), ((37, 320), 0)]
+    return [((16, 64), 0), ((3, 21, 77), 0), ((5, 130), 0)]
 
 
 def _half(raw: np.ndarray) -> np.ndarray:
