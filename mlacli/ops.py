@@ -232,13 +232,21 @@ class Ops(Protocol):
         """The logits of one forward as a host array; a backend may capture and replay it."""
         return forward(self.step(tokens, n_past, frequencies, out_rows))
 
-    def project(
-        self, x: Act, q_a: Weight | None, kv_a: Weight, r: int
-    ) -> tuple[Act | None, Act, Act]:
-        """(q_a x or None, c_kv [n, r], k_pe [n, p]): the mirrored products of one input."""
+    def project(self, x: Act, q: Weight, kv_a: Weight, r: int) -> tuple[Act, Act, Act]:
+        """(q x, c_kv [n, r], k_pe [n, p]): the products of one input."""
         kv = self.matmul(x, kv_a)
-        q = None if q_a is None else self.matmul(x, q_a)
-        return q, self.columns(kv, 0, r), self.columns(kv, r, kv.shape[-1])
+        return self.matmul(x, q), self.columns(kv, 0, r), self.columns(kv, r, kv.shape[-1])
+
+    def experts(self, x: Act, chosen: Any, w: LayerWeights) -> Act | None:
+        """Weighted sum over chosen experts held here plus the shared expert [n, d]; None: neither.
+
+        `chosen` is None on a rank without routed experts.
+        """
+        y = None if chosen is None else self.moe_down(self.moe_up(x, chosen, w), chosen, w)
+        if w.ffn_down_shexp is not None:
+            shared = self.matmul(self.gated(x, w.ffn_gate_shexp, w.ffn_up_shexp), w.ffn_down_shexp)
+            y = shared if y is None else self.add(y, shared)
+        return y
 
     def gated(self, x: Act, gate: Weight, up: Weight) -> Act:
         """silu(gate x) * up x."""
@@ -254,6 +262,25 @@ class Ops(Protocol):
         self.store(kv.rows, c_kv, k_pe, step)
         if kv.columns is not None:
             self.store_columns(kv.columns, c_kv, step)
+
+    def latent_attention(
+        self, q: Act, c_kv: Act, k_pe: Act, w: LayerWeights, kv: LayerCache, step: Step, hp: Any,
+        chosen: Act | None = None,
+    ) -> Act:  # fmt: skip
+        """Attention of local heads [n, h * v], once each token's latent row is in the cache.
+
+        c_kv [n, r] is normed and k_pe [n, p] rotated on the way there;
+        q [n, h * (k + p)] comes unrotated; `chosen` rows [n, top_k] alone are met where given.
+        """
+        c_kv = self.rms_norm(c_kv, w.attn_kv_a_norm, hp.eps)
+        self.store_kv(kv, c_kv, self.rope(k_pe, step), w.attn_k_b, w.attn_v_b, step)
+        if hp.temperature is not None:
+            q = self.temper(q, hp.temperature, step)  # both parts; rotation commutes with it
+        q_nope, q_pe = self.split_heads(q, hp.k, hp.p)  # [n, h, k], [n, h, p]: local heads
+        held = q_nope, self.rope(q_pe, step), kv, w.attn_k_b, w.attn_v_b
+        if chosen is None:
+            return self.mla_attention(*held, step, hp.softmax_scale)
+        return self.sparse_attention(*held, chosen, step, hp.softmax_scale)
 
     def mla_attention(
         self, q_nope: Act, q_pe: Act, kv: LayerCache, k_b: Weight, v_b: Weight, step: Step,

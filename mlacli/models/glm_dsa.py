@@ -82,17 +82,11 @@ def attention(
     if w.attn_output is None:
         return None, None
     q_a, c_kv, k_pe = ops.project(x, w.attn_q_a, w.attn_kv_a_mqa, hp.r)  # mirrored
-    c_kv = ops.rms_norm(c_kv, w.attn_kv_a_norm, hp.eps)
-    cache.store(ops, il, c_kv, ops.rope(k_pe, step), w.attn_k_b, w.attn_v_b, step)
     q_a = ops.rms_norm(q_a, w.attn_q_a_norm, hp.eps)
     if hp.sparse is not None and hp.sparse.full[il]:
         chosen = choose(ops, hp.sparse, w, cache, il, x, q_a, step)
-    q_nope, q_pe = ops.split_heads(ops.matmul(q_a, w.attn_q_b), hp.k, hp.p)  # local heads
-    held = q_nope, ops.rope(q_pe, step), cache.rows[il], w.attn_k_b, w.attn_v_b
-    if chosen is None:
-        o = ops.mla_attention(*held, step, hp.softmax_scale)
-    else:
-        o = ops.sparse_attention(*held, chosen, step, hp.softmax_scale)
+    q = ops.matmul(q_a, w.attn_q_b)
+    o = ops.latent_attention(q, c_kv, k_pe, w, cache.rows[il], step, hp, chosen)
     return ops.matmul(o, w.attn_output), chosen  # [n, h * v] -> [n, d]
 
 
