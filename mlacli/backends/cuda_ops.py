@@ -75,6 +75,7 @@ class CudaOps(Ops):
         self._base = 0  # where scratch begins
         self._layer = 0  # where a half layer's temporaries begin
         self._x: Any = None
+        self._shapes: set[tuple[int, int]] = set()  # tokens and wanted rows whose kernels are there
         self._graphs: dict[int, tuple[Any, Array | None, set[AttentionForm]]] = {}
 
     # ---- steps ------------------------------------------------------------------------------
@@ -89,8 +90,11 @@ class CudaOps(Ops):
                 self._inputs = self.arena.take((3,), np.int32)
                 self._base = self.arena.mark()
             if len(tokens) > 1:
-                self.arena.rewind(self._base)
-                logits = forward(self.step(tokens, n_past, frequencies, out_rows))
+                if (len(tokens), len(out_rows)) not in self._shapes:
+                    self._shapes.add((len(tokens), len(out_rows)))
+                    with self.kernels.prepared():
+                        self._many(tokens, n_past, frequencies, out_rows, forward)
+                logits = self._many(tokens, n_past, frequencies, out_rows, forward)
                 return None if logits is None else self.get(logits)
             self.copy_in(self._inputs, np.array([tokens[0], n_past, 0], np.int32))
             if len(out_rows) not in self._graphs:
@@ -99,6 +103,13 @@ class CudaOps(Ops):
             graph.launch(self.stream)
             self.forms |= forms
             return None if logits is None else self.get(logits)
+
+    def _many(
+        self, tokens: Sequence[int], n_past: int, frequencies: Sequence[float],
+        out_rows: Sequence[int], forward: Callable[[Step], Array | None],
+    ) -> Array | None:  # fmt: skip
+        self.arena.rewind(self._base)
+        return forward(self.step(tokens, n_past, frequencies, out_rows))
 
     def _capture(
         self, n_past: int, n_out: int, forward: Callable[[Step], Array | None]
@@ -110,7 +121,9 @@ class CudaOps(Ops):
             tokens, pos, wanted = (self._inputs[i : i + 1] for i in range(3))
             return forward(self._rotated(tokens, pos, 1, n_past + 1, wanted[:n_out]))
 
-        once()  # compiles what is new, outside of the capture
+        with self.kernels.prepared():
+            once()
+        once()  # outside of the capture first: whatever fails, fails here
         self.stream.synchronize()
         self.stream.begin_capture()
         logits = once()
