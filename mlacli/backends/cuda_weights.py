@@ -58,9 +58,7 @@ def upload(device: Device, raw: Bytes, shard: Shard, tiled: bool = True) -> Cuda
 
     Launches on the device's stream find it. With `tiled` false nothing is repacked.
     """
-    by_column = shard.axis == len(shard.shape) - 1
-    skip = shard.start % shard.qtype.block if by_column else 0
-    first = shard.start if shard.axis == 0 else 0
+    skip, first = shard.skip, shard.start if shard.axis == 0 else 0
     if not (tiled and is_tiled(shard.tensor, shard.shape, shard.qtype)):
         held = device.take(raw.shape, np.uint8)
         at = 0
