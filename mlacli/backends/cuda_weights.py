@@ -6,7 +6,7 @@ device, and from there repacked to its place, so that its GGUF bytes are never t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -51,6 +51,14 @@ class CudaWeight:
     @property
     def row_bytes(self) -> int:
         return self.qtype.row_bytes(self.skip + self.shape[-1])
+
+
+def begin(device: Device, shards: Sequence[Shard]) -> None:
+    """Compiles what uploading `shards` launches, all at once."""
+    types = {s.qtype.id for s in shards if is_tiled(s.tensor, s.shape, s.qtype)}
+    with device.prepared():
+        for qtype in sorted(types):
+            device.launch("repack_tiles", (1,), 128, WTYPE=qtype)
 
 
 def upload(device: Device, raw: Bytes, shard: Shard, tiled: bool = True) -> CudaWeight:

@@ -34,7 +34,9 @@ def load_weights(
     """All weights of `rank`, handed to `ops`; `progress` is told each shard's bytes."""
     top: dict[str, Weight] = {}
     layers: dict[int, dict[str, Weight]] = {}
-    for shard in plan.of_rank(rank):
+    shards = list(plan.of_rank(rank))
+    ops.begin_upload(shards)
+    for shard in shards:
         raw = read_shard(file, shard, hp)
         assert raw.nbytes == shard.nbytes, f"{shard.tensor}: the plan and the bytes disagree"
         held = top if shard.layer is None else layers.setdefault(shard.layer, {})
