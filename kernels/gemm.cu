@@ -87,7 +87,7 @@ gemm(void* y0, const unsigned char* w0, int rows0, int row_tiles0, int col_tiles
      int col_tiles1, int skip1, long long ldy1, long long yb1, void* y2, const unsigned char* w2,
      int rows2, int row_tiles2, int col_tiles2, int skip2, long long ldy2, long long yb2,
      const unsigned short* x, int n, int cols, int batches, long long ldx, long long xb, float scale) {
-    extern __shared__ __align__(1024) unsigned char shared[];
+    extern __shared__ uint4 shared[];
     __shared__ Items items;  // spares registers
     pdl_launch();
     pdl_wait();

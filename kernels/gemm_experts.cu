@@ -76,7 +76,7 @@ gemm_experts_up(unsigned short* h, const unsigned char* gate, const unsigned cha
                 const unsigned short* x, const int* slots, const int* tiles, const int* ends,
                 int n_used, int f, int row_tiles, int up_tile, int col_tiles, int held, int cols,
                 int skip, long long ldh, long long ldx) {
-    extern __shared__ __align__(1024) unsigned char shared[];
+    extern __shared__ uint4 shared[];
     __shared__ Items items;  // spares registers
     pdl_launch();
     pdl_wait();
@@ -114,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 1)
 gemm_experts_down(float* y, const unsigned char* down, const unsigned short* h, const int* slots,
                   const int* tiles, const int* ends, int d, int row_tiles, int col_tiles, int held,
                   int cols, int skip, long long ldh) {
-    extern __shared__ __align__(1024) unsigned char shared[];
+    extern __shared__ uint4 shared[];
     __shared__ Items items;
     pdl_launch();
     pdl_wait();

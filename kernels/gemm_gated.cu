@@ -36,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 1)
 gemm_gated(unsigned short* h, const unsigned char* gate, const unsigned char* up,
            const unsigned short* x, int n, int rows, int row_tiles, int col_tiles, int cols, int skip,
            long long ldh, long long ldx) {
-    extern __shared__ __align__(1024) unsigned char shared[];
+    extern __shared__ uint4 shared[];
     pdl_launch();
     pdl_wait();
     Items items{gate, up, x, ldx, row_tiles, col_tiles, n, cols, skip, (rows + 127) / 128, 0};

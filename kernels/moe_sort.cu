@@ -49,7 +49,7 @@ __device__ __forceinline__ unsigned same(int e, int bits) {
 // ---------------------------------------------------------------- kernels -------------------
 extern "C" __global__ void __launch_bounds__(1024)
 moe_sort(int* slots, int* tiles, int* ends, const int* ids, int n_slots, int first, int held) {
-    extern __shared__ __align__(16) unsigned char shared[];
+    extern __shared__ uint4 shared[];
     __shared__ int warp_slots[32];
     __shared__ unsigned long long warp_tiles[32];
     int* place = (int*)shared;                                  // [32 warps][held]

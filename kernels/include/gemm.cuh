@@ -15,7 +15,11 @@
 
 constexpr int GEMM_THREADS = 256, GEMM_ROWS = 256, GEMM_TOKENS = 128;
 constexpr int GEMM_X_BYTES = GEMM_TOKENS * 128;  // of a stage
-constexpr int GEMM_AHEAD = STAGES - 2;           // stages copied before they are needed
+#ifdef WGMMA
+constexpr int GEMM_AHEAD = STAGES - 2;  // stages copied before they are needed
+#else
+constexpr int GEMM_AHEAD = STAGES - 1;
+#endif
 
 // ---------------------------------------------------------------- device helpers ------------
 #ifdef SIMT
@@ -47,8 +51,8 @@ __device__ __forceinline__ unsigned transposed(unsigned pair) {
 #endif
 
 // The ring's start in dynamic shared memory: the next multiple of 1024, which the swizzle needs.
-__device__ __forceinline__ unsigned char* ring_of(unsigned char* shared) {
-    return shared + (1024 - ((unsigned)__cvta_generic_to_shared(shared) & 1023) & 1023);
+__device__ __forceinline__ unsigned char* ring_of(void* shared) {
+    return (unsigned char*)shared + (1024 - ((unsigned)__cvta_generic_to_shared(shared) & 1023) & 1023);
 }
 
 __device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
@@ -233,7 +237,7 @@ struct Gemm {
             wgmma_publish();
 #endif
             __syncthreads();
-            copy_next();  // into the slot of two stages ago, which all are done with
+            copy_next();  // into the slot of a stage (wgmma: two stages) ago, which all are done with
             const unsigned char* x = ring + at * GEMM_X_BYTES;
             const unsigned char* tile = ring + STAGES * GEMM_X_BYTES + (at * 16 + warp) * TILE_BYTES;
             at = at + 1 == STAGES ? 0 : at + 1;
