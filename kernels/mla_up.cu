@@ -16,7 +16,7 @@
 extern "C" __global__ void __launch_bounds__(128)
 mla_up(unsigned char* up, const unsigned char* k_b, const unsigned char* v_b, long long k_row,
        long long v_row) {
-    __shared__ __half block[64][72];  // [column][depth]
+    __align__(16) __shared__ __half block[64][72];  // [column][depth]
     const int depth = blockIdx.x, slab = blockIdx.y, head = slab / (KS + VS);
     const int part = slab % (KS + VS), line = threadIdx.x >> 1, half = threadIdx.x & 1;
     pdl_launch();

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from mlacli.backends.cuda_array import Array
-from mlacli.backends.cuda_kernels import signatures, source
+from mlacli.backends.cuda_kernels import signatures
 
 KIT, HARNESS = Path(__file__).parent, Path(__file__).parents[1] / "kernels/prefill_harness.cpp"
+KERNELS = Path(__file__).parents[2] / "kernels"
 STOOD_IN = ("warpgroup.cuh", "bulk_copy.cuh", "pdl.cuh")
 
 
@@ -60,9 +61,10 @@ class SimulatedOps:
         library.run(*(*grid, 1)[:2], block, (ctypes.c_longlong * len(words))(*words))
 
     def _compiled(self, name: str, defines: dict[str, Any]) -> ctypes.CDLL:
-        text = source(signatures()[name][0], skip=STOOD_IN)
-        text = re.sub(r"extern __shared__ [^;]*;", "", text)
-        flags = [f"-D{key}={value}" for key, value in sorted(defines.items())] + [f"-DKERNEL={name}"]
+        text = re.sub(r"extern __shared__ [^;]*;", "", inlined(f"{signatures()[name][0]}.cu"))
+        sizes = "".join(f"#define {key} {value}\n" for key, value in sorted(defines.items()))
+        text = sizes + text  # not as options: K and the like are names in the C++ library
+        flags = [f"-DKERNEL={name}"]
         kit = "".join((KIT / f).read_text() for f in ("simt.h", "warpgroup_sim.h"))
         key = hashlib.sha256(repr((text, flags, kit, HARNESS.read_text())).encode()).hexdigest()[:16]
         folder = self.folder / key
@@ -75,3 +77,16 @@ class SimulatedOps:
                 check=True,
             )  # fmt: skip
         return ctypes.CDLL(str(folder / "kernel.so"))
+
+
+def inlined(file: str, seen: set[str] | None = None) -> str:
+    """kernels/<file> with our headers in their places, each once, but for those stood in for."""
+    seen = set(STOOD_IN) if seen is None else seen
+
+    def header(match: re.Match[str]) -> str:
+        if match[1] in seen:
+            return ""
+        seen.add(match[1])
+        return inlined(f"include/{match[1]}", seen).replace("#pragma once", "")
+
+    return re.sub(r'#include "([\w.]+)"\n', header, (KERNELS / file).read_text())
