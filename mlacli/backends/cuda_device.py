@@ -6,6 +6,7 @@ Ops see the `Device` protocol alone, so that they also run on a recorder that ha
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,6 +52,10 @@ class Device(Protocol):
         """Wait until everything launched before is done."""
         ...
 
+    def prepared(self) -> AbstractContextManager[None]:
+        """Inside, launches only name their kernels; at the end those are compiled together."""
+        ...
+
     def capture(self, launches: Callable[[], Any]) -> Callable[[], None]:
         """What `launches` would run, as a graph: call the result to run it."""
         ...
@@ -72,10 +77,10 @@ class CudaDevice:
         self.kernels = Kernels(self.stream)
         self.arena = Arena(name, nbytes)
         self.take, self.mark, self.rewind = self.arena.take, self.arena.mark, self.arena.rewind
-        self.launch = self.kernels.launch
+        self.launch, self.prepared = self.kernels.launch, self.kernels.prepared
         device = cp.cuda.Device()
         self.n_sm = int(device.attributes["MultiProcessorCount"])
-        self.capability = int(device.compute_capability)
+        self.capability = self.kernels.capability
 
     def copy_in(self, array: Array, host: Host) -> None:
         host = np.ascontiguousarray(host)

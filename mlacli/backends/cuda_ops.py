@@ -104,7 +104,9 @@ class CudaOps(Ops):
         return self._host_or_none(graph.logits)
 
     def _capture(self, launches: Callable[[], Array | None]) -> _Graph:
-        launches()  # compiles what is new, outside of the capture
+        with self.device.prepared():
+            launches()
+        launches()  # outside of the capture first: whatever fails, fails here
         logits: list[Array | None] = []
         replay = self.device.capture(lambda: logits.append(launches()))
         return _Graph(replay, logits[0], set(self.forms))
