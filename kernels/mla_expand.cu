@@ -1,6 +1,7 @@
 // Op        keys and values of each head from latent rows row0 .. row0 + n_rows of the cache:
 //           key = c_kv k_b[head] beside the shared k_pe, value = v_b[head] c_kv
-// Shapes    keys, values, rope, up as slabs.cuh has them; cache [n_ctx, r + p]; pos [n]
+// Shapes    keys, values, rope, up as slabs.cuh has them; unboost [2] (mla_up.cu);
+//           cache [n_ctx, r + p]; pos [n]
 // Dtypes    CACHE (__half, __nv_bfloat16, float) rounded to float16; up, keys, values float16
 // Grid      any number of CTAs >= n_rows / 128, best one per SM; 384 threads; shared: RS slabs of
 //           128 rows, 4 slabs of up, 2 of output (slab 16 KiB), 256 bytes
@@ -51,8 +52,8 @@ __device__ __forceinline__ uint4 piece(const T* from) {
 // ---------------------------------------------------------------- kernels -------------------
 extern "C" __global__ void __launch_bounds__(384, 1)
 mla_expand(unsigned char* keys, unsigned char* values, unsigned char* rope,
-           const unsigned char* up, const CACHE* cache, const int* pos, int n, int row0,
-           int n_rows, int h, float scale_k, float scale_v) {
+           const unsigned char* up, const float* unboost, const CACHE* cache, const int* pos,
+           int n, int row0, int n_rows, int h) {
     extern __shared__ __align__(1024) unsigned char shared[];
     unsigned char* const latent = shared;
     unsigned char* const staged = shared + (RS + STAGES) * SLAB;
@@ -130,6 +131,7 @@ mla_expand(unsigned char* keys, unsigned char* values, unsigned char* rope,
     const unsigned a = shared_address(latent) + group * (SLAB / 2);
     unsigned char* const out = staged + group * SLAB;
     const int row = 16 * (warp & 3) + (lane & 15), here = 128 * tile + 64 * group;
+    const float unboost_k = unboost[0], unboost_v = unboost[1];
     int at = 0;
     for (int pair = first; pair < stop; pair++) {
         float sum[64];
@@ -155,7 +157,7 @@ mla_expand(unsigned char* keys, unsigned char* values, unsigned char* rope,
         meet(1 + group, 128);
 #pragma unroll
         for (int slab = 0; slab < 2; slab++) {
-            const float scale = (2 * pair + slab) % (KS + VS) < KS ? scale_k : scale_v;
+            const float scale = (2 * pair + slab) % (KS + VS) < KS ? unboost_k : unboost_v;
 #pragma unroll
             for (int c = 0; c < 8; c += 2) {
                 const float* s = sum + 32 * slab + 4 * c;

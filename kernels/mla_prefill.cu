@@ -308,6 +308,7 @@ mla_prefill(__half* o16, float* o32, float* state, const unsigned char* queries,
             if (lane == 0) barrier_arrive(k_empty + 8 * stage);
             mask(stop - 1 - at);
             soften(s, rows, keep, scale);
+            hold(s);  // the compiler would put the wait first
             products_wait<0>();
             hold(rows.o);
             if (lane == 0) barrier_arrive(v_empty + 8 * before);

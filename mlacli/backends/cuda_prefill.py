@@ -121,7 +121,7 @@ def attend_expanded(
         h, q.strides[0] // 4, temperature.length if temperature else 1,
         temperature.scale if temperature else 0.0, **attending,
     )  # fmt: skip
-    up, scales = _weights(ops, k_b, v_b, sizes)
+    up, unboost = _weights(ops, k_b, v_b, sizes)
     keys, values = (ops.new((h * chunk * size * 128,), np.uint8) for size in (n_k, n_v))
     rope = ops.new((chunk * n_p * 128,), np.uint8)
     n_chunks = -(-step.n_kv // chunk)
@@ -131,8 +131,8 @@ def attend_expanded(
     o = ops.new((n, h * sizes.v), np.float16)
     for row0 in range(0, n_chunks * chunk, chunk):
         ops.run(
-            "mla_expand", (max(ops.n_sm, chunk // 128),), 384, keys, values, rope, up, rows,
-            step.pos, n, row0, chunk, h, *scales, shared=sizes.expand_shared, R=sizes.r,
+            "mla_expand", (max(ops.n_sm, chunk // 128),), 384, keys, values, rope, up,
+            unboost, rows, step.pos, n, row0, chunk, h, shared=sizes.expand_shared, R=sizes.r,
             CACHE=_CACHES[rows.dtype.name], **attending,
         )  # fmt: skip
         ops.run(
@@ -151,16 +151,18 @@ def attend_expanded(
 _LOG2E = 1.4426950408889634
 
 
-def _weights(ops: Launcher, k_b: Any, v_b: Any, sizes: Sizes) -> tuple[Array, tuple[float, float]]:
+def _weights(ops: Launcher, k_b: Any, v_b: Any, sizes: Sizes) -> tuple[Array, Array]:
     """k_b and v_b as mla_expand reads them, and what its sums of keys and values are scaled by."""
     columns, depth = sizes.h * (_slabs(sizes.k) + _slabs(sizes.v)), _slabs(sizes.r)
-    up = ops.new((-(-columns // 2) * depth * _SLAB,), np.uint8)
+    up, unboost = ops.new((-(-columns // 2) * depth * _SLAB,), np.uint8), ops.new((2,))
+    held = [(w.raw, w.row_bytes, 0) if w.tiles is None else (w.tiles, 0, 1) for w in (k_b, v_b)]
+    (k, k_row, k_tiled), (v, v_row, v_tiled) = held
     ops.run(
-        "mla_up", (depth, columns), 128, up, k_b.raw, v_b.raw, k_b.row_bytes, v_b.row_bytes,
+        "mla_up", (depth, columns), 128, up, unboost, k, v, sizes.h, k_row, v_row,
         K=sizes.k, P=sizes.p, V=sizes.v, R=sizes.r, TILE=sizes.tile, WTYPE=k_b.qtype.id,
-        WTYPE_V=v_b.qtype.id,
+        WTYPE_V=v_b.qtype.id, TILED=k_tiled, TILED_V=v_tiled,
     )  # fmt: skip
-    return up, (1.0, 1.0)
+    return up, unboost
 
 
 def _slabs(width: int) -> int:

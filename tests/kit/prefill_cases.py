@@ -7,6 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+from kit.tiled import tile_weight
 
 from mlacli.backends.cuda_prefill import Sizes, attend_expanded
 from mlacli.models.parts import Temperature
@@ -26,6 +29,8 @@ class Case:
     n_past: int
     n_padded: int = 0
     cache: str = "f16"
+    weights: tuple[str, str] = ("F16", "F16")  # of k_b and v_b
+    tiled: bool = False  # weights in tiles, else in raw GGUF bytes
     sharp: float = 1.0  # standard deviation of scores
     temperature: Temperature | None = None
     n_free: int = 300  # NaN rows past the last token's
@@ -36,11 +41,35 @@ class Case:
 
 
 @dataclass
+class Weight:
+    """GGUF bytes [.., row bytes] and the values they stand for, in float32."""
+
+    name: str
+    raw: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def of(cls, values: np.ndarray, name: str) -> Weight:
+        qtype = GGMLQuantizationType[name]
+        raw = quantize(values, qtype).view(np.uint8)
+        return cls(name, raw, dequantize(raw, qtype).reshape(values.shape))
+
+    def put(self, ops: Any, tiled: bool) -> Any:
+        """As a CudaWeight, or what of it attend_expanded reads."""
+        shape, qtype = self.values.shape, SimpleNamespace(id=int(GGMLQuantizationType[self.name]))
+        raw = None if tiled else ops.put(self.raw)
+        tiles = ops.put(tile_weight(self.raw, self.name, shape)) if tiled else None
+        return SimpleNamespace(
+            shape=shape, qtype=qtype, raw=raw, tiles=tiles, row_bytes=self.raw.shape[-1]
+        )
+
+
+@dataclass
 class Inputs:
     q: np.ndarray
     rows: np.ndarray  # as cached, NaN where nothing is
-    k_b: np.ndarray
-    v_b: np.ndarray
+    k_b: Weight
+    v_b: Weight
     pos: np.ndarray
     cos: np.ndarray
     sin: np.ndarray
@@ -64,7 +93,8 @@ def inputs(case: Case, seed: int = 0) -> Inputs:
         q[-case.n_padded :] = np.nan
     angle = np.maximum(pos, 0)[:, None] * 1e4 ** (-2 * np.arange(s.p // 2) / s.p)
     cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-    return Inputs(q, rows, k_b.astype(np.float16), v_b.astype(np.float16), pos, cos, sin)
+    k_b, v_b = (Weight.of(*pair) for pair in zip((k_b, v_b), case.weights, strict=True))
+    return Inputs(q, rows, k_b, v_b, pos, cos, sin)
 
 
 def cached(x: Inputs, cache: str) -> np.ndarray:
@@ -83,14 +113,11 @@ def run(ops: Any, case: Case, x: Inputs) -> np.ndarray:
 def launch(ops: Any, case: Case, x: Inputs) -> Any:
     """A function that launches the kernels on uploaded inputs."""
 
-    def weight(w: np.ndarray) -> Any:
-        raw = ops.put(w.view(np.uint8))
-        return SimpleNamespace(raw=raw, row_bytes=2 * w.shape[-1], qtype=SimpleNamespace(id=1))
-
     step = SimpleNamespace(
         n=case.n, n_kv=case.n_kv, pos=ops.put(x.pos), cos=ops.put(x.cos), sin=ops.put(x.sin)
     )
-    args = ops.put(x.q), ops.put(cached(x, case.cache)), weight(x.k_b), weight(x.v_b)
+    weights = x.k_b.put(ops, case.tiled), x.v_b.put(ops, case.tiled)
+    args = ops.put(x.q), ops.put(cached(x, case.cache)), *weights
     scale = float((case.sizes.k + case.sizes.p) ** -0.5)
     return lambda: attend_expanded(ops, *args, step, case.sizes, scale, case.temperature)
 
@@ -103,6 +130,9 @@ def expected(
 
     def f16(a: np.ndarray) -> np.ndarray:
         return a.astype(np.float16).astype(np.float64) if rounded else a.astype(np.float64)
+
+    def up(w: np.ndarray) -> np.ndarray:  # in tiles they are rounded after scaling
+        return w.astype(np.float64) if case.tiled else f16(w)
 
     rows = cached(x, case.cache)[: case.n_kv]
     if case.cache == "bf16":
@@ -117,8 +147,8 @@ def expected(
         q *= (1 + t.scale * np.log1p(np.maximum(x.pos[tokens], 0) // t.length))[:, None, None]
     q, out = f16(q), np.zeros((len(tokens), len(heads), s.v))
     for i, head in enumerate(heads):
-        keys = np.hstack([f16(c_kv @ x.k_b[head].astype(np.float64)), k_pe])
-        values = f16(c_kv @ x.v_b[head].astype(np.float64).T)
+        keys = np.hstack([f16(c_kv @ up(x.k_b.values[head])), k_pe])
+        values = f16(c_kv @ up(x.v_b.values[head]).T)
         scores = q[:, head] @ keys.T * (s.k + s.p) ** -0.5
         scores[np.arange(case.n_kv) > x.pos[tokens, None]] = -np.inf
         top = scores.max(axis=1, keepdims=True)
@@ -134,7 +164,8 @@ def compare(case: Case, x: Inputs, got: np.ndarray, n_tokens: int = 10**9) -> tu
     tokens = np.arange(case.n)
     if case.n > n_tokens:
         ends = [0, 1, 63, 64, 127, 128, case.n - case.n_padded - 1, case.n - 1]
-        tokens = np.unique(np.r_[ends, rng.integers(0, case.n, n_tokens - len(ends))])
+        some = np.r_[ends, rng.integers(0, case.n, n_tokens - len(ends))]
+        tokens = np.unique(some[some < case.n])
     heads = sorted({0, s.h // 2, s.h - 1})
     got, errors, worst = got[tokens][:, heads], [], ""
     for rounded in (False, True):
