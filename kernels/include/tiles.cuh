@@ -94,8 +94,10 @@ FORCE_INLINE void exact_fragment(const TileData<QTYPE>& w, int j, unsigned (&r)[
     }
 }
 
-// F16 only: what exact_fragment() left of the values, as bfloat16.
-FORCE_INLINE void exact_low(const TileData<QT_F16>& w, int j, unsigned (&r)[4]) {
+// Where Tile::has_low (F16): what exact_fragment() left of the values, as bfloat16.
+template <int QTYPE>
+FORCE_INLINE void exact_low(const TileData<QTYPE>& w, int j, unsigned (&r)[4]) {
+    if constexpr (!Tile<QTYPE>::has_low) return;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const float lo = half_bits_to_float(w.q[4 * j + i] & 0xFFFF);

@@ -5,7 +5,6 @@ Where a plane keeps what is said in kernels/include/tile_layout.cuh.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -162,7 +161,7 @@ def _restore_foreign(raw: Bytes, edges: Bytes, n_in: int, qtype: QType, skip: in
     for edge, block in ((0, 0), (1, n_blocks - 1)):
         width = 16 if qtype.name == "Q6_K" else 32
         column = 256 * block + np.arange(0, 256, width)
-        foreign = np.where((column < skip) | (column >= skip + n_in), 255, 0)
+        foreign = ((column < skip) | (column >= skip + n_in)) * np.uint8(255)
         mask = np.zeros(qtype.nbytes, np.uint8)
         if qtype.name == "Q6_K":
             mask[192:208] = foreign
@@ -178,7 +177,7 @@ def _restore_foreign(raw: Bytes, edges: Bytes, n_in: int, qtype: QType, skip: in
 
 def _nibbles(numbers: Bytes) -> Bytes:
     """32 numbers: the low nibbles of 16 bytes, then the high ones."""
-    n: Bytes = (numbers[..., :16] & 15) | numbers[..., 16:] << 4
+    n: Bytes = np.bitwise_or(numbers[..., :16] & 15, numbers[..., 16:] << 4, dtype=np.uint8)
     return n
 
 
