@@ -64,7 +64,7 @@ class CudaOps(Ops):
     def __init__(self, comm: Comm, context: ContextParams, device: Device) -> None:
         self.comm, self.context, self.device, self.forms = comm, context, device, set()
         self._half = int(context.graph_attn_precision == "f16")
-        self._inputs: Any = None  # tokens, positions and wanted rows [3, n_ubatch] of a step
+        self._inputs: Any = None  # tokens, positions and wanted rows of a step
         self._frequencies: Any = None
         self._base = 0  # where scratch begins
         self._layer = 0  # where a half layer's temporaries begin
@@ -80,13 +80,13 @@ class CudaOps(Ops):
         n, most = len(tokens), self.context.n_ubatch
         if self._inputs is None:
             self._frequencies = self.put(np.array(frequencies))
-            self._inputs = self.device.take((3, most), np.int32)
+            self._inputs = self.device.take((3 * most,), np.int32)
             self._base = self.device.mark()
         bucket = _bucket(n, most)
-        inputs = np.zeros((3, most), np.int32)
+        inputs = np.zeros((3, bucket), np.int32)
         inputs[0, :n], inputs[1] = tokens, -1
         inputs[1, :n], inputs[2, : len(out_rows)] = range(n_past, n_past + n), out_rows
-        self.device.copy_in(self._inputs, inputs)
+        self.device.copy_in(self._inputs[: 3 * bucket].reshape(3, bucket), inputs)
 
         def launches() -> Array | None:
             self.device.rewind(self._base)
@@ -104,13 +104,18 @@ class CudaOps(Ops):
         return self._host_or_none(graph.logits)
 
     def _capture(self, launches: Callable[[], Array | None]) -> _Graph:
-        launches()  # compiles what is new, outside of the capture
+        with self.device.prepared():
+            launches()
+        launches()  # outside of the capture first: whatever fails, fails here
         logits: list[Array | None] = []
         replay = self.device.capture(lambda: logits.append(launches()))
         return _Graph(replay, logits[0], set(self.forms))
 
     def _host_or_none(self, logits: Array | None) -> Host | None:
-        return None if logits is None else self.device.get(logits)
+        if logits is None:
+            self.device.synchronize()
+            return None
+        return self.device.get(logits)
 
     def _step(self, n: int, n_kv: int, n_out: int) -> Step:
         """The step in the input buffers, padded to `n` tokens."""
