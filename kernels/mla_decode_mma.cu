@@ -4,7 +4,7 @@
 //           sum), q [n h, r + p], cache [n_ctx, r + p], scales [n_ctx, ceil((r + p) / 32)] (q8_0),
 //           chosen [n, top_k] (CHOSEN 1: the rows to attend to; -1 and rows beyond pos are left out),
 //           pos [n] (-1: attends to nothing)
-// Dtypes    q float16; cache KIND 0 float16, 1 bfloat16, 2 float32, 3 int8 with float16 scales; its
+// Dtypes    q float16; cache CACHE_KIND 0 float16, 1 bfloat16, 2 float32, 3 int8 with float16 scales; its
 //           values are rounded to float16 and so are probabilities (-gap f16); sums float32
 // Grid      (splits, ceil(rows / (16 MT)), z), 256 threads; z 1 and rows = n h, or CHOSEN: z n and
 //           rows = h. Shared bytes: cuda_attention.decode_shared
@@ -15,6 +15,14 @@
 //           order; dead splits write nothing. NMSE against float64 of the rounded inputs about 4e-8:
 //           the rounding of probabilities
 // Bound by  bytes of the cache, once per 16 MT query rows
+// Variants  R=512 P=64 MT=1 CACHE_KIND=0 STAGES=5 CHOSEN=0 EARLY=1 PIPE=1;
+//           R=512 P=64 MT=2 CACHE_KIND=0 STAGES=5 CHOSEN=0 EARLY=1 PIPE=1;
+//           R=512 P=64 MT=4 CACHE_KIND=0 STAGES=2 CHOSEN=1 EARLY=0 PIPE=0;
+//           R=256 P=64 MT=1 CACHE_KIND=3 STAGES=5 CHOSEN=0 EARLY=1 PIPE=1;
+//           R=512 P=64 MT=1 CACHE_KIND=2 STAGES=2 CHOSEN=0 EARLY=0 PIPE=0;
+//           R=32 P=8 MT=2 CACHE_KIND=1 STAGES=5 CHOSEN=1 EARLY=0 PIPE=1
+// Needs     8.0
+// Spills    none
 // Sources   online softmax: arXiv 1805.02867; split-KV: arXiv 2311.01282; own
 // Tested by tests/kernels/test_mla.py, tests/gpu/test_cuda_attention.py
 #include <cuda_bf16.h>
@@ -36,12 +44,16 @@ constexpr int UNITS = R / 16, OWN = (UNITS + 7) / 8;  // 16 columns of o; those 
 constexpr int LDS = TILE + 8, LDP = TILE + 8;
 constexpr int LANES = 256 / M, COLS = TILE / LANES;   // threads and scores of a row in softmax
 constexpr bool Q_SHARED = MT > 2;             // else a warp keeps its part of q in registers
-constexpr bool RAW = KIND != 0;               // rows are converted after they arrive
+constexpr bool RAW = CACHE_KIND != 0;               // rows are converted after they arrive
+constexpr int AHEAD = Q_SHARED || RAW ? 0 : PIPE;       // scores are computed a tile ahead, so that they, the
+                                              // softmax and the values of three tiles overlap
+constexpr int FIRST = AHEAD == 2 ? STAGES : STAGES - 1;  // tiles asked for at the start
+constexpr int BUFFERS = AHEAD ? 2 : 1;            // of scores and probabilities
 constexpr int BLOCKS = (W + 31) / 32;         // of a q8_0 row
-constexpr int ROW_BYTES = KIND == 2 ? 4 * W : KIND == 3 ? 32 * BLOCKS : 2 * W;
+constexpr int ROW_BYTES = CACHE_KIND == 2 ? 4 * W : CACHE_KIND == 3 ? 32 * BLOCKS : 2 * W;
 constexpr int CHUNKS = ROW_BYTES / 16;        // of a row
 constexpr int STAGE_BYTES = TILE * (RAW ? ROW_BYTES : 2 * LD);
-constexpr int N_SCALES = KIND == 3 ? (TILE * BLOCKS + 255) / 256 : 1;  // of a thread
+constexpr int N_SCALES = CACHE_KIND == 3 ? (TILE * BLOCKS + 255) / 256 : 1;  // of a thread
 #define NONE __int_as_float(0xff800000)       // -inf
 
 // ---------------------------------------------------------------- device helpers ------------
@@ -49,10 +61,10 @@ struct Shared {
     char* ring;                // STAGES tiles as they come
     __half* tile;              // [TILE][LD]: a converted tile (RAW)
     __half* q;                 // [M][LD] (Q_SHARED)
-    float* score;              // [KG][M][LDS]: parts of scores
-    __half* weight;            // [M][LDP]: probabilities
-    float* keep;               // [M]: what remains of older sums
-    float* scale;              // [2][TILE][BLOCKS] of this tile and the next (KIND 3)
+    float* score;              // [BUFFERS][KG][M][LDS]: parts of scores
+    __half* weight;            // [BUFFERS][M][LDP]: probabilities
+    float* keep;               // [BUFFERS][M]: what remains of older sums
+    float* scale;              // [2][TILE][BLOCKS] of this tile and the next (CACHE_KIND 3)
     int* wanted;               // [length]: this split's rows (CHOSEN)
 };
 
@@ -61,10 +73,10 @@ __device__ __forceinline__ Shared carve(char* at) {
     s.ring = at, at += STAGES * STAGE_BYTES;
     s.tile = (__half*)at, at += RAW ? TILE * LD * 2 : 0;
     s.q = (__half*)at, at += Q_SHARED ? M * LD * 2 : 0;
-    s.score = (float*)at, at += KG * M * LDS * 4;
-    s.weight = (__half*)at, at += M * LDP * 2;
-    s.keep = (float*)at, at += M * 4;
-    s.scale = (float*)at, at += KIND == 3 ? 2 * TILE * BLOCKS * 4 : 0;
+    s.score = (float*)at, at += BUFFERS * KG * M * LDS * 4;
+    s.weight = (__half*)at, at += BUFFERS * M * LDP * 2;
+    s.keep = (float*)at, at += BUFFERS * M * 4;
+    s.scale = (float*)at, at += CACHE_KIND == 3 ? 2 * TILE * BLOCKS * 4 : 0;
     s.wanted = (int*)at;
     return s;
 }
@@ -111,13 +123,13 @@ __device__ __forceinline__ void keep_scales(const Shared& s, const float (&own)[
 __device__ __forceinline__ uint4 converted(const Shared& s, const char* raw, int slot, int c,
                                            int which) {
     float v[8];
-    if (KIND == 1) {
+    if (CACHE_KIND == 1) {
         const uint4 x = *(const uint4*)(raw + slot * ROW_BYTES + 16 * c);
         const unsigned w[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
         for (int i = 0; i < 8; i++)
             v[i] = __uint_as_float(i & 1 ? w[i / 2] & 0xffff0000 : w[i / 2] << 16);
-    } else if (KIND == 2) {
+    } else if (CACHE_KIND == 2) {
         const float4 a = *(const float4*)(raw + slot * ROW_BYTES + 32 * c);
         const float4 b = *(const float4*)(raw + slot * ROW_BYTES + 32 * c + 16);
         v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
@@ -139,7 +151,7 @@ __device__ __forceinline__ uint4 converted(const Shared& s, const char* raw, int
 }
 
 // Scores of this warp's part of r + p and half of the tile, to s.score.
-__device__ __forceinline__ void score_part(const Shared& s, const __half* tile,
+__device__ __forceinline__ void score_part(const Shared& s, const __half* tile, int buffer,
                                            const unsigned (&q)[Q_SHARED ? 1 : MT][PART][4]) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, kg = warp % KG, ng = warp / KG;
     float acc[MT][2][4];
@@ -170,7 +182,7 @@ __device__ __forceinline__ void score_part(const Shared& s, const __half* tile,
             mma_f16(acc[m][1], a, b1);
         }
     }
-    float* out = s.score + kg * M * LDS + (lane >> 2) * LDS + 16 * ng + 2 * (lane & 3);
+    float* out = s.score + (buffer * KG + kg) * M * LDS + (lane >> 2) * LDS + 16 * ng + 2 * (lane & 3);
 #pragma unroll
     for (int m = 0; m < MT; m++)
 #pragma unroll
@@ -181,15 +193,15 @@ __device__ __forceinline__ void score_part(const Shared& s, const __half* tile,
 }
 
 // Probabilities of a tile to s.weight; top and sum are those of this thread's row and columns.
-__device__ __forceinline__ void softmax(const Shared& s, float scale2, int first, int start,
-                                        int stop, int seen, float& top, float& sum) {
+__device__ __forceinline__ void softmax(const Shared& s, int buffer, float scale2, int first,
+                                        int start, int stop, int seen, float& top, float& sum) {
     const int row = threadIdx.x / LANES, col = threadIdx.x % LANES * COLS;
     float v[COLS], peak = top;
 #pragma unroll
     for (int i = 0; i < COLS; i++) {
         v[i] = 0.f;
 #pragma unroll
-        for (int k = 0; k < KG; k++) v[i] += s.score[(k * M + row) * LDS + col + i];
+        for (int k = 0; k < KG; k++) v[i] += s.score[((buffer * KG + k) * M + row) * LDS + col + i];
         const int slot = first + col + i;
         const bool open = CHOSEN ? row_of(s, slot, start, stop) >= 0 : start + slot < seen;
         v[i] = open ? v[i] * scale2 : NONE;
@@ -204,19 +216,20 @@ __device__ __forceinline__ void softmax(const Shared& s, float scale2, int first
     for (int i = 0; i < COLS; i += 2) {
         const float a = exp2f(v[i] - base), b = exp2f(v[i + 1] - base);
         sum += a + b;
-        *(__half2*)(s.weight + row * LDP + col + i) = __floats2half2_rn(a, b);
+        *(__half2*)(s.weight + (buffer * M + row) * LDP + col + i) = __floats2half2_rn(a, b);
     }
     top = peak;
-    if (threadIdx.x % LANES == 0) s.keep[row] = keep;
+    if (threadIdx.x % LANES == 0) s.keep[buffer * M + row] = keep;
 }
 
 // o = keep * o + weights * tile[:, this warp's columns].
-__device__ __forceinline__ void add_values(const Shared& s, const __half* tile,
+__device__ __forceinline__ void add_values(const Shared& s, const __half* tile, int buffer,
                                            float (&o)[MT][2 * OWN][4]) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
 #pragma unroll
     for (int m = 0; m < MT; m++) {
-        const float low = s.keep[16 * m + lane / 4], high = s.keep[16 * m + 8 + lane / 4];
+        const float* keep = s.keep + buffer * M + 16 * m + lane / 4;
+        const float low = keep[0], high = keep[8];
 #pragma unroll
         for (int c = 0; c < 2 * OWN; c++)
             o[m][c][0] *= low, o[m][c][1] *= low, o[m][c][2] *= high, o[m][c][3] *= high;
@@ -226,7 +239,8 @@ __device__ __forceinline__ void add_values(const Shared& s, const __half* tile,
     for (int k = 0; k < TILE / 16; k++) {
         unsigned a[MT][4];
 #pragma unroll
-        for (int m = 0; m < MT; m++) ldmatrix(a[m], s.weight + (16 * m + row) * LDP + 16 * k + col);
+        for (int m = 0; m < MT; m++) 
+            ldmatrix(a[m], s.weight + (buffer * M + 16 * m + row) * LDP + 16 * k + col);
 #pragma unroll
         for (int u = 0; u < OWN; u++) {
             if (UNITS % 8 && warp * OWN + u >= UNITS) break;
@@ -250,8 +264,10 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
                const int* chosen, const int* pos, int rows, int h, int n, int top_k, float scale) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, splits = gridDim.x;
     const Shared s = carve((char*)attention_memory);
-    if (!EARLY) pdl_wait();
-    pdl_launch();
+    if (!EARLY) {
+        pdl_wait();
+        pdl_launch();
+    }
 
     // ---- which rows: [row0, row_end) of part and q, [start, stop) of the cache or of `chosen`
     const int row0 = blockIdx.z * rows + blockIdx.y * M, row_end = (blockIdx.z + 1) * rows;
@@ -264,6 +280,7 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
     const int tiles = (stop - start + TILE - 1) / TILE;
     if (tiles <= 0) {
         pdl_wait();
+        pdl_launch();
         return;
     }
     if (CHOSEN) {  // one token per CTA
@@ -288,14 +305,15 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
 #pragma unroll
         for (int offset = 16; offset; offset >>= 1)
             fresh = min(fresh, __shfl_xor_sync(~0u, fresh, offset));
-        for (; issued < min(STAGES - 1, tiles); issued++) {
+        for (; issued < min(FIRST, tiles); issued++) {
             if (start + min((issued + 1) * TILE, stop - start) > fresh) break;
             fetch(s, cache, issued, issued * TILE, start, stop);
             cp_async_commit();
         }
         pdl_wait();
+        pdl_launch();  // not sooner: the merge reads pos before its own wait
     }
-    for (; issued < STAGES - 1; issued++) {
+    for (; issued < FIRST; issued++) {
         if (issued < tiles) fetch(s, cache, issued, issued * TILE, start, stop);
         cp_async_commit();
     }
@@ -324,7 +342,7 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
                 }
     }
     float own_scales[N_SCALES];
-    if (KIND == 3) {
+    if (CACHE_KIND == 3) {
         load_scales(own_scales, s, scales, 0, start, stop);
         keep_scales(s, own_scales, 0);
     }
@@ -339,28 +357,66 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
         for (int i = 0; i < 8 * OWN; i++) o[m][i / 4][i % 4] = 0.f;
 
     // ---- tiles
-    for (int i = 0; i < tiles; i++) {
-        cp_async_wait<STAGES - 2>();
-        __syncthreads();  // tile i is there for all, and all are done with tile i - 1
-        if (i + STAGES - 1 < tiles)
-            fetch(s, cache, (i + STAGES - 1) % STAGES, (i + STAGES - 1) * TILE, start, stop);
-        cp_async_commit();
-        const char* here = s.ring + i % STAGES * STAGE_BYTES;
-        const __half* tile = RAW ? s.tile : (const __half*)here;
-        if (RAW) {
-            if (KIND == 3) load_scales(own_scales, s, scales, (i + 1) * TILE, start, stop);
-            for (int c = threadIdx.x; c < TILE * (W / 8); c += 256) {
-                const int slot = c / (W / 8), col = c % (W / 8);
-                *(uint4*)(s.tile + slot * LD + 8 * col) = converted(s, here, slot, col, i & 1);
+    const auto tile_at = [&](int i) { return s.ring + i % STAGES * STAGE_BYTES; };
+    if constexpr (AHEAD) {
+        cp_async_wait<FIRST - 1>();
+        __syncthreads();
+        score_part(s, (const __half*)tile_at(0), 0, q_part);
+        for (int i = 0; i < tiles; i++) {
+            if (AHEAD == 1) {
+                cp_async_wait<STAGES - 3>();
+                __syncthreads();  // tile i + 1 and scores of i are there, all are done with i - 1
+                if (i + STAGES - 1 < tiles)
+                    fetch(s, cache, (i + STAGES - 1) % STAGES, (i + STAGES - 1) * TILE, start, stop);
+                cp_async_commit();
+                softmax(s, i & 1, scale2, i * TILE, start, stop, seen, top, sum);
+                if (i + 1 < tiles) score_part(s, (const __half*)tile_at(i + 1), (i + 1) & 1, q_part);
+                __syncthreads();
+                add_values(s, (const __half*)tile_at(i), i & 1, o);
+            } else {
+                if (i == 0) cp_async_wait<STAGES - 2>();
+                else if (i == 1) cp_async_wait<STAGES - 3>();
+                else cp_async_wait<STAGES - 4>();
+                __syncthreads();  // tile i + 1, scores of i, probabilities of i - 1; i - 2 is done with
+                if (i > 1) {
+                    if (i + STAGES - 2 < tiles)
+                        fetch(s, cache, (i + STAGES - 2) % STAGES, (i + STAGES - 2) * TILE, start, stop);
+                    cp_async_commit();
+                }
+                if (i > 0) add_values(s, (const __half*)tile_at(i - 1), (i - 1) & 1, o);
+                if (i + 1 < tiles) score_part(s, (const __half*)tile_at(i + 1), (i + 1) & 1, q_part);
+                softmax(s, i & 1, scale2, i * TILE, start, stop, seen, top, sum);
             }
-            if (KIND == 3) keep_scales(s, own_scales, (i + 1) & 1);
-            __syncthreads();
         }
-        score_part(s, tile, q_part);
-        __syncthreads();
-        softmax(s, scale2, i * TILE, start, stop, seen, top, sum);
-        __syncthreads();
-        add_values(s, tile, o);
+        if (AHEAD == 2) {
+            __syncthreads();
+            add_values(s, (const __half*)tile_at(tiles - 1), (tiles - 1) & 1, o);
+        }
+    } else {
+        for (int i = 0; i < tiles; i++) {
+            cp_async_wait<STAGES - 2>();
+            __syncthreads();  // tile i is there for all, and all are done with tile i - 1
+            if (i + STAGES - 1 < tiles)
+                fetch(s, cache, (i + STAGES - 1) % STAGES, (i + STAGES - 1) * TILE, start, stop);
+            cp_async_commit();
+            const __half* tile = RAW ? s.tile : (const __half*)tile_at(i);
+            if (RAW) {
+                if (CACHE_KIND == 3)
+                    load_scales(own_scales, s, scales, (i + 1) * TILE, start, stop);
+                for (int c = threadIdx.x; c < TILE * (W / 8); c += 256) {
+                    const int slot = c / (W / 8), col = c % (W / 8);
+                    *(uint4*)(s.tile + slot * LD + 8 * col) =
+                        converted(s, tile_at(i), slot, col, i & 1);
+                }
+                if (CACHE_KIND == 3) keep_scales(s, own_scales, (i + 1) & 1);
+                __syncthreads();
+            }
+            score_part(s, tile, 0, q_part);
+            __syncthreads();
+            softmax(s, 0, scale2, i * TILE, start, stop, seen, top, sum);
+            __syncthreads();
+            add_values(s, tile, 0, o);
+        }
     }
 
     // ---- results: rows of 8 columns' sums in pairs

@@ -231,8 +231,9 @@ class CudaOps(Ops):
         splits = max(1, min(_SPLITS, -(-256 // (n * h))))
         part, o = self.new((n, h, splits, hp.r + 2)), self.new((n, h, hp.r))
         self.run(
-            "mla_decode_split", (splits, h, n), 256, part, q_lat, q_pe, kv.rows, step.pos,
-            hp.softmax_scale, R=hp.r, P=hp.p, CACHE=self._cached, HALF=self._half,
+            "mla_decode_split", (splits, h, n), 256, part, q_lat, q_pe, kv.rows, None, None,
+            step.pos, hp.r, hp.p, 0, hp.softmax_scale, R=hp.r, P=hp.p, CACHE=self._cached,
+            HALF=self._half,
         )  # fmt: skip
         self.run("mla_combine_f32", (n * h,), 256, o, part, splits, hp.r)
         return _held(plain.heads(self, o, w.attn_v_b).reshape(n, -1))
