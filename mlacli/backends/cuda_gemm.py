@@ -96,7 +96,10 @@ def products(
 
     y float32 (`add`: added to) or float16. A 3-D w counts as its heads' rows one after another.
     """
-    _dense(ops, [(w, y, 1, 0) for w, y in pairs], x16, 0, 1, scale, add)
+    types = {w.qtype.id for w, _ in pairs}
+    together = [pairs] if len(types) <= 2 else [[pair] for pair in pairs]  # three would spill
+    for part in together:
+        _dense(ops, [(w, y, 1, 0) for w, y in part], x16, 0, 1, scale, add)
 
 
 def heads(ops: Any, w: CudaWeight, y: Array, x16: Array, scale: float = SIXTEENTH) -> None:
