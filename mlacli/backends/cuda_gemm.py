@@ -232,7 +232,7 @@ def _least(ops: Any) -> int:
 
 
 def _stages(ops: Any, weights: Sequence[CudaWeight]) -> int:
-    room: int = (_SHARED.get(ops.device.capability, 99) << 10) - 2048  # alignment, and the kernels' own
+    room: int = (_SHARED.get(ops.device.capability, 99) << 10) - 2048  # alignment and more
     return min(_MOST_STAGES, room // (_X_BYTES + 16 * max(_tile_bytes(w) for w in weights)))
 
 

@@ -43,14 +43,14 @@ class Weight:
         self.exact = local(dequantize(flat, T[name]))
         self.rounded = local(scaled_values(flat, name, by)) / by
         self.held = CudaWeight(
-            name, shape, q, None, ops.put(tiles), tiled_shape(shape, q, skip), skip, first
+            name, shape, q, ops.put(tiles), tiled_shape(shape, q, skip), skip, first
         )
 
 
 def plain(ops: Any, values: np.ndarray) -> CudaWeight:
     """A float32 weight in GGUF bytes."""
     raw = ops.put(np.ascontiguousarray(values).view(np.uint8))
-    return CudaWeight("w", values.shape, qtype_of("F32"), raw, None, None)
+    return CudaWeight("w", values.shape, qtype_of("F32"), raw)
 
 
 def rounded16(x: np.ndarray) -> np.ndarray:
