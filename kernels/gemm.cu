@@ -6,7 +6,8 @@
 //           to float32, 2 float16
 // Grid      any number of CTAs (one fits an SM), which share the work items; 256 threads; shared
 //           bytes: 1024 + STAGES * (16384 + 16 * bytes of a staged row tile)
-// Assumes   x 16-byte aligned, ldx and xb multiples of 8; float16 outputs with ldy and yb multiples of
+// Assumes   x 16-byte aligned, ldx and xb multiples of 8, its rows finite up to a multiple of 8;
+//           float16 outputs with ldy and yb multiples of
 //           8 that leave room for rows rounded up to 8; TOKENS of an item: 32, 64, 96 or 128
 // Numerics  a weight is rounded to float16 once (its scale before), x once; sums in the order of the
 //           tensor cores. NMSE 1e-11 against the same rounding in float64, 2e-7 against none

@@ -59,8 +59,8 @@ def rounded16(x: np.ndarray) -> np.ndarray:
 
 
 def put16(ops: Any, x: np.ndarray) -> Any:
-    """x [n, ..] as float16 activations of rows padded to 8; beyond each row NaN."""
-    padded = np.full((*x.shape[:-1], -(-x.shape[-1] // 8) * 8), np.nan, np.float16)
+    """x [n, ..] as float16 activations of rows padded to 8."""
+    padded = np.ones((*x.shape[:-1], -(-x.shape[-1] // 8) * 8), np.float16)
     padded[..., : x.shape[-1]] = np.clip(x / 16, -65504, 65504)
     return ops.put(padded)[..., : x.shape[-1]]
 
