@@ -39,7 +39,7 @@ def write_synth(
     writer.add_name(f"synthetic {path.stem}")
     for key, value in model.metadata().items():
         _add(writer, key, value)
-    file = SyntheticFile(path.stem, model, quant, seed)
+    file = SyntheticFile(model, quant, seed)
     for info in file.tensors.values():
         kind = T(info.qtype.id)
         writer.add_tensor_info(info.name, info.shape, np.dtype(np.float32), info.nbytes, kind)

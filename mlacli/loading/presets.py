@@ -19,6 +19,7 @@ Shape = tuple[int, ...]
 class Preset:
     """One model's sizes in the project's letters; q 0 = no query compression."""
 
+    name: str = ""
     arch: str = "deepseek2"
     layers: int
     d: int  # width of the residual stream
@@ -218,10 +219,10 @@ def preset(word: str) -> Preset:
         raise UsageError(f"{name!r} is no preset", nearest(name, PRESETS))
     found = PRESETS[name]
     if not layers:
-        return found
+        return replace(found, name=name)
     if not layers.isdecimal() or not found.dense < int(layers) <= found.layers:
         raise UsageError(
             f"{layers!r} is no number of layers for {name}",
             f"give a number from {found.dense + 1} to {found.layers}",
         )
-    return replace(found, layers=int(layers))
+    return replace(found, name=word, layers=int(layers))

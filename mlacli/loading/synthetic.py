@@ -17,7 +17,7 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from mlacli.loading import quant_types
-from mlacli.loading.gguf_file import Metadata, TensorInfo
+from mlacli.loading.gguf_file import GgufFile, TensorInfo
 from mlacli.loading.presets import Preset, type_name, value_spread
 
 Bytes = NDArray[np.uint8]
@@ -103,17 +103,15 @@ def tensor_infos(preset: Preset, quant: str = "q4_k_m") -> dict[str, TensorInfo]
     return found
 
 
-class SyntheticFile:
-    """What a GgufFile of a preset would be; its tensors are drawn when they are asked for."""
+class SyntheticFile(GgufFile):
+    """What a file of a preset would be; its tensors are drawn when they are asked for."""
 
     def __init__(
-        self, name: str, preset: Preset, quant: str = "q4_k_m", seed: int = 1,
+        self, preset: Preset, quant: str = "q4_k_m", seed: int = 1,
         override_kv: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        self.path = Path(f"synthetic-{name.replace(':', '-')}-{quant}")
-        self.arch = preset.arch
-        self.metadata = Metadata()
-        general = {"general.architecture": preset.arch, "general.name": f"synthetic {name}"}
+        super().__init__(Path(f"synthetic {preset.name} {quant}"))
+        general = {"general.architecture": preset.arch, "general.name": "random weights"}
         self.metadata.override(general | preset.metadata() | dict(override_kv or {}))
         self.tensors = tensor_infos(preset, quant)
         self._pool = Pool(seed)
@@ -133,6 +131,3 @@ class SyntheticFile:
     def pieces(self, info: TensorInfo) -> Iterator[Bytes]:
         """The same bytes, some megabytes at a time."""
         return self._pool.pieces(info)
-
-    def close(self) -> None:
-        """Nothing is open."""
