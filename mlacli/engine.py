@@ -265,6 +265,7 @@ class Engine:
                 return ops.execute(
                     ids, n_past, frequencies, rows,
                     lambda step: model.forward(seen, hp, weights, cache, step),
+                    capture=seen is ops,  # a watcher reads on the host
                 )  # fmt: skip
 
         results = self._ranks.group.run(one_rank)

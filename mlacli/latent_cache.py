@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mlacli.attention_forms import CachePart
-from mlacli.ops import Act, LayerCache, Ops, Step
+from mlacli.ops import LayerCache, Ops
 
 
 class LatentCache:
@@ -33,10 +33,6 @@ class LatentCache:
         for il in self.rows:
             if full[il]:
                 self.index_rows[il] = ops.new_rows(self.n_ctx, width, cache_type)
-
-    def store_index(self, ops: Ops, layer: int, keys: Act, step: Step) -> None:
-        """Write one index key per token of `step` at its position."""
-        ops.store_index(self.index_rows[layer], keys, step)
 
     @property
     def nbytes(self) -> int:

@@ -61,9 +61,12 @@ def _cuda_ranks(plan: ShardPlan, context: ContextParams) -> Ranks:
             "this version runs on one GPU at a time, without layers on the host",
             "name one device, e.g. -dev cuda0, and leave -ngl out",
         )
+    from mlacli.backends.cuda_device import CudaDevice
     from mlacli.backends.cuda_devices import use_device
     from mlacli.backends.cuda_ops import CudaOps
 
     (rank,) = plan.ranks
     use_device(rank.device)
-    return Ranks([CudaOps(SoloComm(), context, rank, len(plan.shards))], RankGroup(1))
+    padding = 256 * (len(plan.shards) + 1024)  # of the arena's addresses
+    device = CudaDevice(rank.device, rank.weights + rank.cache + rank.scratch + padding)
+    return Ranks([CudaOps(SoloComm(), context, device)], RankGroup(1))

@@ -1,7 +1,7 @@
-"""The ops of one CUDA rank: shape check, pick kernel, launch. Float32 arithmetic throughout.
+"""The ops of one CUDA rank: which kernels compute each op, in which form, on which memory.
 
-A decode step is captured into a CUDA graph once and replayed: tokens, positions and wanted rows
-live in fixed device buffers, every other address comes from the arena.
+Every step is a captured graph, one per bucket of tokens and form of attention; what changes from
+step to step (tokens, positions, wanted rows) lies in fixed device buffers. Knows no CuPy.
 """
 
 from __future__ import annotations
@@ -10,30 +10,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import cupy as cp
 import numpy as np
-from numpy.typing import NDArray
 
 from mlacli.attention_forms import AttentionForm
-from mlacli.backends.cuda_arena import Arena
+from mlacli.backends import cuda_plain as plain
+from mlacli.backends.cuda_acts import Act, Chosen
 from mlacli.backends.cuda_array import Array
-from mlacli.backends.cuda_kernels import Kernels
+from mlacli.backends.cuda_device import Device, Host
 from mlacli.loading.quant_types import QType
 from mlacli.ops import LayerCache, LayerWeights, Ops, Step
 from mlacli.parallel.comm import Comm
 from mlacli.params import ContextParams
 
 if TYPE_CHECKING:
-    from mlacli.models.parts import Routing, Temperature
-    from mlacli.parallel.plan import RankPlan
+    from mlacli.models.indexer import Indexer
+    from mlacli.models.parts import Routing
     from mlacli.parallel.shards import Shard
 
-Host = NDArray[Any]
 _CACHE_TYPES = {"f32": ("float", np.float32), "f16": ("__half", np.float16),
                 "bf16": ("__nv_bfloat16", np.uint16)}  # fmt: skip
 _SPLITS = 32  # ranges of the cache that one head's decode attention is cut into
-_COLS = 8  # tokens that one pass over a weight row serves
-_MOST_SHARED = 96 << 10  # bytes of shared memory that a CTA may take; two fit an SM
+FEW = 8  # tokens that decode's products take in one pass
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,114 +49,89 @@ class CudaWeight:
         return int(self.raw.shape[-1])
 
 
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """Expert ids (int32) and weights [n, n_used] on the device."""
+@dataclass(slots=True)
+class _Graph:
+    """A captured step: run it, where it leaves its logits, and its attention forms."""
 
-    ids: Array
-    weights: Array
+    replay: Callable[[], None]
+    logits: Array | None
+    forms: set[AttentionForm]
 
 
 class CudaOps(Ops):
-    """Ops on the current CUDA device; all its memory is `arena`."""
+    """Ops on `device`, whose arena holds all their memory."""
 
-    def __init__(self, comm: Comm, context: ContextParams, plan: RankPlan, n_shards: int) -> None:
-        self.comm, self.context, self.forms = comm, context, set()
-        self.stream = cp.cuda.Stream(non_blocking=True)
-        self.kernels = Kernels(self.stream)
-        padding = 256 * (n_shards + 1024)
-        self.arena = Arena(plan.device, plan.weights + plan.cache + plan.scratch + padding)
+    def __init__(self, comm: Comm, context: ContextParams, device: Device) -> None:
+        self.comm, self.context, self.device, self.forms = comm, context, device, set()
         self._half = int(context.graph_attn_precision == "f16")
-        self._inputs: Any = None  # token, position and wanted row of a one-token step
+        self._inputs: Any = None  # tokens, positions and wanted rows of a step
         self._frequencies: Any = None
         self._base = 0  # where scratch begins
         self._layer = 0  # where a half layer's temporaries begin
-        self._x: Any = None
-        self._shapes: set[tuple[int, int]] = set()  # tokens and wanted rows whose kernels are there
-        self._graphs: dict[int, tuple[Any, Array | None, set[AttentionForm]]] = {}
+        self._pos: Any = None  # of the step under way
+        self._graphs: dict[tuple[int, ...], _Graph] = {}
 
     # ---- steps ------------------------------------------------------------------------------
 
     def execute(
         self, tokens: Sequence[int], n_past: int, frequencies: Sequence[float],
-        out_rows: Sequence[int], forward: Callable[[Step], Array | None],
+        out_rows: Sequence[int], forward: Callable[[Step], Act | None], capture: bool = True,
     ) -> Host | None:  # fmt: skip
-        with self.stream:
-            if self._inputs is None:
-                self._frequencies = self.put(np.array(frequencies))
-                self._inputs = self.arena.take((3,), np.int32)
-                self._base = self.arena.mark()
-            if len(tokens) > 1:
-                if (len(tokens), len(out_rows)) not in self._shapes:
-                    self._shapes.add((len(tokens), len(out_rows)))
-                    with self.kernels.prepared():
-                        self._many(tokens, n_past, frequencies, out_rows, forward)
-                logits = self._many(tokens, n_past, frequencies, out_rows, forward)
-                return None if logits is None else self.get(logits)
-            self.copy_in(self._inputs, np.array([tokens[0], n_past, 0], np.int32))
-            if len(out_rows) not in self._graphs:
-                self._graphs[len(out_rows)] = self._capture(n_past, len(out_rows), forward)
-            graph, logits, forms = self._graphs[len(out_rows)]
-            graph.launch(self.stream)
-            self.forms |= forms
-            return None if logits is None else self.get(logits)
+        n, most = len(tokens), self.context.n_ubatch
+        if self._inputs is None:
+            self._frequencies = self.put(np.array(frequencies))
+            self._inputs = self.device.take((3 * most,), np.int32)
+            self._base = self.device.mark()
+        bucket = _bucket(n, most)
+        inputs = np.zeros((3, bucket), np.int32)
+        inputs[0, :n], inputs[1] = tokens, -1
+        inputs[1, :n], inputs[2, : len(out_rows)] = range(n_past, n_past + n), out_rows
+        self.device.copy_in(self._inputs[: 3 * bucket].reshape(3, bucket), inputs)
 
-    def _many(
-        self, tokens: Sequence[int], n_past: int, frequencies: Sequence[float],
-        out_rows: Sequence[int], forward: Callable[[Step], Array | None],
-    ) -> Array | None:  # fmt: skip
-        self.arena.rewind(self._base)
-        return forward(self.step(tokens, n_past, frequencies, out_rows))
+        def launches() -> Array | None:
+            self.device.rewind(self._base)
+            logits = forward(self._step(bucket, n_past + n, len(out_rows)))
+            return None if logits is None else self.f32(logits)
 
-    def _capture(
-        self, n_past: int, n_out: int, forward: Callable[[Step], Array | None]
-    ) -> tuple[Any, Array | None, set[AttentionForm]]:
-        """The graph of a one-token step, where it leaves its logits, and its attention forms."""
+        if not capture:
+            return self._host_or_none(launches())
+        key = (bucket, len(out_rows))
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(launches)
+        graph = self._graphs[key]
+        graph.replay()
+        self.forms |= graph.forms
+        return self._host_or_none(graph.logits)
 
-        def once() -> Array | None:
-            self.arena.rewind(self._base)
-            tokens, pos, wanted = (self._inputs[i : i + 1] for i in range(3))
-            return forward(self._rotated(tokens, pos, 1, n_past + 1, wanted[:n_out]))
+    def _capture(self, launches: Callable[[], Array | None]) -> _Graph:
+        with self.device.prepared():
+            launches()
+        launches()  # outside of the capture first: whatever fails, fails here
+        logits: list[Array | None] = []
+        replay = self.device.capture(lambda: logits.append(launches()))
+        return _Graph(replay, logits[0], set(self.forms))
 
-        with self.kernels.prepared():
-            once()
-        once()  # outside of the capture first: whatever fails, fails here
-        self.stream.synchronize()
-        self.stream.begin_capture()
-        logits = once()
-        return self.stream.end_capture(), logits, set(self.forms)
+    def _host_or_none(self, logits: Array | None) -> Host | None:
+        if logits is None:
+            self.device.synchronize()
+            return None
+        return self.device.get(logits)
 
-    def get(self, array: Array) -> Host:
-        """A host copy, once everything launched before is done."""
-        host = np.empty(array.shape, array.dtype)
-        _copy(host.ctypes.data, array.ptr, array.nbytes, self.stream.ptr)
-        self.stream.synchronize()
-        return host
-
-    def copy_in(self, array: Array, host: Host) -> None:
-        """Fill `array` from `host`, which the caller may change once this returns."""
-        host = np.ascontiguousarray(host)
-        assert host.nbytes == array.nbytes, "a copy changes no sizes"
-        if host.nbytes:
-            _copy(array.ptr, host.ctypes.data, host.nbytes, self.stream.ptr)
-            self.stream.synchronize()
-
-    def step(
-        self, tokens: Sequence[int], n_past: int, frequencies: Sequence[float],
-        out_rows: Sequence[int],
-    ) -> Step:  # fmt: skip
-        n = len(tokens)
-        at = np.arange(n_past, n_past + n)
-        token_ids, pos, wanted = (self.put(np.asarray(a, np.int32)) for a in
-                                  (tokens, at, list(out_rows)))  # fmt: skip
-        return self._rotated(token_ids, pos, n, n_past + n, wanted)
-
-    def _rotated(self, tokens: Array, pos: Array, n: int, n_kv: int, wanted: Any) -> Step:
+    def _step(self, n: int, n_kv: int, n_out: int) -> Step:
+        """The step in the input buffers, padded to `n` tokens."""
+        tokens, self._pos, wanted = (
+            self._inputs[0, :n],
+            self._inputs[1, :n],
+            self._inputs[2, :n_out],
+        )
         half = len(self._frequencies)
         cos, sin = self.new((n, half)), self.new((n, half))
         block = min(512, half)
-        self.run("rope_table_f32", (n,), block, cos, sin, pos, self._frequencies, half)
-        return Step(tokens, pos, cos, sin, n, n_kv, wanted)
+        self.run("rope_table_f32", (n,), block, cos, sin, self._pos, self._frequencies, half)
+        return Step(tokens, self._pos, cos, sin, n, n_kv, wanted)
+
+    def host(self, x: Act) -> Host:
+        return self.device.get(self.f32(x))
 
     # ---- weights and cache ------------------------------------------------------------------
 
@@ -172,68 +144,106 @@ class CudaOps(Ops):
         )  # fmt: skip
 
     def download(self, w: CudaWeight) -> Any:
-        return self.get(w.raw)
+        return self.device.get(w.raw)
 
     def new_rows(self, n_ctx: int, width: int, cache_type: str, transposed: bool = False) -> Array:
         assert not transposed, "-fa off is refused on GPUs"
-        return self.arena.take((n_ctx, width), _CACHE_TYPES[cache_type][1])
+        return self.device.take((n_ctx, width), _CACHE_TYPES[cache_type][1])
+
+    # ---- the residual stream ----------------------------------------------------------------
+
+    def embed(self, tokens: Array, w: CudaWeight) -> Act:
+        n, d = len(tokens), w.shape[1]
+        residual = self.new((n, d))
+        self._layer = self.device.mark()
+        self.run("embed_f32", (n,), 128, residual, tokens, w.raw, d, w.row_bytes, WTYPE=w.qtype.id)
+        return Act((n, d), residual)
+
+    def rms_norm(self, x: Act, w: CudaWeight, eps: float) -> Act:
+        return Act(x.shape, normed=(self.f32(x), w.raw, eps))
+
+    def reduce_add_norm(
+        self, partial: Act | None, residual: Act, norm: CudaWeight | None, eps: float
+    ) -> tuple[Act, Act]:
+        stream = self.f32(residual)
+        if partial is not None and partial.run is not None:
+            partial.run(stream)
+        elif partial is not None:
+            plain.add(self, stream, self.f32(partial), into=stream)
+        self.device.rewind(self._layer)  # the next half layer reuses this one's temporaries
+        residual = Act(residual.shape, stream)
+        return residual, residual if norm is None else self.rms_norm(residual, norm, eps)
+
+    def rows(self, x: Act, wanted: Any) -> Act:
+        assert x.normed is not None, "the last norm is taken of the wanted rows alone"
+        stream, weight, eps = x.normed
+        y = self.new((len(wanted), x.shape[1]))
+        if len(wanted):
+            self.run("rows_f32", (len(wanted),), 256, y, stream, wanted, x.shape[1])
+        return Act(y.shape, normed=(y, weight, eps))
+
+    def logits(self, x: Act, output: CudaWeight | None) -> Act:
+        assert output is not None, "several GPUs are refused"
+        return self.matmul(x, output)
 
     # ---- products ---------------------------------------------------------------------------
 
-    def embed(self, tokens: Array, w: CudaWeight) -> Array:
-        n, d = len(tokens), w.shape[1]
-        residual, self._x = self.new((n, d)), self.new((n, d))
-        self._layer = self.arena.mark()
-        self.run("embed_f32", (n,), 128, residual, tokens, w.raw, d, w.row_bytes, **_typed(w))
-        return residual
+    def matmul(self, x: Act, w: CudaWeight) -> Act:
+        """Pending: it may yet add into the residual stream."""
 
-    def matmul(self, x: Array, w: CudaWeight) -> Array:
-        y = self.new((len(x), w.shape[0]))
-        self._matmul(y, w, x, 1, w.shape[0])
-        return y
+        def run(into: Array | None) -> Array:
+            y = plain.product(self, self.f32(x), w)
+            return y if into is None else plain.add(self, into, y, into=into)
 
-    def heads_up(self, x: Array, w: CudaWeight) -> Array:
-        h, out, _ = w.shape
-        y = self.new((len(x), h, out))
-        self._matmul(y, w, x, h, out)
-        return y
+        return Act((len(x), w.shape[0]), run=run)
 
-    def _matmul(self, y: Array, w: CudaWeight, x: Array, batches: int, out: int) -> None:
-        n, shared = len(x), _staged(w.shape[-1])
-        if n == 0:  # a ubatch whose logits nobody wants
-            return
-        args = (
-            y, w.raw, x, n, out, w.shape[-1], w.skip, w.row_bytes, x.stride(0), y.stride(0),
-            out * w.row_bytes, x.stride(1) if batches > 1 else 0, out,
+    def project(self, x: Act, q: CudaWeight, kv_a: CudaWeight, r: int) -> tuple[Act, Act, Act]:
+        kv = plain.product(self, self.f32(x), kv_a)
+        return self.matmul(x, q), _held(kv[:, :r]), _held(kv[:, r:])
+
+    def gated(self, x: Act, gate: CudaWeight, up: CudaWeight) -> Act:
+        both = [plain.product(self, self.f32(x), w) for w in (gate, up)]
+        return _held(plain.silu_mul(self, *both))
+
+    # ---- attention --------------------------------------------------------------------------
+
+    def latent_attention(
+        self, q: Act, c_kv: Act, k_pe: Act, w: LayerWeights, kv: LayerCache, step: Step, hp: Any,
+        chosen: Any = None,
+    ) -> Act:  # fmt: skip
+        self.forms.add(AttentionForm("absorbed", True))
+        normed = plain.rms_norm(self, self.f32(c_kv), w.attn_kv_a_norm.raw, hp.eps)
+        self.run(
+            "store", (step.n,), 256, kv.rows, normed, self._rotated(self.f32(k_pe), step), step.pos,
+            hp.r, hp.p, CACHE=self._cached,
         )  # fmt: skip
-        if n <= 2 and shared <= _MOST_SHARED:
-            rows = 2 if out * batches >= 4096 else 1
-            grid = (-(-out // (8 * rows)), n, batches)
-            self.run("matmul_vec_f32", grid, 256, *args, shared=shared, ROWS=rows, **_typed(w))
-        else:
-            grid = (-(-out // 8), -(-n // _COLS), batches)
-            shared = _COLS * _staged(1024)
-            self.run("matmul_f32", grid, 256, *args, shared=shared, COLS=_COLS, **_typed(w))
+        queries = self.f32(q)
+        if hp.temperature is not None:
+            plain_q, queries = queries, self.new(queries.shape)
+            self.run(
+                "temper_f32", (step.n,), 256, queries, plain_q, step.pos, queries.shape[1],
+                hp.temperature.length, hp.temperature.scale,
+            )  # fmt: skip
+        queries = queries.reshape(step.n, -1, hp.k + hp.p)
+        q_lat = plain.heads(self, queries[..., : hp.k], w.attn_k_b)
+        q_pe = self._rotated(queries[..., hp.k :], step)
+        n, h, _ = q_pe.shape
+        splits = max(1, min(_SPLITS, -(-256 // (n * h))))
+        part, o = self.new((n, h, splits, hp.r + 2)), self.new((n, h, hp.r))
+        self.run(
+            "mla_decode_split", (splits, h, n), 256, part, q_lat, q_pe, kv.rows, step.pos,
+            hp.softmax_scale, R=hp.r, P=hp.p, CACHE=self._cached, HALF=self._half,
+        )  # fmt: skip
+        self.run("mla_combine_f32", (n * h,), 256, o, part, splits, hp.r)
+        return _held(plain.heads(self, o, w.attn_v_b).reshape(n, -1))
 
-    # ---- element-wise -----------------------------------------------------------------------
+    def choose_rows(
+        self, x: Act, q_a: Act, w: LayerWeights, rows: Any, step: Step, indexer: Indexer
+    ) -> Any:
+        raise AssertionError("prepare.py refuses sparse attention on GPUs")
 
-    def rms_norm(self, x: Array, w: CudaWeight, eps: float) -> Array:
-        n, d = x.shape
-        y = self.new((n, d))
-        self.run("rms_norm_f32", (n,), 256, y, x, w.raw, d, x.stride(0), eps)
-        return y
-
-    def reduce_add_norm(
-        self, partial: Array | None, residual: Array, norm: CudaWeight | None, eps: float
-    ) -> tuple[Array, Array]:
-        n, d = residual.shape
-        whole = self.comm.all_reduce(partial)
-        weight = None if norm is None else norm.raw
-        self.run("add_rms_norm_f32", (n,), 256, residual, self._x, whole, weight, d, eps)
-        self.arena.rewind(self._layer)  # the next half layer reuses this one's temporaries
-        return residual, self._x
-
-    def rope(self, x: Array, step: Step) -> Array:
+    def _rotated(self, x: Array, step: Step) -> Array:
+        """x [n, p] or [n, h, p] with pairs (2i, 2i+1) rotated."""
         heads, half = x.shape[1] if x.ndim == 3 else 1, x.shape[-1] // 2
         y = self.new(x.shape)
         self.run(
@@ -242,130 +252,63 @@ class CudaOps(Ops):
         )  # fmt: skip
         return y
 
-    def temper(self, q: Array, temperature: Temperature, step: Step) -> Array:
-        y = self.new(q.shape)
-        self.run(
-            "temper_f32", (step.n,), 256, y, q, step.pos, q.shape[1], temperature.length,
-            temperature.scale,
-        )  # fmt: skip
-        return y
-
-    def silu_mul(self, gate: Array, up: Array) -> Array:
-        y = self.new(gate.shape)
-        self.run("silu_mul_f32", (-(-y.size // 256),), 256, y, gate, up, y.size)
-        return y
-
-    def add(self, a: Array, b: Array) -> Array:
-        y = self.new(a.shape)
-        self.run("add_f32", (-(-y.size // 256),), 256, y, a, b, y.size)
-        return y
-
-    def columns(self, x: Array, start: int, stop: int) -> Array:
-        return x[..., start:stop]
-
-    def rows(self, x: Array, wanted: Any) -> Array:
-        y = self.new((len(wanted), x.shape[1]))
-        if len(wanted):
-            self.run("rows_f32", (len(wanted),), 256, y, x, wanted, x.shape[1])
-        return y
-
-    # ---- attention --------------------------------------------------------------------------
-
-    def store(self, rows: Array, c_kv: Array, k_pe: Array, step: Step) -> None:
-        r, p = c_kv.shape[1], k_pe.shape[1]
-        self.run("store", (step.n,), 256, rows, c_kv, k_pe, step.pos, r, p, CACHE=self._cached)
-
-    def split_heads(self, q: Array, k: int, p: int) -> tuple[Array, Array]:
-        q = q.reshape(len(q), -1, k + p)
-        return q[..., :k], q[..., k:]
-
-    def attend_absorbed(
-        self, q_lat: Array, q_pe: Array, kv: LayerCache, r: int, step: Step, scale: float,
-        blockwise: bool,
-    ) -> Array:  # fmt: skip
-        assert blockwise, "whole score matrices are refused on GPUs"
-        self.forms.add(AttentionForm("absorbed", True))
-        n, h, p = q_pe.shape
-        splits = max(1, min(_SPLITS, -(-256 // (n * h))))
-        part, o = self.new((n, h, splits, r + 2)), self.new((n, h, r))
-        self.run(
-            "mla_decode_split", (splits, h, n), 256, part, q_lat, q_pe, kv.rows, step.pos, scale,
-            R=r, P=p, CACHE=self._cached, HALF=self._half,
-        )  # fmt: skip
-        self.run("mla_combine_f32", (n * h,), 256, o, part, splits, r)
-        return o
-
     @property
     def _cached(self) -> str:
         return _CACHE_TYPES[self.context.cache_type_k][0]
 
     # ---- routed experts ---------------------------------------------------------------------
 
-    def route(
-        self, x: Array, gate: CudaWeight, bias: CudaWeight | None, routing: Routing
-    ) -> Chosen:
-        n = len(x)
-        scores = self.matmul(x, gate)
-        chosen = Chosen(self.new((n, routing.n_used), np.int32), self.new((n, routing.n_used)))
-        self.run(
-            "route_f32", (n,), 32, chosen.ids, chosen.weights, scores,
-            None if bias is None else bias.raw, gate.shape[0], routing.n_used, routing.n_groups,
-            routing.n_groups_used, routing.sigmoid, routing.renormalise, routing.scale,
-        )  # fmt: skip
-        return chosen
+    def route(self, x: Act, gate: CudaWeight, bias: CudaWeight | None, routing: Routing) -> Chosen:
+        return plain.route(self, plain.product(self, self.f32(x), gate), bias, routing, self._pos)
 
-    def moe_up(self, x: Array, chosen: Chosen, w: LayerWeights) -> Array:
-        (n, n_used), merged = chosen.ids.shape, w.ffn_gate_up_exps
-        gate = merged if merged is not None else w.ffn_gate_exps
-        held, f, d = gate.shape
-        expert_bytes, up, up_raw = f * gate.row_bytes, w.ffn_up_exps, None
-        if merged is not None:
-            f, up = f // 2, merged
-            up_raw = merged.raw.reshape(-1)[f * merged.row_bytes :]
-        h = self.new((n, n_used, f))
-        self.run(
-            "experts_up_f32", (-(-f // 8), n * n_used), 256, h, gate.raw,
-            up.raw if up_raw is None else up_raw, x, chosen.ids, n_used, f, d, gate.first, held,
-            gate.row_bytes, up.row_bytes, expert_bytes, expert_bytes // gate.row_bytes
-            * up.row_bytes, shared=_staged(d), WTYPE=gate.qtype.id, WTYPE_UP=up.qtype.id,
-        )  # fmt: skip
-        return h
-
-    def moe_down(self, h: Array, chosen: Chosen, w: LayerWeights) -> Array:
-        down: CudaWeight = w.ffn_down_exps
-        (n, n_used), (held, d, f) = chosen.ids.shape, down.shape
-        y = self.new((n, d))
-        self.run(
-            "experts_down_f32", (-(-d // 8), n), 256, y, down.raw, h, chosen.ids, chosen.weights,
-            n_used, f, d, down.first, held, down.skip, down.row_bytes, d * down.row_bytes,
-            shared=n_used * _staged(f), WTYPE=down.qtype.id, WTYPE_UP=down.qtype.id,
-        )  # fmt: skip
-        return y
+    def experts(self, x: Act, chosen: Chosen | None, w: LayerWeights) -> Act | None:
+        y = None
+        if chosen is not None:
+            merged = w.ffn_gate_up_exps
+            gate, up = (w.ffn_gate_exps, w.ffn_up_exps) if merged is None else (merged, None)
+            h = plain.experts_up(self, self.f32(x), chosen, gate, up)
+            y = plain.experts_down(self, h, chosen, w.ffn_down_exps)
+        if w.ffn_down_shexp is not None:
+            h = self.f32(self.gated(x, w.ffn_gate_shexp, w.ffn_up_shexp))
+            shared = plain.product(self, h, w.ffn_down_shexp)
+            y = shared if y is None else plain.add(self, y, shared)
+        return None if y is None else _held(y)
 
     # ---- plumbing ---------------------------------------------------------------------------
 
+    def f32(self, x: Act) -> Array:
+        """The float32 values of `x`, computed now if nobody asked before."""
+        if x.f32 is None:
+            if x.run is not None:
+                x.f32, x.run = x.run(None), None
+            else:
+                assert x.normed is not None
+                x.f32 = plain.rms_norm(self, *x.normed)
+        return x.f32
+
     def new(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
         """Scratch until the end of the half layer; its content is whatever was there."""
-        return self.arena.take(shape, dtype)
+        return self.device.take(shape, dtype)
 
     def put(self, host: Host) -> Array:
         """A device copy that stays where it is until the arena is rewound."""
-        device = self.arena.take(host.shape, host.dtype)
-        self.copy_in(device, host)
+        device = self.device.take(host.shape, host.dtype)
+        self.device.copy_in(device, host)
         return device
 
-    def run(self, name: str, grid: tuple[int, ...], block: int, *args: Any, **defines: Any) -> None:
-        self.kernels.launch(name, grid, block, *args, **defines)
+    def run(self, name: str, grid: tuple[int, ...], block: int, *args: Any, **how: Any) -> None:
+        self.device.launch(name, grid, block, *args, **how)
 
 
-def _typed(w: CudaWeight) -> dict[str, int]:
-    return {"WTYPE": w.qtype.id}
+def _held(array: Array) -> Act:
+    return Act(array.shape, array)
 
 
-def _staged(n: int) -> int:
-    """Shared bytes of a staged vector of n floats (kernels/include/staged.cuh)."""
-    return 4 * 36 * -(-n // 32)
-
-
-def _copy(target: int, source: int, nbytes: int, stream: int) -> None:
-    cp.cuda.runtime.memcpyAsync(target, source, nbytes, cp.cuda.runtime.memcpyDefault, stream)
+def _bucket(n: int, most: int) -> int:
+    """The number of tokens that a step of `n` is padded to, so that few graphs serve all."""
+    if n <= FEW:
+        return n
+    size = 16
+    while size < n:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
+    return min(size, most)
