@@ -119,11 +119,8 @@ class CudaOps(Ops):
 
     def _step(self, n: int, n_kv: int, n_out: int) -> Step:
         """The step in the input buffers, padded to `n` tokens."""
-        tokens, self._pos, wanted = (
-            self._inputs[0, :n],
-            self._inputs[1, :n],
-            self._inputs[2, :n_out],
-        )
+        inputs = self._inputs[: 3 * n].reshape(3, n)
+        tokens, self._pos, wanted = inputs[0], inputs[1], inputs[2, :n_out]
         half = len(self._frequencies)
         cos, sin = self.new((n, half)), self.new((n, half))
         block = min(512, half)

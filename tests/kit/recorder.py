@@ -205,8 +205,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, preset: Preset, **flags: Any) -> E
 
 
 def recorder(engine: Engine) -> Recorder:
-    device: Recorder = engine._ops(0).device  # type: ignore[attr-defined]
-    return device
+    return engine._ops(0).device
 
 
 def step(engine: Engine, n: int) -> list[Launch]:
