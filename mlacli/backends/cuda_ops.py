@@ -273,6 +273,14 @@ class CudaOps(Ops):
 
     # ---- plumbing ---------------------------------------------------------------------------
 
+    @property
+    def n_sm(self) -> int:
+        return self.device.n_sm
+
+    @property
+    def capability(self) -> int:
+        return self.device.capability
+
     def f32(self, x: Act) -> Array:
         """The float32 values of `x`, computed now if nobody asked before."""
         if x.f32 is None:
