@@ -77,12 +77,9 @@ class CudaOps(Ops):
         self, tokens: Sequence[int], n_past: int, frequencies: Sequence[float],
         out_rows: Sequence[int], forward: Callable[[Step], Act | None], capture: bool = True,
     ) -> Host | None:  # fmt: skip
-        n, most = len(tokens), self.context.n_ubatch
-        if self._inputs is None:
-            self._frequencies = self.put(np.array(frequencies))
-            self._inputs = self.device.take((3 * most,), np.int32)
-            self._base = self.device.mark()
-        bucket = _bucket(n, most)
+        n = len(tokens)
+        self._begin(frequencies)
+        bucket = _bucket(n, self.context.n_ubatch)
         inputs = np.zeros((3, bucket), np.int32)
         inputs[0, :n], inputs[1] = tokens, -1
         inputs[1, :n], inputs[2, : len(out_rows)] = range(n_past, n_past + n), out_rows
@@ -102,6 +99,28 @@ class CudaOps(Ops):
         graph.replay()
         self.forms |= graph.forms
         return self._host_or_none(graph.logits)
+
+    def _begin(self, frequencies: Sequence[float]) -> None:
+        """Before the first step: what stays where it is from here on."""
+        if self._inputs is None:
+            self._frequencies = self.put(np.array(frequencies))
+            self._inputs = self.device.take((3 * self.context.n_ubatch,), np.int32)
+            self._base = self.device.mark()
+
+    def compile(
+        self, frequencies: Sequence[float], forward: Callable[[Step], Act | None],
+        report: Callable[[int, int], None] | None = None,
+    ) -> int:  # fmt: skip
+        self._begin(frequencies)
+        before, most = self.device.n_compiled, self.context.n_ubatch
+        with self.device.prepared(report):
+            for n in sorted({1, min(FEW, most), most}):  # one token, few and many
+                self.device.rewind(self._base)
+                logits = forward(self._step(n, n, 1))
+                if logits is not None:
+                    self.f32(logits)
+        self.forms.clear()
+        return self.device.n_compiled - before
 
     def _capture(self, launches: Callable[[], Array | None]) -> _Graph:
         with self.device.prepared():

@@ -77,8 +77,19 @@ def open_engines(stack: ExitStack, prepared: Sequence[Prepared]) -> list[Engine]
 
     engines = []
     for p in prepared:
-        with console.LoadProgress() as progress:
-            engines.append(stack.enter_context(Engine(p, progress)))
+        with console.LoadProgress() as progress, console.StatusLine() as status:
+
+            def compiling(
+                done: int, total: int,
+                progress: console.LoadProgress = progress, status: console.StatusLine = status,
+            ) -> None:  # fmt: skip
+                progress.close()
+                status.show(f"compiling kernels: {done} of {total}")
+
+            engine = stack.enter_context(Engine(p, progress, compiling))
+        if engine.n_compiled:
+            console.log(f"compiled {engine.n_compiled} kernels in {engine.compile_s:.1f} s")
+        engines.append(engine)
         if engines[-1].checked is not None:
             console.checked(engines[-1].checked)
     return engines

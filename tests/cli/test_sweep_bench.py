@@ -285,3 +285,9 @@ def test_synthetic_weights_need_no_file(mlacli):
     assert done.code == 2 and "leave -m out" in done.err
     done = mlacli("sweep-bench", "--synthetic", "v2lit")
     assert done.code == 2 and "did you mean v2lite?" in done.err
+
+
+def test_compiling_is_shown_apart_from_loading(mlacli, fake_model):
+    assert "compiled" not in mlacli(*FLAGS).err
+    fake_model.kernels = 21
+    assert "compiled 21 kernels in 1.2 s\n" in mlacli(*FLAGS).err

@@ -75,6 +75,7 @@ class Recorder:
     launches: list[Launch] = field(default_factory=list)
     units: set[tuple[str, tuple[tuple[str, Any], ...]]] = field(default_factory=set)
     n_reads: int = 0
+    n_compiled: int = 0
     peak: int = 0
 
     def __post_init__(self) -> None:
@@ -145,7 +146,7 @@ class Recorder:
             self.launches.append(Launch(name, grid, block, shared, said, tuple(blocks)))
 
     @contextmanager
-    def prepared(self) -> Iterator[None]:
+    def prepared(self, report: Any = None) -> Iterator[None]:
         self._quiet = True
         yield
         self._quiet = False
