@@ -108,6 +108,10 @@ class Ops(Protocol):
         """A weight from a shard's bytes."""
         ...
 
+    def end_upload(self) -> None:
+        """The last weight has been handed over: wait until all are in place."""
+        return
+
     def download(self, w: Weight) -> Any:
         """The shard's bytes again, as they lie in this rank's memory: the inverse of upload."""
         ...

@@ -53,6 +53,18 @@ class Device(Protocol):
         """A host copy, once everything launched before is done."""
         ...
 
+    def spare(self, most: int) -> Array:
+        """At most `most` bytes that nothing uses until the arena is nearly full."""
+        ...
+
+    def send(self, array: Array, host: Host) -> None:
+        """As copy_in for a piece of a weight, of any strides: see backends/cuda_staging.py."""
+        ...
+
+    def end_sends(self) -> None:
+        """Wait for what was sent, and free the buffers that it went through."""
+        ...
+
     def synchronize(self) -> None:
         """Wait until everything launched before is done."""
         ...
@@ -87,6 +99,8 @@ class CudaDevice:
         self.kernels = Kernels(self.stream)
         self.arena = Arena(name, nbytes)
         self.take, self.mark, self.rewind = self.arena.take, self.arena.mark, self.arena.rewind
+        self.spare = self.arena.spare
+        self._staging: Any = None
         self.launch, self.prepared = self.kernels.launch, self.kernels.prepared
         device = cp.cuda.Device()
         self.n_sm = int(device.attributes["MultiProcessorCount"])
@@ -120,6 +134,20 @@ class CudaDevice:
                 self._copy(host.ctypes.data, array.ptr, host.nbytes)
             self.synchronize()
         return host
+
+    def send(self, array: Array, host: Host) -> None:
+        assert host.nbytes == array.nbytes, "a copy changes no sizes"
+        if self._staging is None:
+            from mlacli.backends.cuda_staging import Staging
+
+            self._staging = Staging(self.stream)
+        if host.nbytes:
+            self._staging.send(array.ptr, host)
+
+    def end_sends(self) -> None:
+        if self._staging is not None:
+            self._staging.close()
+            self._staging = None
 
     def synchronize(self) -> None:
         self.stream.synchronize()

@@ -14,10 +14,11 @@ import numpy as np
 
 from mlacli.attention_forms import AttentionForm
 from mlacli.backends import cuda_plain as plain
+from mlacli.backends import cuda_weights
 from mlacli.backends.cuda_acts import Act, Chosen
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_device import Device, Host
-from mlacli.loading.quant_types import QType
+from mlacli.backends.cuda_weights import CudaWeight
 from mlacli.ops import LayerCache, LayerWeights, Ops, Step
 from mlacli.parallel.comm import Comm
 from mlacli.params import ContextParams
@@ -31,22 +32,6 @@ _CACHE_TYPES = {"f32": ("float", np.float32), "f16": ("__half", np.float16),
                 "bf16": ("__nv_bfloat16", np.uint16)}  # fmt: skip
 _SPLITS = 32  # ranges of the cache that one head's decode attention is cut into
 FEW = 8  # tokens that decode's products take in one pass
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class CudaWeight:
-    """GGUF bytes on the device [*leading, row bytes] of a shard of local `shape`."""
-
-    name: str
-    shape: tuple[int, ...]
-    qtype: QType
-    raw: Array
-    skip: int = 0
-    first: int = 0
-
-    @property
-    def row_bytes(self) -> int:
-        return int(self.raw.shape[-1])
 
 
 @dataclass(slots=True)
@@ -152,15 +137,13 @@ class CudaOps(Ops):
     # ---- weights and cache ------------------------------------------------------------------
 
     def upload(self, pieces: Any, shard: Shard) -> CudaWeight:
-        by_column = shard.axis == len(shard.shape) - 1
-        return CudaWeight(
-            shard.tensor, shard.shape, shard.qtype, self.put(pieces),
-            skip=shard.start % shard.qtype.block if by_column else 0,
-            first=shard.start if shard.axis == 0 else 0,
-        )  # fmt: skip
+        return cuda_weights.upload(self.device, pieces, shard, tiled=False)
+
+    def end_upload(self) -> None:
+        self.device.end_sends()
 
     def download(self, w: CudaWeight) -> Any:
-        return self.device.get(w.raw)
+        return cuda_weights.download(self.device, w)
 
     def new_rows(self, n_ctx: int, width: int, cache_type: str, transposed: bool = False) -> Array:
         assert not transposed, "-fa off is refused on GPUs"

@@ -41,6 +41,7 @@ def load_weights(
         held[short_name(shard.tensor)] = ops.upload(raw, shard)
         if progress is not None:
             progress(shard.nbytes)
+    ops.end_upload()
     return ModelWeights(
         top.get("token_embd"), top.get("output_norm"), top.get("output"),
         {il: LayerWeights(layers[il]) for il in sorted(layers)},
