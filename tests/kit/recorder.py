@@ -88,17 +88,24 @@ class Recorder:
     # ---- memory
 
     def take(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        array = Array.dense(self._next, shape, dtype)
+        array = self._new(shape, dtype)
         if self._at + array.nbytes > self.nbytes:
             raise MemoryBudgetError(self.name, self._at + array.nbytes, self.nbytes)
-        block = Block(self._next, array.nbytes, self._at)
-        self._blocks.append(block)
-        self._live.append(block)
-        room = -(-max(1, array.nbytes) // _ALIGN) * _ALIGN
-        self._next += room + _ALIGN  # a gap, which belongs to nobody
+        self._live.append(self._blocks[-1])
         self._at += -(-array.nbytes // _ALIGN) * _ALIGN
         self.peak = max(self.peak, self._at)
         return array
+
+    def _new(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        array = Array.dense(self._next, shape, dtype)
+        self._blocks.append(Block(self._next, array.nbytes, self._at))
+        room = -(-max(1, array.nbytes) // _ALIGN) * _ALIGN
+        self._next += room + _ALIGN  # a gap, which belongs to nobody
+        return array
+
+    def spare(self, most: int) -> Array:
+        free = (self.nbytes - self._at) // _ALIGN * _ALIGN
+        return self._new((min(most, free),), np.uint8)
 
     def mark(self) -> int:
         return self._at
@@ -166,6 +173,11 @@ class Recorder:
         assert not self._capturing, "a step reads the host"
         assert host.nbytes == array.nbytes, "a copy changes no sizes"
         self.block_of(array.ptr, "the target of a copy")
+
+    send = copy_in
+
+    def end_sends(self) -> None:
+        self.synchronize()
 
     def get(self, array: Array) -> Any:
         assert not self._capturing, "a step reads back to the host"

@@ -68,6 +68,16 @@ def test_scratch_stays_within_the_plan(monkeypatch: pytest.MonkeyPatch, name: st
         assert used <= rank.scratch
 
 
+@pytest.mark.parametrize("n", [33, 39])
+@pytest.mark.parametrize("name", NAMES)
+def test_ubatches_that_want_no_logits(monkeypatch: pytest.MonkeyPatch, name: str, n: int) -> None:
+    """Two ubatches of 16 before one of 1 or 7: no launch is empty."""
+    preset, flags = cut(name, 1), FLAGS.get(name, {})
+    with recorded(monkeypatch, preset, ctx_size=4096, ubatch_size=16, **flags) as engine:
+        launches = step(engine, n)
+    assert sum(x.name.startswith("embed") for x in launches) == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_launched_compiles(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
