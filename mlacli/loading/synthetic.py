@@ -6,6 +6,7 @@ evenly. The same seed gives the same bytes, tensor by tensor, in any order.
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -108,13 +109,16 @@ class SyntheticFile(GgufFile):
 
     def __init__(
         self, preset: Preset, quant: str = "q4_k_m", seed: int = 1,
-        override_kv: Mapping[str, Any] | None = None,
+        override_kv: Mapping[str, Any] | None = None, copied: bool = False,
     ) -> None:  # fmt: skip
+        """With `copied`, who asks for data has copied it before asking for the one after next."""
         super().__init__(Path(f"synthetic {preset.name} {quant}"))
         general = {"general.architecture": preset.arch, "general.name": "random weights"}
         self.metadata.override(general | preset.metadata() | dict(override_kv or {}))
         self.tensors = tensor_infos(preset, quant)
         self._pool = Pool(seed)
+        self._largest = max(info.nbytes for info in self.tensors.values()) if copied else 0
+        self._buffers = threading.local()  # a pair for each rank's thread, used in turns
 
     @property
     def size(self) -> int:
@@ -122,11 +126,21 @@ class SyntheticFile(GgufFile):
 
     def data(self, info: TensorInfo) -> memoryview:
         """The tensor's bytes, drawn now."""
-        out, at = np.empty(info.nbytes, np.uint8), 0
+        out, at = self._buffer(info.nbytes), 0
         for piece in self.pieces(info):
             out[at : at + len(piece)] = piece
             at += len(piece)
         return out.data
+
+    def _buffer(self, nbytes: int) -> Bytes:
+        """Memory to draw into: fresh pages would take longer than filling them."""
+        if not self._largest:
+            return np.empty(nbytes, np.uint8)
+        if not hasattr(self._buffers, "pair"):
+            self._buffers.pair = [np.empty(self._largest, np.uint8) for _ in range(2)]
+        self._buffers.pair.reverse()
+        buffer: Bytes = self._buffers.pair[0][:nbytes]
+        return buffer
 
     def pieces(self, info: TensorInfo) -> Iterator[Bytes]:
         """The same bytes, some megabytes at a time."""

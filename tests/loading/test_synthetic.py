@@ -27,6 +27,18 @@ def test_a_seed_gives_the_same_bytes_in_any_order() -> None:
     assert want[name] != want["blk.2.ffn_up_exps.weight"]
 
 
+def test_two_tensors_are_there_at_once_where_buffers_are_used_again() -> None:
+    fresh, again = SyntheticFile(PRESETS["tiny"]), SyntheticFile(PRESETS["tiny"], copied=True)
+    names = list(fresh.tensors)
+    before = b""
+    for name in names:
+        last = again.data(again.tensors[name])
+        assert bytes(last) == bytes(fresh.data(fresh.tensors[name]))
+        if before:
+            assert bytes(held) == before
+        held, before = last, bytes(last)
+
+
 @pytest.mark.parametrize("name", ["v2lite", "glm47flash", "v3", "kimi_k2", "mistral4", "glm5"])
 def test_experts_are_chosen_evenly(name: str) -> None:
     """Each layer sees most of its experts, and none of them much more often than the others."""
