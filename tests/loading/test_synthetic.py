@@ -30,13 +30,11 @@ def test_a_seed_gives_the_same_bytes_in_any_order() -> None:
 def test_two_tensors_are_there_at_once_where_buffers_are_used_again() -> None:
     fresh, again = SyntheticFile(PRESETS["tiny"]), SyntheticFile(PRESETS["tiny"], copied=True)
     names = list(fresh.tensors)
-    before = b""
-    for name in names:
-        last = again.data(again.tensors[name])
-        assert bytes(last) == bytes(fresh.data(fresh.tensors[name]))
-        if before:
-            assert bytes(held) == before
-        held, before = last, bytes(last)
+    held = [again.data(again.tensors[name]) for name in names[:1]]
+    for last, name in zip(names, names[1:], strict=False):
+        held.append(again.data(again.tensors[name]))
+        assert bytes(held[-2]) == bytes(fresh.data(fresh.tensors[last]))
+    assert bytes(held[-1]) == bytes(fresh.data(fresh.tensors[names[-1]]))
 
 
 @pytest.mark.parametrize("name", ["v2lite", "glm47flash", "v3", "kimi_k2", "mistral4", "glm5"])
