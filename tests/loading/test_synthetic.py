@@ -1,5 +1,6 @@
 """Synthetic models: the same bytes each time, finite activations, experts chosen evenly."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -31,7 +32,7 @@ def test_two_tensors_are_there_at_once_where_buffers_are_used_again() -> None:
     fresh, again = SyntheticFile(PRESETS["tiny"]), SyntheticFile(PRESETS["tiny"], copied=True)
     names = list(fresh.tensors)
     held = [again.data(again.tensors[name]) for name in names[:1]]
-    for last, name in zip(names, names[1:], strict=False):
+    for last, name in itertools.pairwise(names):
         held.append(again.data(again.tensors[name]))
         assert bytes(held[-2]) == bytes(fresh.data(fresh.tensors[last]))
     assert bytes(held[-1]) == bytes(fresh.data(fresh.tensors[names[-1]]))
