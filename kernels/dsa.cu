@@ -412,7 +412,7 @@ dsa_scores_plain(float* scores, const float* q, const float* head_weights, const
 }
 
 // ---------------------------------------------------------------- dsa_select ----------------
-extern "C" __global__ void IN_CLUSTER __launch_bounds__(SELECT_THREADS)
+extern "C" __global__ void __select_bounds__(SELECT_THREADS)
 dsa_select(int* chosen, const float* scores, const int* pos, int top_k, long long ld) {
     __shared__ SelectShared s;
     pdl_launch();

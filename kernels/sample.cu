@@ -139,7 +139,7 @@ __device__ __forceinline__ int drawn(Candidates& c, int k, float top, double tem
     return min(c.first, c.last);
 }
 
-extern "C" __global__ void IN_CLUSTER __launch_bounds__(SELECT_THREADS)
+extern "C" __global__ void __select_bounds__(SELECT_THREADS)
 sample(int* token, int* pos, int* ring, float* logits, const long long* chain, int n_vocab,
        int ring_size) {
     __shared__ SelectShared s;

@@ -104,6 +104,10 @@ class Ops(Protocol):
         """A host array of an activation."""
         ...
 
+    def begin_upload(self, shards: Any) -> None:
+        """`shards` will be uploaded: what that needs may be compiled together."""
+        return
+
     def upload(self, pieces: Any, shard: Any) -> Weight:
         """A weight from a shard's bytes."""
         ...

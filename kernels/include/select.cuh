@@ -15,7 +15,7 @@
 
 // ---------------------------------------------------------------- cluster -------------------
 #if CLUSTER > 1
-#define IN_CLUSTER __cluster_dims__(CLUSTER, 1, 1)
+#define __select_bounds__(threads) __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(threads)
 
 __device__ __forceinline__ unsigned cluster_rank() {
     unsigned rank;
@@ -43,7 +43,7 @@ __device__ __forceinline__ void peer_store(unsigned* mine, unsigned rank, unsign
                  :: "r"(peer_address(mine, rank)), "r"(v) : "memory");
 }
 #else
-#define IN_CLUSTER
+#define __select_bounds__(threads) __launch_bounds__(threads)
 __device__ __forceinline__ unsigned cluster_rank() { return 0; }
 __device__ __forceinline__ void cluster_sync() { __syncthreads(); }
 __device__ __forceinline__ unsigned peer_load(const unsigned* mine, unsigned) { return *mine; }

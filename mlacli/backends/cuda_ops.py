@@ -136,6 +136,9 @@ class CudaOps(Ops):
 
     # ---- weights and cache ------------------------------------------------------------------
 
+    def begin_upload(self, shards: Sequence[Shard]) -> None:
+        cuda_weights.begin(self.device, shards)
+
     def upload(self, pieces: Any, shard: Shard) -> CudaWeight:
         return cuda_weights.upload(self.device, pieces, shard, tiled=False)
 
