@@ -93,7 +93,9 @@ class Engine:
             r.device: bytes_in_use(r.device) if r.kind == "cuda" else 0 for r in prepared.plan.ranks
         }
         try:
-            self._ranks = open_ranks(prepared.plan, prepared.params.context, prepared.n_threads)
+            self._ranks = open_ranks(
+                prepared.plan, prepared.params.context, prepared.hparams, prepared.n_threads
+            )
         except BaseException:
             prepared.gguf.close()
             raise
