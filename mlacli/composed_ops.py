@@ -129,6 +129,12 @@ class ComposedOps(Ops, Protocol):
 
     # ---- coarse ops -------------------------------------------------------------------------
 
+    def compile(
+        self, frequencies: Sequence[float], forward: Callable[[Step], Act | None],
+        report: Callable[[int, int], None] | None = None,
+    ) -> int:  # fmt: skip
+        return 0
+
     def execute(
         self, tokens: Sequence[int], n_past: int, frequencies: Sequence[float],
         out_rows: Sequence[int], forward: Callable[[Step], Act | None], capture: bool = True,

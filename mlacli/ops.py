@@ -90,6 +90,16 @@ class Ops(Protocol):
         """The logits of one forward as a host array; a backend may capture and replay it."""
         ...
 
+    def compile(
+        self, frequencies: Sequence[float], forward: Callable[[Step], Act | None],
+        report: Callable[[int, int], None] | None = None,
+    ) -> int:  # fmt: skip
+        """How many kernels of coming steps had to be compiled; `report` counts them, of how many.
+
+        A lone call before the first `execute`, without which steps compile what they need.
+        """
+        ...
+
     def host(self, x: Act) -> Any:
         """A host array of an activation."""
         ...

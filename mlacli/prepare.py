@@ -139,12 +139,18 @@ def bundled_model() -> Path:
     return Path(str(files("mlacli.bundled").joinpath(BUNDLED)))
 
 
-def prepare(path: str | Path | None, params: Params, *, refuse_oversize: bool = True) -> Prepared:
+def prepare(
+    path: str | Path | GgufFile | None, params: Params, *, refuse_oversize: bool = True
+) -> Prepared:
     """The model at `path` (None = the bundled one) ready to load; every refusal comes from here.
 
+    An open file, or what stands in for one, becomes the engine's to close.
     Without `refuse_oversize` a plan that doesn't fit is returned too, to be looked at.
     """
-    file = GgufFile.open(path or bundled_model(), params.model.override_kv)
+    if isinstance(path, GgufFile):
+        file = path
+    else:
+        file = GgufFile.open(path or bundled_model(), params.model.override_kv)
     try:
         prepared = _prepare(file, params)
         if refuse_oversize:

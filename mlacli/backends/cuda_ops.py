@@ -56,6 +56,12 @@ class CudaOps(Ops):
     ) -> Host | None:  # fmt: skip
         return self._own_steps(frequencies).run(tokens, n_past, out_rows, forward, capture)
 
+    def compile(
+        self, frequencies: Sequence[float], forward: Forward,
+        report: Callable[[int, int], None] | None = None,
+    ) -> int:  # fmt: skip
+        return self._own_steps(frequencies).compile(forward, self.context.n_ctx, report)
+
     def can_sample(self, sampling: SamplingParams, banned: Iterable[int]) -> bool:
         return cuda_sampling.can_run(sampling, len(list(banned)))
 

@@ -72,6 +72,22 @@ class Steps:
         graph.replay()
         return self._fetch(graph.logits)
 
+    def compile(
+        self, forward: Forward, n_ctx: int, report: Callable[[int, int], None] | None
+    ) -> int:
+        """How many kernels of all kinds of steps had to be compiled, which is done at once."""
+        before, forms, self.ops.forms = self.device.n_compiled, self.ops.forms, set()
+        kinds: dict[tuple[Any, ...], tuple[int, int]] = {}  # of one token, few and many
+        for n in sorted({bucket(n, self.most) for n in (1, FEW, 4 * FEW, self.most)}):
+            for n_kv in (n, n_ctx):
+                kinds.setdefault((n, *self.ops.step_kind(n, n_kv)), (n, n_kv))
+        with self.device.prepared(report):
+            for n, n_kv in kinds.values():
+                self.ops.begin_step(n, self._inputs[n : 2 * n])
+                self._forward(forward, n, n_kv, 1)
+        self.ops.forms = forms
+        return self.device.n_compiled - before
+
     def run_ahead(
         self, token: int, n_past: int, n_steps: int, sampling: SamplingParams, seed: int,
         banned: Iterable[int], n_vocab: int, forward: Forward,
