@@ -8,7 +8,10 @@
 //           padding, get scale 0
 // Bound by  bytes: each is read once and written once
 // Sources   own
-// Tested by tests/kernels/test_repack.py
+// Tested by tests/kernels/test_repack.py, tests/gpu/test_cuda_weights.py
+// Variants  WTYPE=1; WTYPE=30; WTYPE=2; WTYPE=3; WTYPE=6; WTYPE=7; WTYPE=8; WTYPE=20; WTYPE=39;
+//           WTYPE=12; WTYPE=13; WTYPE=14; WTYPE=23
+// Spills    none
 #include "pdl.cuh"
 #include "quants.cuh"
 #include "tile_layout.cuh"

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import cupy as cp
+import numpy as np
 
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_compile import debugging
@@ -42,6 +43,14 @@ class Arena:
         self._at += -(-array.nbytes // _ALIGN) * _ALIGN
         self.peak = max(self.peak, self._at)
         return array
+
+    def spare(self, most: int) -> Array:
+        """At most `most` bytes at the end, where nothing lies until that much is taken."""
+        nbytes = max(0, min(most, (self.size - self._at) // _ALIGN * _ALIGN))
+        if self._apart is not None:
+            return Array.dense(self._own(nbytes), (nbytes,), np.uint8)
+        start = (self.size - nbytes) // _ALIGN * _ALIGN
+        return Array.dense(self._memory.ptr + start, (nbytes,), np.uint8)
 
     def _own(self, nbytes: int) -> int:
         """Address of memory for this array alone, NaN at first."""

@@ -24,6 +24,11 @@ class Device(Protocol):
     n_sm: int
     capability: int  # 90 for compute capability 9.0
 
+    @property
+    def n_compiled(self) -> int:
+        """Kernel variants that weren't on disk so far."""
+        ...
+
     def take(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Memory at the next free address of the arena; its content is whatever was there."""
         ...
@@ -48,12 +53,29 @@ class Device(Protocol):
         """A host copy, once everything launched before is done."""
         ...
 
+    def spare(self, most: int) -> Array:
+        """At most `most` bytes that nothing uses until the arena is nearly full."""
+        ...
+
+    def send(self, array: Array, host: Host) -> None:
+        """As copy_in for a piece of a weight, of any strides: see backends/cuda_staging.py."""
+        ...
+
+    def end_sends(self) -> None:
+        """Wait for what was sent, and free the buffers that it went through."""
+        ...
+
     def synchronize(self) -> None:
         """Wait until everything launched before is done."""
         ...
 
-    def prepared(self) -> AbstractContextManager[None]:
-        """Inside, launches only name their kernels; at the end those are compiled together."""
+    def prepared(
+        self, report: Callable[[int, int], None] | None = None
+    ) -> AbstractContextManager[None]:
+        """Inside, launches only name their kernels; at the end those are compiled together.
+
+        `report` is told how many are done, of how many, unless none is missing.
+        """
         ...
 
     def capture(self, launches: Callable[[], Any]) -> Callable[[], None]:
@@ -77,10 +99,16 @@ class CudaDevice:
         self.kernels = Kernels(self.stream)
         self.arena = Arena(name, nbytes)
         self.take, self.mark, self.rewind = self.arena.take, self.arena.mark, self.arena.rewind
+        self.spare = self.arena.spare
+        self._staging: Any = None
         self.launch, self.prepared = self.kernels.launch, self.kernels.prepared
         device = cp.cuda.Device()
         self.n_sm = int(device.attributes["MultiProcessorCount"])
         self.capability = self.kernels.capability
+
+    @property
+    def n_compiled(self) -> int:
+        return self.kernels.n_compiled
 
     def copy_in(self, array: Array, host: Host) -> None:
         host = np.ascontiguousarray(host)
@@ -106,6 +134,20 @@ class CudaDevice:
                 self._copy(host.ctypes.data, array.ptr, host.nbytes)
             self.synchronize()
         return host
+
+    def send(self, array: Array, host: Host) -> None:
+        assert host.nbytes == array.nbytes, "a copy changes no sizes"
+        if self._staging is None:
+            from mlacli.backends.cuda_staging import Staging
+
+            self._staging = Staging(self.stream)
+        if host.nbytes:
+            self._staging.send(array.ptr, host)
+
+    def end_sends(self) -> None:
+        if self._staging is not None:
+            self._staging.close()
+            self._staging = None
 
     def synchronize(self) -> None:
         self.stream.synchronize()

@@ -10,8 +10,9 @@ import cupy as cp
 import numpy as np
 from numpy.typing import NDArray
 
+from mlacli.backends.cuda_weights import PIECE
+
 Host = NDArray[Any]
-PIECE = 32 << 20  # most bytes of one copy
 _SLOTS = 3  # one being filled, one on its way, one that keeps the copy engine busy
 _MOST_THREADS = 8  # more readers than this gain nothing: memory's own bandwidth is the limit
 

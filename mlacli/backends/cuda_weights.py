@@ -6,10 +6,9 @@ device, and from there repacked to its place, so that its GGUF bytes are never t
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,31 +23,42 @@ if TYPE_CHECKING:
     from mlacli.parallel.shards import Shard
 
 Bytes = NDArray[np.uint8]
-_PIECE = 32 << 20  # most bytes that travel at once
+PIECE = 32 << 20  # most bytes that travel at once
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CudaWeight:
-    """A shard of local `shape` on the device: in `tiles`, or `raw` [*leading, bytes of a row]."""
+    """A shard of local `shape` on the device: in `tiles`, or as GGUF bytes where that is None."""
 
     name: str
     shape: tuple[int, ...]
     qtype: QType
-    raw: Array | None
-    tiles: Array | None
-    layout: TiledShape | None  # of `tiles`
+    held: Array
+    layout: TiledShape | None = None  # None = GGUF bytes [*leading, bytes of a row]
     skip: int = 0  # columns of the first block that are another rank's
     first: int = 0  # of its indices along the leading axis, where that is cut
     edges: Bytes | None = None  # blocks shared with other ranks, as the file has them
 
     @property
+    def tiles(self) -> Array | None:
+        return None if self.layout is None else self.held
+
+    @property
+    def raw(self) -> Array:
+        assert self.layout is None, f"{self.name} lies in tiles"
+        return self.held
+
+    @property
     def row_bytes(self) -> int:
         return self.qtype.row_bytes(self.skip + self.shape[-1])
 
-    @property
-    def nbytes(self) -> int:
-        held = self.raw if self.tiles is None else self.tiles
-        return 0 if held is None else held.nbytes
+
+def begin(device: Device, shards: Sequence[Shard]) -> None:
+    """Compiles what uploading `shards` launches, all at once."""
+    types = {s.qtype.id for s in shards if is_tiled(s.tensor, s.shape, s.qtype)}
+    with device.prepared():
+        for qtype in sorted(types):
+            device.launch("repack_tiles", (1,), 128, WTYPE=qtype)
 
 
 def upload(device: Device, raw: Bytes, shard: Shard, tiled: bool = True) -> CudaWeight:
@@ -56,41 +66,34 @@ def upload(device: Device, raw: Bytes, shard: Shard, tiled: bool = True) -> Cuda
 
     Launches on the device's stream find it. With `tiled` false nothing is repacked.
     """
-    by_column = shard.axis == len(shard.shape) - 1
-    skip = shard.start % shard.qtype.block if by_column else 0
-    first = shard.start if shard.axis == 0 else 0
+    skip, first = shard.skip, shard.start if shard.axis == 0 else 0
     if not (tiled and is_tiled(shard.tensor, shard.shape, shard.qtype)):
         held = device.take(raw.shape, np.uint8)
         at = 0
-        for piece in _pieces(_three_axes(raw)):
+        for piece in _pieces(_three_axes(raw), PIECE):
             device.send(_bytes_at(held.ptr + at, piece.raw.nbytes), piece.raw)
             at += piece.raw.nbytes
-        return CudaWeight(shard.tensor, shard.shape, shard.qtype, held, None, None, skip, first)
+        return CudaWeight(shard.tensor, shard.shape, shard.qtype, held, None, skip, first)
     layout = tiled_shape(shard.shape, shard.qtype, skip)
     tiles = device.take((layout.nbytes,), np.uint8)
     _repack(device, tiles, _three_axes(raw), layout, shard, skip)
     foreign = has_foreign_groups(shard.shape[-1], shard.qtype, skip)
     edges = edge_blocks(raw, shard.qtype) if foreign else None
-    return CudaWeight(
-        shard.tensor, shard.shape, shard.qtype, None, tiles, layout, skip, first, edges
-    )
+    return CudaWeight(shard.tensor, shard.shape, shard.qtype, tiles, layout, skip, first, edges)
 
 
 def download(device: Device, w: CudaWeight) -> Bytes:
     """The bytes that were uploaded, out of what the device holds."""
-    if w.tiles is None:
-        assert w.raw is not None
-        return device.get(w.raw)
-    return untile(device.get(w.tiles), w.shape, w.qtype, w.skip, w.edges)
+    held: Bytes = device.get(w.held)
+    return held if w.layout is None else untile(held, w.shape, w.qtype, w.skip, w.edges)
 
 
 def _repack(
     device: Device, tiles: Array, raw: Bytes, layout: TiledShape, shard: Shard, skip: int
 ) -> None:
     device.send(tiles[:HEADER], np.zeros(HEADER, np.uint8))
-    pieces = list(_pieces(raw))
-    staging = device.spare(max(piece.raw.nbytes for piece in pieces))
-    for piece in pieces:
+    staging = device.spare(PIECE)
+    for piece in _pieces(raw, staging.nbytes):
         device.send(staging[: piece.raw.nbytes], piece.raw)
         first = piece.lead * layout.n_row_tiles + piece.row // ROWS
         n_row_tiles = piece.raw.shape[0] * -(-piece.raw.shape[1] // ROWS)
@@ -110,15 +113,16 @@ class _Piece:
     raw: Bytes  # [leading, rows, bytes]
 
 
-def _pieces(raw: Bytes) -> Iterator[_Piece]:
-    """`raw` [leading, rows, bytes] in pieces of at most _PIECE bytes, or of 16 rows."""
+def _pieces(raw: Bytes, most: int) -> Iterator[_Piece]:
+    """`raw` [leading, rows, bytes] in pieces of at most `most` bytes."""
     lead, rows, row_bytes = raw.shape
-    at_once = _PIECE // max(1, rows * row_bytes)
+    at_once = most // max(1, rows * row_bytes)
     if at_once:
         for i in range(0, lead, at_once):
             yield _Piece(i, 0, raw[i : i + at_once])
         return
-    step = max(1, _PIECE // (ROWS * row_bytes)) * ROWS
+    step = most // (ROWS * row_bytes) * ROWS
+    assert step, "the plan leaves no room for a row of tiles"
     for i in range(lead):
         for row in range(0, rows, step):
             yield _Piece(i, row, raw[i : i + 1, row : row + step])

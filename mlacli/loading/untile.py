@@ -5,7 +5,8 @@ Where a plane keeps what is said in kernels/include/tile_layout.cuh.
 
 from __future__ import annotations
 
-import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from mlacli.loading.tiles import TiledShape, tiled_shape
 
 Bytes = NDArray[np.uint8]
 Words = NDArray[Any]
-_CHUNK = 4 << 20  # values rebuilt at a time
+_CHUNK = 1 << 20  # values rebuilt at a time
 _U4 = np.dtype(np.uint32)
 
 
@@ -41,9 +42,13 @@ def untile(
     row_bytes = qtype.row_bytes(skip + shape[-1])
     out = np.empty((tiles.all_row_tiles, 16, row_bytes), np.uint8)
     step = max(1, _CHUNK // (1024 * tiles.n_col_tiles))
-    for first in range(0, tiles.all_row_tiles, step):
+
+    def rebuild(first: int) -> None:
         some = slice(first, min(first + step, tiles.all_row_tiles))
         out[some] = _rows(buffer, tiles, qtype, some, skip, shape[-1], row_bytes)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # NumPy lets go of the GIL
+        list(pool.map(rebuild, range(0, tiles.all_row_tiles, step)))
     raw = out.reshape(tiles.lead, -1, row_bytes)[:, :rows].reshape(*shape[:-1], row_bytes)
     if edges is not None:
         _restore_foreign(raw, edges, shape[-1], qtype, skip)
@@ -162,7 +167,7 @@ def _restore_foreign(raw: Bytes, edges: Bytes, n_in: int, qtype: QType, skip: in
     for edge, block in ((0, 0), (1, n_blocks - 1)):
         width = 16 if qtype.name == "Q6_K" else 32
         column = 256 * block + np.arange(0, 256, width)
-        foreign = np.where((column < skip) | (column >= skip + n_in), 255, 0)
+        foreign = ((column < skip) | (column >= skip + n_in)) * np.uint8(255)
         mask = np.zeros(qtype.nbytes, np.uint8)
         if qtype.name == "Q6_K":
             mask[192:208] = foreign
@@ -178,7 +183,7 @@ def _restore_foreign(raw: Bytes, edges: Bytes, n_in: int, qtype: QType, skip: in
 
 def _nibbles(numbers: Bytes) -> Bytes:
     """32 numbers: the low nibbles of 16 bytes, then the high ones."""
-    n: Bytes = (numbers[..., :16] & 15) | numbers[..., 16:] << 4
+    n: Bytes = np.bitwise_or(numbers[..., :16] & 15, numbers[..., 16:] << 4, dtype=np.uint8)
     return n
 
 

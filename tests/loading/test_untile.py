@@ -1,4 +1,4 @@
-"""Tiles back into GGUF bytes. Weakest link: kit/tiled.py, which test_tiles.py holds against gguf."""
+"""Tiles back into GGUF bytes. Weakest link: kit/tiled.py, held against gguf by test_tiles.py."""
 
 import numpy as np
 import pytest
