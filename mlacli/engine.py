@@ -89,7 +89,9 @@ class Engine:
             r.device: bytes_in_use(r.device) if r.kind == "cuda" else 0 for r in prepared.plan.ranks
         }
         try:
-            self._ranks = open_ranks(prepared.plan, prepared.params.context, prepared.n_threads)
+            self._ranks = open_ranks(
+                prepared.plan, prepared.params.context, prepared.hparams, prepared.n_threads
+            )
         except BaseException:
             prepared.gguf.close()
             raise
@@ -111,7 +113,7 @@ class Engine:
         import numpy as np
 
         plan, hp = self.prepared.plan, self.prepared.hparams
-        total, done = sum(rank.weights for rank in plan.ranks), 0
+        total, done = sum(shard.nbytes for shard in plan.shards), 0
 
         def count(n: int) -> None:
             nonlocal done

@@ -8,7 +8,7 @@ k nope, p rope, v value, E experts, f expert width, I indexer heads, i their wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mlacli.models.indexer import Indexer
     from mlacli.models.parts import Routing
     from mlacli.parallel.comm import Comm
-    from mlacli.params import ContextParams
+    from mlacli.params import ContextParams, SamplingParams
 
 Act = Any  # an activation of the backend
 Weight = Any  # a weight of the backend, in its GGUF bytes or repacked
@@ -94,6 +94,10 @@ class Ops(Protocol):
         """A host array of an activation."""
         ...
 
+    def begin_upload(self, shards: Any) -> None:
+        """`shards` will be uploaded: what that needs may be compiled together."""
+        return
+
     def upload(self, pieces: Any, shard: Any) -> Weight:
         """A weight from a shard's bytes."""
         ...
@@ -111,6 +115,25 @@ class Ops(Protocol):
         ...
 
     # ---- what models call --------------------------------------------------------------------
+
+    def new_index_rows(self, n_ctx: int, width: int, cache_type: str) -> Any:
+        """Index keys [n_ctx, width] of one layer."""
+        ...
+
+    def can_sample(self, sampling: SamplingParams, banned: Iterable[int]) -> bool:
+        """Whether `execute_ahead` takes these settings."""
+        ...
+
+    def execute_ahead(
+        self, token: int, n_past: int, n_steps: int, frequencies: Sequence[float],
+        sampling: SamplingParams, seed: int, banned: Iterable[int],
+        forward: Callable[[Step], Act | None],
+    ) -> list[int]:  # fmt: skip
+        """Up to `n_steps` tokens after `token`, each drawn from the logits before it, at one go.
+
+        At least one. `banned` ids are never drawn.
+        """
+        ...
 
     def embed(self, tokens: Act, w: Weight) -> Act:
         """Rows of w [n, d]."""

@@ -101,3 +101,25 @@ FORCE_INLINE unsigned bf16x2_add_exact(unsigned a, unsigned b) {
 #endif
     return r;
 }
+
+// a & MASK | bits and a & MASK ^ bits in one instruction: two constants would make it two.
+template <unsigned MASK>
+FORCE_INLINE unsigned and_or(unsigned a, unsigned bits) {
+    unsigned r;
+#ifdef __CUDA_ARCH__
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(a), "n"(MASK), "r"(bits));
+#else
+    r = (a & MASK) | bits;
+#endif
+    return r;
+}
+template <unsigned MASK>
+FORCE_INLINE unsigned and_xor(unsigned a, unsigned bits) {
+    unsigned r;
+#ifdef __CUDA_ARCH__
+    asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(r) : "r"(a), "n"(MASK), "r"(bits));
+#else
+    r = (a & MASK) ^ bits;
+#endif
+    return r;
+}

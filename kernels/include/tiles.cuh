@@ -141,16 +141,41 @@ struct HalfScales {
     unsigned s[2], m[2];
 };
 
+// Bytes `pick` (two, as in a selector of __byte_perm) of w, less `zero` (128: two's complement with
+// the top bit turned), as float16.
+FORCE_INLINE unsigned half_bytes(unsigned w, unsigned pick, int zero) {
+    const unsigned pair = __byte_perm(w, 0x64646464, 0x4040 | (pick & 15) | (pick >> 4) << 8);
+    return half2_add(pair, minus_half2(1024 + zero));
+}
+FORCE_INLINE unsigned twice(unsigned pair, int which) {
+    return __byte_perm(pair, 0, which ? 0x3232 : 0x1010);
+}
+
+// For types with scales of scales: boost * d is rounded to float16, which changes nothing unless
+// it is below 2^-14, then its product with the integer. Groups of a tile share most of the work.
 template <int QTYPE>
 FORCE_INLINE HalfScales half_scales(const TileData<QTYPE>& w, int u, float boost) {
-    float s[2], m[2];
-    exact_scales<QTYPE>(w, u, s, m);
+    using T = Tile<QTYPE>;
     HalfScales out;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        out.s[i] = half2_of(s[i] * boost, s[i] * boost);
-        out.m[i] = half2_of(m[i] * boost, m[i] * boost);
-        if constexpr (Tile<QTYPE>::kind == TILE_BF16) out.s[i] = float_bits(boost);
+        if constexpr (T::d_words == 2) {  // Q4_K, Q5_K
+            const unsigned d = half2_of(half_bits_to_float(w.d[i] & 0xFFFF) * boost,
+                                        half_bits_to_float(w.d[i] >> 16) * -boost);
+            out.s[i] = twice(half2_mul(half_bytes(w.s[i], 0x10, 0), twice(d, 0)), u);
+            out.m[i] = twice(half2_mul(half_bytes(w.s[i], 0x32, 0), twice(d, 1)), u);
+        } else if constexpr (T::d_words == 1) {  // Q6_K, IQ4_XS
+            const float d = half_bits_to_float(w.d[0] >> 16 * i & 0xFFFF) * boost;
+            const unsigned pair = half_bytes(w.s[i] ^ 0x80808080, u < 2 ? 0x10 : 0x32, 128);
+            out.s[i] = twice(half2_mul(pair, half2_of(d, d)), u & 1);
+        } else if constexpr (T::kind == TILE_BF16) {
+            out.s[i] = float_bits(boost);
+        } else {
+            float s[2], m[2];
+            exact_scales<QTYPE>(w, u, s, m);
+            out.s[i] = half2_of(s[i] * boost, s[i] * boost);
+            out.m[i] = half2_of(m[i] * boost, m[i] * boost);
+        }
     }
     return out;
 }
@@ -162,16 +187,16 @@ FORCE_INLINE unsigned half_integers(const TileData<QTYPE>& w, int j, int i) {
     if constexpr (T::kind == TILE_SMALL) {
         const unsigned q = w.q[j] >> (i & 2 ? 8 : 0);
         if (i & 1) {  // 1024 + 16 n, times 1/16: spares the shift
-            const unsigned x = 0x64006400 | (q & 0x00F000F0) | high_bits<QTYPE>(w, j, i, 8);
+            const unsigned x = and_or<0x00F000F0>(q, 0x64006400) | high_bits<QTYPE>(w, j, i, 8);
             return half2_fma(x, 0x2C002C00, minus_half2_small(64 + T::zero));
         }
-        const unsigned x = 0x64006400 | (q & 0x000F000F) | high_bits<QTYPE>(w, j, i, 4);
+        const unsigned x = and_or<0x000F000F>(q, 0x64006400) | high_bits<QTYPE>(w, j, i, 4);
         return half2_add(x, minus_half2(1024 + T::zero));
     } else if constexpr (T::kind == TILE_MAP_SMALL) {
-        const unsigned x = 0x64006400 | (stored_bytes<QTYPE>(w, j, i) & 0x00FF00FF);
+        const unsigned x = and_or<0x00FF00FF>(stored_bytes<QTYPE>(w, j, i), 0x64006400);
         return half2_add(x, minus_half2(1024 + T::zero));
     } else {  // 1024 + 128 + n: the top bit of two's complement turned
-        const unsigned x = 0x64806480 ^ (stored_bytes<QTYPE>(w, j, i) & 0x00FF00FF);
+        const unsigned x = and_xor<0x00FF00FF>(stored_bytes<QTYPE>(w, j, i), 0x64806480);
         return half2_add(x, minus_half2(1024 + 128));
     }
 }

@@ -6,7 +6,7 @@ device, and from there repacked to its place, so that its GGUF bytes are never t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,14 +53,20 @@ class CudaWeight:
         return self.qtype.row_bytes(self.skip + self.shape[-1])
 
 
+def begin(device: Device, shards: Sequence[Shard]) -> None:
+    """Compiles what uploading `shards` launches, all at once."""
+    types = {s.qtype.id for s in shards if is_tiled(s.tensor, s.shape, s.qtype)}
+    with device.prepared():
+        for qtype in sorted(types):
+            device.launch("repack_tiles", (1,), 128, WTYPE=qtype)
+
+
 def upload(device: Device, raw: Bytes, shard: Shard, tiled: bool = True) -> CudaWeight:
     """Sends `raw` [..., bytes of a row] to the device; returns before it is there.
 
     Launches on the device's stream find it. With `tiled` false nothing is repacked.
     """
-    by_column = shard.axis == len(shard.shape) - 1
-    skip = shard.start % shard.qtype.block if by_column else 0
-    first = shard.start if shard.axis == 0 else 0
+    skip, first = shard.skip, shard.start if shard.axis == 0 else 0
     if not (tiled and is_tiled(shard.tensor, shard.shape, shard.qtype)):
         held = device.take(raw.shape, np.uint8)
         at = 0

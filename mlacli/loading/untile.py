@@ -5,6 +5,8 @@ Where a plane keeps what is said in kernels/include/tile_layout.cuh.
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from mlacli.loading.tiles import TiledShape, tiled_shape
 
 Bytes = NDArray[np.uint8]
 Words = NDArray[Any]
-_CHUNK = 4 << 20  # values rebuilt at a time
+_CHUNK = 1 << 20  # values rebuilt at a time
 _U4 = np.dtype(np.uint32)
 
 
@@ -40,9 +42,13 @@ def untile(
     row_bytes = qtype.row_bytes(skip + shape[-1])
     out = np.empty((tiles.all_row_tiles, 16, row_bytes), np.uint8)
     step = max(1, _CHUNK // (1024 * tiles.n_col_tiles))
-    for first in range(0, tiles.all_row_tiles, step):
+
+    def rebuild(first: int) -> None:
         some = slice(first, min(first + step, tiles.all_row_tiles))
         out[some] = _rows(buffer, tiles, qtype, some, skip, shape[-1], row_bytes)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # NumPy lets go of the GIL
+        list(pool.map(rebuild, range(0, tiles.all_row_tiles, step)))
     raw = out.reshape(tiles.lead, -1, row_bytes)[:, :rows].reshape(*shape[:-1], row_bytes)
     if edges is not None:
         _restore_foreign(raw, edges, shape[-1], qtype, skip)
