@@ -111,7 +111,7 @@ class Engine:
         import numpy as np
 
         plan, hp = self.prepared.plan, self.prepared.hparams
-        total, done = sum(rank.weights for rank in plan.ranks), 0
+        total, done = sum(shard.nbytes for shard in plan.shards), 0
 
         def count(n: int) -> None:
             nonlocal done

@@ -94,9 +94,17 @@ class Ops(Protocol):
         """A host array of an activation."""
         ...
 
+    def begin_upload(self, shards: Any) -> None:
+        """`shards` will be uploaded: what that needs may be compiled together."""
+        return
+
     def upload(self, pieces: Any, shard: Any) -> Weight:
         """A weight from a shard's bytes."""
         ...
+
+    def end_upload(self) -> None:
+        """The last weight has been handed over: wait until all are in place."""
+        return
 
     def download(self, w: Weight) -> Any:
         """The shard's bytes again, as they lie in this rank's memory: the inverse of upload."""

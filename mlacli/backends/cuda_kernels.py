@@ -1,4 +1,4 @@
-"""Kernels of one device: source text, header inlining, typed signatures, launch.
+"""Kernels of one device: compiled ahead, loaded, launched with checked arguments.
 
 CuPy's own launch checks nothing and has no attributes, so parameters are read from the kernels'
 text and launches go to cuLaunchKernelEx, with programmatic dependent launch unless MLACLI_PDL=0.
@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
-from functools import cache
-from importlib.resources import files
-from importlib.resources.abc import Traversable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import cupy as cp
 
+from mlacli.backends.cuda_compile import Unit, binaries, capability, target
+from mlacli.backends.cuda_sources import signatures, source
 from mlacli.errors import BackendError
 
+__all__ = ["Kernels", "signatures", "source"]
+
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CTYPES = {"p": ctypes.c_uint64, "i": ctypes.c_int, "l": ctypes.c_longlong, "f": ctypes.c_float}
 
 
@@ -39,72 +42,33 @@ class _Config(ctypes.Structure):
     )
 
 
-def source(name: str) -> str:
-    """kernels/<name>.cu with our own headers inlined, each once.
+@dataclass(slots=True)
+class _Function:
+    """A loaded kernel and the dynamic shared memory it may take."""
 
-    CuPy's disk cache keys on this text, so a changed header can't be missed.
-    """
-    root, seen = _kernel_folder(), set[str]()
-
-    def inlined(text: str) -> str:
-        def header(match: re.Match[str]) -> str:
-            if match[1] in seen:
-                return ""
-            seen.add(match[1])
-            return inlined(
-                root.joinpath("include", match[1]).read_text().replace("#pragma once", "")
-            )
-
-        return re.sub(r'#include "([\w.]+)"\n', header, text)
-
-    return inlined(root.joinpath(f"{name}.cu").read_text())
-
-
-def _kernel_folder() -> Traversable:
-    """The package mlacli.kernels; in a checkout that isn't installed, the folder it maps."""
-    try:
-        return files("mlacli.kernels")
-    except ModuleNotFoundError:
-        return Path(__file__).parents[2] / "kernels"
-
-
-_KERNEL = re.compile(
-    r'extern "C" __global__\s+(?:__\w+__\s*\([^)]*\)\s*)*void\s+'
-    r"(?:__\w+__\s*\([^)]*\)\s*)*(\w+)\(([^)]*)\)"
-)
-_KINDS = {"int": "i", "float": "f", "long": "l"}
-
-
-@cache
-def signatures() -> dict[str, tuple[str, str]]:
-    """Kernel -> (file, parameters) of every kernel: p pointer, i int, l long long, f float."""
-    found: dict[str, tuple[str, str]] = {}
-    for path in sorted(_kernel_folder().iterdir(), key=lambda path: path.name):
-        if path.name.endswith(".cu"):
-            for kernel, parameters in _KERNEL.findall(path.read_text()):
-                assert kernel not in found, f"two kernels are called {kernel}"
-                found[kernel] = path.name.removesuffix(".cu"), _kinds(parameters)
-    return found
-
-
-def _kinds(parameters: str) -> str:
-    return "".join(
-        "p" if "*" in one else _KINDS[one.replace("const ", "").split()[0]]
-        for one in parameters.split(",")
-    )
+    ptr: int
+    signature: str
+    shared: int = 48 << 10
 
 
 class Kernels:
-    """Compiles kernels for the current device on first use and launches them on its stream."""
+    """Kernels of the current device, compiled before their first launch, launched on a stream."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
+        device = int(cp.cuda.Device().compute_capability)
+        self.capability, self.target = capability(device), target(device)
+        self.progress: Callable[[int, int], None] | None = None  # kernels compiled, of how many
+        self.n_launches = self.n_compiled = 0
+        self.compile_s = 0.0
+        self.trouble = ""  # why compiled kernels can't be kept on disk
         self._driver = ctypes.CDLL("libcuda.so.1")
         self._pdl = _Attribute(id=6)  # programmatic stream serialisation
         self._pdl.value[0] = 1
-        self._use_pdl = os.environ.get("MLACLI_PDL", "1") != "0" and _capability() >= 90
-        self._functions: dict[tuple[Any, ...], Any] = {}
-        self.n_launches = 0
+        self._use_pdl = os.environ.get("MLACLI_PDL", "1") != "0" and self.capability >= 90
+        self._modules: dict[Unit, int] = {}
+        self._functions: dict[tuple[Any, ...], _Function] = {}
+        self._noted: dict[tuple[Any, ...], None] | None = None
 
     def launch(
         self, name: str, grid: tuple[int, ...], block: int, *args: Any, shared: int = 0,
@@ -115,12 +79,16 @@ class Kernels:
         `shared`: bytes of dynamic shared memory.
         """
         key = (name, *sorted(defines.items()))
-        function = self._functions.get(key)
-        if function is None:
-            function = self._functions[key] = self._compile(name, defines)
-        if shared > 48 << 10 and function.max_dynamic_shared_size_bytes < shared:
-            function.max_dynamic_shared_size_bytes = shared
-        signature = signatures()[name][1]
+        if self._noted is not None:
+            self._noted[key] = None
+            return
+        if key not in self._functions:
+            self.prepare([(name, defines)])
+        function = self._functions[key]
+        if shared > function.shared:
+            cp.cuda.driver.funcSetAttribute(function.ptr, _MAX_DYNAMIC_SHARED, shared)
+            function.shared = shared
+        signature = function.signature
         assert len(args) == len(signature), f"{name}: {len(args)} arguments for {signature}"
         values: list[Any] = [
             _CTYPES[kind](_value(a, kind)) for a, kind in zip(args, signature, strict=True)
@@ -132,31 +100,53 @@ class Kernels:
             n_attributes=int(self._use_pdl),
         )  # fmt: skip
         code = self._driver.cuLaunchKernelEx(
-            ctypes.byref(config), ctypes.c_void_p(function.kernel.ptr), pointers, None
+            ctypes.byref(config), ctypes.c_void_p(function.ptr), pointers, None
         )
         if code:
             raise BackendError(f"launching {name} failed with CUDA error {code}")
         self.n_launches += 1
 
-    @staticmethod
-    def _compile(name: str, defines: dict[str, Any]) -> Any:
-        options = ("-std=c++17", *(f"-D{key}={value}" for key, value in sorted(defines.items())))
-        text = source(signatures()[name][0])
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Inside, launches are only noted; at the end, what they need is compiled all at once."""
+        assert self._noted is None, "one dry run at a time"
+        noted: dict[tuple[Any, ...], None] = {}
+        self._noted = noted
         try:
-            function = cp.RawModule(code=text, options=options).get_function(name)
-            _ = function.kernel  # compiles now
-        except cp.cuda.compiler.CompileException as e:
-            log = "\n".join(str(e).splitlines()[:20])
-            raise BackendError(f"kernels/{signatures()[name][0]}.cu does not compile: {log}") from e
-        return function
+            yield
+        finally:
+            self._noted = None
+        self.prepare((name, dict(defines)) for name, *defines in noted)
+
+    def prepare(self, wanted: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+        """Compile, in parallel, and load what isn't there of kernels with their defines."""
+        units: dict[tuple[Any, ...], Unit] = {
+            (name, *sorted(defines.items())): Unit.of(signatures()[name][0], defines)
+            for name, defines in wanted
+        }
+        missing = [unit for unit in units.values() if unit not in self._modules]
+        done = binaries(missing, self.target, self.progress)
+        self.n_compiled += done.n_compiled
+        self.compile_s += done.seconds
+        self.trouble = self.trouble or done.trouble
+        for unit, image in done.images.items():
+            self._modules[unit] = self._load(unit, image)
+        for key, unit in units.items():
+            if key not in self._functions:
+                ptr = cp.cuda.driver.moduleGetFunction(self._modules[unit], key[0])
+                self._functions[key] = _Function(ptr, signatures()[key[0]][1])
+
+    def _load(self, unit: Unit, image: bytes) -> int:
+        try:
+            return int(cp.cuda.driver.moduleLoadData(image))
+        except cp.cuda.driver.CUDADriverError as e:
+            raise BackendError(
+                f"the driver refuses kernels/{unit.file}.cu as {self.target}: {e}",
+                "the driver is older than the compiler: update it, or install mlacli[cuda12]",
+            ) from None
 
 
 def _value(arg: Any, kind: str) -> Any:
     if kind != "p":
         return float(arg) if kind == "f" else int(arg)
     return 0 if arg is None else arg.ptr
-
-
-@cache
-def _capability() -> int:
-    return int(cp.cuda.Device().compute_capability)

@@ -14,10 +14,11 @@ import numpy as np
 
 from mlacli.attention_forms import AttentionForm
 from mlacli.backends import cuda_plain as plain
+from mlacli.backends import cuda_weights
 from mlacli.backends.cuda_acts import Act, Chosen
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_device import Device, Host
-from mlacli.loading.quant_types import QType
+from mlacli.backends.cuda_weights import CudaWeight
 from mlacli.ops import LayerCache, LayerWeights, Ops, Step
 from mlacli.parallel.comm import Comm
 from mlacli.params import ContextParams
@@ -31,22 +32,6 @@ _CACHE_TYPES = {"f32": ("float", np.float32), "f16": ("__half", np.float16),
                 "bf16": ("__nv_bfloat16", np.uint16)}  # fmt: skip
 _SPLITS = 32  # ranges of the cache that one head's decode attention is cut into
 FEW = 8  # tokens that decode's products take in one pass
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class CudaWeight:
-    """GGUF bytes on the device [*leading, row bytes] of a shard of local `shape`."""
-
-    name: str
-    shape: tuple[int, ...]
-    qtype: QType
-    raw: Array
-    skip: int = 0
-    first: int = 0
-
-    @property
-    def row_bytes(self) -> int:
-        return int(self.raw.shape[-1])
 
 
 @dataclass(slots=True)
@@ -64,7 +49,7 @@ class CudaOps(Ops):
     def __init__(self, comm: Comm, context: ContextParams, device: Device) -> None:
         self.comm, self.context, self.device, self.forms = comm, context, device, set()
         self._half = int(context.graph_attn_precision == "f16")
-        self._inputs: Any = None  # tokens, positions and wanted rows [3, n_ubatch] of a step
+        self._inputs: Any = None  # tokens, positions and wanted rows of a step
         self._frequencies: Any = None
         self._base = 0  # where scratch begins
         self._layer = 0  # where a half layer's temporaries begin
@@ -80,13 +65,13 @@ class CudaOps(Ops):
         n, most = len(tokens), self.context.n_ubatch
         if self._inputs is None:
             self._frequencies = self.put(np.array(frequencies))
-            self._inputs = self.device.take((3, most), np.int32)
+            self._inputs = self.device.take((3 * most,), np.int32)
             self._base = self.device.mark()
         bucket = _bucket(n, most)
-        inputs = np.zeros((3, most), np.int32)
+        inputs = np.zeros((3, bucket), np.int32)
         inputs[0, :n], inputs[1] = tokens, -1
         inputs[1, :n], inputs[2, : len(out_rows)] = range(n_past, n_past + n), out_rows
-        self.device.copy_in(self._inputs, inputs)
+        self.device.copy_in(self._inputs[: 3 * bucket].reshape(3, bucket), inputs)
 
         def launches() -> Array | None:
             self.device.rewind(self._base)
@@ -104,13 +89,18 @@ class CudaOps(Ops):
         return self._host_or_none(graph.logits)
 
     def _capture(self, launches: Callable[[], Array | None]) -> _Graph:
-        launches()  # compiles what is new, outside of the capture
+        with self.device.prepared():
+            launches()
+        launches()  # outside of the capture first: whatever fails, fails here
         logits: list[Array | None] = []
         replay = self.device.capture(lambda: logits.append(launches()))
         return _Graph(replay, logits[0], set(self.forms))
 
     def _host_or_none(self, logits: Array | None) -> Host | None:
-        return None if logits is None else self.device.get(logits)
+        if logits is None:
+            self.device.synchronize()
+            return None
+        return self.device.get(logits)
 
     def _step(self, n: int, n_kv: int, n_out: int) -> Step:
         """The step in the input buffers, padded to `n` tokens."""
@@ -130,16 +120,17 @@ class CudaOps(Ops):
 
     # ---- weights and cache ------------------------------------------------------------------
 
+    def begin_upload(self, shards: Sequence[Shard]) -> None:
+        cuda_weights.begin(self.device, shards)
+
     def upload(self, pieces: Any, shard: Shard) -> CudaWeight:
-        by_column = shard.axis == len(shard.shape) - 1
-        return CudaWeight(
-            shard.tensor, shard.shape, shard.qtype, self.put(pieces),
-            skip=shard.start % shard.qtype.block if by_column else 0,
-            first=shard.start if shard.axis == 0 else 0,
-        )  # fmt: skip
+        return cuda_weights.upload(self.device, pieces, shard, tiled=False)
+
+    def end_upload(self) -> None:
+        self.device.end_sends()
 
     def download(self, w: CudaWeight) -> Any:
-        return self.device.get(w.raw)
+        return cuda_weights.download(self.device, w)
 
     def new_rows(self, n_ctx: int, width: int, cache_type: str, transposed: bool = False) -> Array:
         assert not transposed, "-fa off is refused on GPUs"
@@ -270,6 +261,14 @@ class CudaOps(Ops):
         return None if y is None else _held(y)
 
     # ---- plumbing ---------------------------------------------------------------------------
+
+    @property
+    def n_sm(self) -> int:
+        return self.device.n_sm
+
+    @property
+    def capability(self) -> int:
+        return self.device.capability
 
     def f32(self, x: Act) -> Array:
         """The float32 values of `x`, computed now if nobody asked before."""

@@ -13,7 +13,8 @@ from mlacli.backends.cuda_acts import Chosen
 from mlacli.backends.cuda_array import Array
 
 if TYPE_CHECKING:
-    from mlacli.backends.cuda_ops import CudaOps, CudaWeight
+    from mlacli.backends.cuda_ops import CudaOps
+    from mlacli.backends.cuda_weights import CudaWeight
     from mlacli.models.parts import Routing
 
 _COLS = 8  # tokens that one pass over a weight row serves

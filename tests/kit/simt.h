@@ -2,7 +2,7 @@
 //
 // Each CUDA thread is a fiber; a CTA's fibers take turns at collectives (barriers, shuffles, mma,
 // ldmatrix), CTAs run one after another. Include this first, then the kernel's text (headers
-// inlined, as backends/cuda_kernels.source() gives it); PTX goes through kernels/include/mma.cuh,
+// inlined, as backends/cuda_sources.source() gives it); PTX goes through kernels/include/mma.cuh,
 // which calls the functions below. Compile: g++ -std=c++17 -O1 -w -I<CUDA include folder>.
 // Dynamic shared memory: define `thread_local T name[size];` after the kernel's text, alignas it.
 // What it can't show: races between barriers, memory order, speed.

@@ -1,0 +1,138 @@
+// Op        gemm_experts_up: h[i][o] = silu(gate_e[o] . x[t]) * (up_e[o] . x[t]) / 16
+//           gemm_experts_down: y[s][o] = down_e[o] . h[i]
+//           where place i of the sorted list holds slot s = slots[i] of token t = s / n_used and expert e
+// Shapes    h [n * n_used, f] at row stride ldh, x [n, d] at row stride ldx, y [n * n_used, d] dense;
+//           gate, up, down tiled [held experts, row tiles, column tiles]; gate and up may be two halves
+//           of one weight: up_tile is the first row tile of up in an expert's, of which it has row_tiles
+//           slots, tiles, ends: moe_sort
+// Dtypes    weights any tiled type (Q0, and Q1 for up) as float16 times their boost; x and h float16
+//           of value / 16, h saturating; sums and y float32
+// Grid      any number of CTAs (one fits an SM), which share the work items: (tile of tokens, 256
+//           rows; up: 128 of gate and of up); 256 threads; shared bytes as gemm
+// Assumes   as gemm; gate and up with the same number of column tiles; y of slots whose expert is not
+//           held is not written
+// Numerics  as gemm; a token's result does not depend on its place in the list
+// Bound by  tensor cores: 6 n n_used f d operations; few tokens: bytes of the chosen experts
+// Sources   see include/gemm.cuh
+// Tested by tests/gpu/test_gemm.py, tests/kernels/test_gemm.py
+#include "gemm.cuh"
+#include "gemm_store.cuh"
+#include "pdl.cuh"
+
+// ---------------------------------------------------------------- device helpers ------------
+// What moe_sort made: tiles of up to 128 neighbours in the list with the same expert.
+struct Tokens {
+    const int *slots, *tiles;
+    // Expert of a tile, its first place in the list, its tokens.
+    __device__ __forceinline__ int3 tile(int i) const {
+        return make_int3(tiles[4 * i], tiles[4 * i + 1], tiles[4 * i + 2]);
+    }
+};
+
+struct Items {
+    Tokens tokens;
+    const unsigned char *w0, *w1;
+    const unsigned short* x;
+    long long ldx;
+    int n_used, row_tiles, w1_tile, part_tiles, col_tiles, held, cols, skip, n_row_items, n;
+
+    __device__ __forceinline__ void open(int item, GemmSource& from) const {
+        const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+        const int3 tile = tokens.tile(item / n_row_items);
+        const int row_item = item % n_row_items, total = held * row_tiles, base = tile.x * row_tiles;
+        const int last = part_tiles - 1;
+#ifdef GATED
+        const int row_tile = base + min(row_item * 8 + warp, last);
+        from.part[0] = tile_source<Q0>(w0, total, col_tiles, row_tile, lane);
+        from.part[1] = tile_source<Q1>(w1, total, col_tiles, row_tile + w1_tile, lane);
+#else
+#pragma unroll
+        for (int p = 0; p < 2; p++)
+            from.part[p] = tile_source<Q0>(
+                w0, total, col_tiles, base + min(row_item * 16 + 8 * p + warp, last), lane);
+#endif
+        from.x = x, from.cols = cols, from.steps = col_tiles, from.skip = skip;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int t = (threadIdx.x >> 3) + 32 * i;
+            from.row[i] = -1;
+            if (t >= tile.z) continue;
+#ifdef GATED
+            from.row[i] = (int)(tokens.slots[tile.y + t] / n_used * ldx >> 3);
+#else
+            from.row[i] = (int)((tile.y + t) * ldx >> 3);
+#endif
+        }
+    }
+};
+
+// ---------------------------------------------------------------- kernels -------------------
+// Items of one width after the other: tiles are in order of their width, `ends` counts those so far.
+#define FOR_EACH_WIDTH(RUN) RUN(128, 0) RUN(96, 1) RUN(64, 2) RUN(32, 3)
+
+#ifdef GATED
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 1)
+gemm_experts_up(unsigned short* h, const unsigned char* gate, const unsigned char* up,
+                const unsigned short* x, const int* slots, const int* tiles, const int* ends,
+                int n_used, int f, int row_tiles, int up_tile, int col_tiles, int held, int cols,
+                int skip, long long ldh, long long ldx) {
+    extern __shared__ uint4 shared[];
+    __shared__ Items items;  // spares registers
+    pdl_launch();
+    pdl_wait();
+    const int n_row_items = (f + 127) / 128;
+    items = {{slots, tiles}, gate, up, x, ldx, n_used, row_tiles, up_tile, (f + 15) / 16, col_tiles,
+             held, cols, skip, n_row_items, ends[3] * n_row_items};
+    __syncthreads();  // every thread wrote the same
+    const float gate_boost = tile_boost<Q0>(gate), up_boost = tile_boost<Q1>(up);
+    const float gate_scale = 16.f * tile_unboost<Q0>(gate), up_scale = tile_unboost<Q1>(up);
+    Gemm<Items, max_of(StagedTile<Q0>::end, StagedTile<Q1>::end)> ring(items, ring_of(shared));
+    int item = blockIdx.x;
+#define RUN(N, I)                                                                              \
+    for (const int end = ends[I] * n_row_items; item < end; item += gridDim.x) {               \
+        const int3 tile = items.tokens.tile(item / n_row_items);                               \
+        float g[N / 2], u[N / 2];                                                              \
+        ring.template multiply<Q0, Q1, N>(col_tiles, gate_boost, up_boost, g, u);              \
+        store_half<N>([&](int i) { return silu(g[i] * gate_scale) * (u[i] * up_scale); },      \
+                      item % n_row_items * 128, f, tile.z,                                     \
+                      StridedRows<unsigned short>{h + tile.y * ldh, ldh});                     \
+    }
+    FOR_EACH_WIDTH(RUN)
+}
+#else
+// y rows by slot.
+struct SlotRows {
+    float* y;
+    const int* slots;
+    int d;
+    __device__ __forceinline__ float* operator()(int token) const {
+        return y + (long long)slots[token] * d;
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 1)
+gemm_experts_down(float* y, const unsigned char* down, const unsigned short* h, const int* slots,
+                  const int* tiles, const int* ends, int d, int row_tiles, int col_tiles, int held,
+                  int cols, int skip, long long ldh) {
+    extern __shared__ uint4 shared[];
+    __shared__ Items items;
+    pdl_launch();
+    pdl_wait();
+    const int n_row_items = (d + GEMM_ROWS - 1) / GEMM_ROWS;
+    items = {{slots, tiles}, down, down, h, ldh, 1, row_tiles, 0, row_tiles, col_tiles,
+             held, cols, skip, n_row_items, ends[3] * n_row_items};
+    __syncthreads();
+    const float boost = tile_boost<Q0>(down), scale = 16.f * tile_unboost<Q0>(down);
+    Gemm<Items, StagedTile<Q0>::end> ring(items, ring_of(shared));
+    int item = blockIdx.x;
+#define RUN(N, I)                                                                              \
+    for (const int end = ends[I] * n_row_items; item < end; item += gridDim.x) {               \
+        const int3 tile = items.tokens.tile(item / n_row_items);                               \
+        float d0[N / 2], d1[N / 2];                                                            \
+        ring.template multiply<Q0, Q0, N>(col_tiles, boost, boost, d0, d1);                    \
+        store_float<N>(d0, d1, scale, item % n_row_items * GEMM_ROWS, d, tile.z,               \
+                       SlotRows{y, slots + tile.y, d});                                        \
+    }
+    FOR_EACH_WIDTH(RUN)
+}
+#endif

@@ -1,0 +1,55 @@
+// Op        gemm_gated: h[t][o] = silu(gate_o . x[t]) * (up_o . x[t]) / 16
+// Shapes    h [n, rows] at row stride ldh, x [n, cols] at row stride ldx; gate and up tiled
+//           [row_tiles, col_tiles]
+// Dtypes    gate and up any tiled type (Q0, Q1) as float16 times their boost; x float16 of value / 16;
+//           sums float32; h float16 of value / 16, saturating
+// Grid      as gemm
+// Assumes   as gemm; both weights of the same shape and number of column tiles
+// Numerics  as gemm; silu with the fast exponential: relative error 1e-6
+// Bound by  tensor cores: 4 n rows cols operations
+// Sources   see include/gemm.cuh
+// Tested by tests/gpu/test_gemm.py, tests/kernels/test_gemm.py
+#include "gemm.cuh"
+#include "gemm_store.cuh"
+#include "pdl.cuh"
+
+// ---------------------------------------------------------------- device helpers ------------
+// Weight rows fastest, then tokens.
+struct Items {
+    const unsigned char *gate, *up;
+    const unsigned short* x;
+    long long ldx;
+    int row_tiles, col_tiles, n_tokens, cols, skip, n_row_items, n;
+
+    __device__ __forceinline__ void open(int item, GemmSource& from) const {
+        const int lane = threadIdx.x & 31;
+        const int row_tile = min(item % n_row_items * 8 + (int)(threadIdx.x >> 5), row_tiles - 1);
+        from.part[0] = tile_source<Q0>(gate, row_tiles, col_tiles, row_tile, lane);
+        from.part[1] = tile_source<Q1>(up, row_tiles, col_tiles, row_tile, lane);
+        from.x = x, from.cols = cols, from.steps = col_tiles, from.skip = skip;
+        set_tokens(from, item / n_row_items * TOKENS, n_tokens, TOKENS, ldx);
+    }
+};
+
+// ---------------------------------------------------------------- kernels -------------------
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 1)
+gemm_gated(unsigned short* h, const unsigned char* gate, const unsigned char* up,
+           const unsigned short* x, int n, int rows, int row_tiles, int col_tiles, int cols, int skip,
+           long long ldh, long long ldx) {
+    extern __shared__ uint4 shared[];
+    pdl_launch();
+    pdl_wait();
+    Items items{gate, up, x, ldx, row_tiles, col_tiles, n, cols, skip, (rows + 127) / 128, 0};
+    items.n = items.n_row_items * ((n + TOKENS - 1) / TOKENS);
+    const float gate_boost = tile_boost<Q0>(gate), up_boost = tile_boost<Q1>(up);
+    const float gate_scale = 16.f * tile_unboost<Q0>(gate), up_scale = tile_unboost<Q1>(up);
+    Gemm<Items, max_of(StagedTile<Q0>::end, StagedTile<Q1>::end)> ring(items, ring_of(shared));
+    for (int item = blockIdx.x; item < items.n; item += gridDim.x) {
+        float g[TOKENS / 2], u[TOKENS / 2];
+        ring.template multiply<Q0, Q1, TOKENS>(col_tiles, gate_boost, up_boost, g, u);
+        const int token = item / items.n_row_items * TOKENS;
+        store_half<TOKENS>([&](int i) { return silu(g[i] * gate_scale) * (u[i] * up_scale); },
+                           item % items.n_row_items * 128, rows, n - token,
+                           [&](int t) { return h + (token + t) * ldh; });
+    }
+}

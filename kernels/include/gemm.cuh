@@ -1,0 +1,265 @@
+// Products of tiled weights with many tokens: a ring of stages in shared memory that runs ahead of
+// the tensor cores, and the loop over it.
+//
+// A CTA of two warpgroups takes 256 weight rows (GEMM_ROWS) and up to 128 tokens. Warp w has two row
+// tiles: part 0 is row tile w, part 1 row tile 8 + w (or row tile w of a second weight: gate and up).
+// A stage holds 64 columns: activations [128 tokens][64] float16, 128-byte swizzle, and the packed
+// bytes of 16 row tiles, which only the warp that copied them reads. While the tensor cores work on
+// one part of a warp's rows, the warp unpacks the other. The ring knows nothing of work items'
+// borders: the next item's first stages arrive while this item's results are stored.
+// Sources: A from registers and unpacking in between as in CUTLASS's mixed-input kernels; own.
+#pragma once
+#include "mma.cuh"
+#include "tiles.cuh"
+#include "wgmma.cuh"
+
+constexpr int GEMM_THREADS = 256, GEMM_ROWS = 256, GEMM_TOKENS = 128;
+constexpr int GEMM_X_BYTES = GEMM_TOKENS * 128;  // of a stage
+#ifdef WGMMA
+constexpr int GEMM_AHEAD = STAGES - 2;  // stages copied before they are needed
+#else
+constexpr int GEMM_AHEAD = STAGES - 1;
+#endif
+
+// ---------------------------------------------------------------- device helpers ------------
+#ifdef SIMT
+__device__ __forceinline__ void cp_async_part(void* shared, const void* global, int nbytes) {
+    memset(shared, 0, 16);
+    memcpy(shared, global, nbytes);
+}
+// The transpose of an 8 x 8 matrix of 16-bit values held as an mma fragment.
+__device__ __forceinline__ unsigned transposed(unsigned pair) {
+    unsigned out;
+    simt::collective(&pair, [&](std::vector<void*>& s) {
+        const int g = simt::lane() / 4, t = simt::lane() % 4;
+        auto at = [&](int i, int j) { return *(unsigned*)s[4 * i + j / 2] >> 16 * (j & 1) & 0xFFFF; };
+        out = at(2 * t, g) | at(2 * t + 1, g) << 16;
+    });
+    return out;
+}
+#else
+// nbytes (0 .. 16) from global to shared memory, zeros up to 16.
+__device__ __forceinline__ void cp_async_part(void* shared, const void* global, int nbytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"((unsigned)__cvta_generic_to_shared(shared)), "l"(global), "r"(nbytes) : "memory");
+}
+__device__ __forceinline__ unsigned transposed(unsigned pair) {
+    unsigned out;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
+    return out;
+}
+#endif
+
+// The ring's start in dynamic shared memory: the next multiple of 1024, which the swizzle needs.
+__device__ __forceinline__ unsigned char* ring_of(void* shared) {
+    return (unsigned char*)shared + (1024 - ((unsigned)__cvta_generic_to_shared(shared) & 1023) & 1023);
+}
+
+__device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
+__device__ constexpr int max_of(int a, int b) { return a > b ? a : b; }
+
+// float16 of lo and hi, the largest finite number instead of infinity.
+__device__ __forceinline__ unsigned saturated_half2(float lo, float hi) {
+    return half2_of(fminf(fmaxf(lo, -65504.f), 65504.f), fminf(fmaxf(hi, -65504.f), 65504.f));
+}
+
+// Where a row tile's packed bytes lie in a stage: q, then s, m, d, h.
+template <int QTYPE>
+struct StagedTile {
+    using T = Tile<QTYPE>;
+    static constexpr int s = T::q_bytes, m = s + T::s_bytes, d = m + T::m_bytes, h = d + T::d_bytes;
+    static constexpr int end = h + T::h_bytes;
+};
+
+template <> struct StagedTile<-1> {
+    static constexpr int end = 0;
+};
+
+// A lane's part of copying one row tile: 512-byte rounds of q, one 16-byte piece of the rest.
+struct TileSource {
+    const unsigned char *q, *side;  // side null: nothing
+    int q_bytes, side_bytes, side_shift;  // side of column tile k: (k >> side_shift) * side_bytes
+};
+
+template <int QTYPE>
+__device__ __forceinline__ TileSource tile_source(
+        const unsigned char* w, int n_row_tiles, int n_col_tiles, int row_tile, int lane) {
+    using T = Tile<QTYPE>;
+    const TileView<QTYPE> v = tile_view<QTYPE>(w, n_row_tiles, n_col_tiles);
+    const long long at = (long long)row_tile * n_col_tiles;
+    TileSource from{v.q + at * T::q_bytes + 16 * lane, nullptr, T::q_bytes, 0, 0};
+    const int side = T::q_bytes + 16 * lane;  // place of the piece in the stage
+    using In = StagedTile<QTYPE>;
+    if (side < In::m)
+        from.side = v.s + at * T::s_bytes + (side - In::s), from.side_bytes = T::s_bytes;
+    else if (side < In::d)
+        from.side = v.m + at * T::m_bytes + (side - In::m), from.side_bytes = T::m_bytes;
+    else if (side < In::h)
+        from.side = v.d + (at >> 2) * T::d_bytes + (side - In::d), from.side_bytes = T::d_bytes,
+        from.side_shift = 2;
+    else if (side < In::end)
+        from.side = v.h + at * T::h_bytes + (side - In::h), from.side_bytes = T::h_bytes;
+    return from;
+}
+
+// What a thread copies for one work item.
+struct GemmSource {
+    TileSource part[2];
+    const unsigned short* x;
+    int row[4];  // of tokens thread / 8 + 32 i: pieces of 8 elements from x, negative: none
+    int steps, skip, cols;  // stages; packed column of x's first; x's columns
+};
+
+// Rows of tokens first .. (n in all) of x, `tokens` of them at most.
+__device__ __forceinline__ void set_tokens(GemmSource& from, int first, int n, int tokens, long long ldx) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int t = (threadIdx.x >> 3) + 32 * i;
+        from.row[i] = t < tokens && first + t < n ? (int)((first + t) * ldx >> 3) : -1;
+    }
+}
+
+// The part of one stage's copies that is this thread's.
+template <int TILE_BYTES>
+__device__ __forceinline__ void copy_stage(
+        unsigned char* ring, int slot, const GemmSource& from, int step) {
+    const int piece = threadIdx.x & 7, token = threadIdx.x >> 3;
+    const int column = 64 * step + 8 * piece - from.skip;
+    const int nbytes = column < 0 ? 0 : min(16, max(0, 2 * (from.cols - column)));
+    unsigned char* to = ring + slot * GEMM_X_BYTES + token * 128 + ((piece ^ (token & 7)) << 4);
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        if (from.row[i] >= 0)
+            cp_async_part(to + i * 4096, from.x + (nbytes ? 8LL * from.row[i] + column : 0), nbytes);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    to = ring + STAGES * GEMM_X_BYTES + (slot * 16 + warp) * TILE_BYTES + 16 * lane;
+#pragma unroll
+    for (int p = 0; p < 2; p++, to += 8 * TILE_BYTES) {
+        const TileSource& tile = from.part[p];
+        const unsigned char* q = tile.q + (long long)step * tile.q_bytes;
+#pragma unroll
+        for (int u = 0; u < 4; u++)
+            if (512 * u < tile.q_bytes) cp_async16(to + 512 * u, q + 512 * u);
+        if (tile.side)
+            cp_async16(to + tile.q_bytes,
+                       tile.side + (long long)(step >> tile.side_shift) * tile.side_bytes);
+    }
+}
+
+// A row tile of a stage as boosted float16 fragments of its four steps.
+template <int QTYPE>
+__device__ __forceinline__ void unpack_tile(
+        const unsigned char* staged, int lane, float boost, unsigned (&a)[4][4]) {
+    using In = StagedTile<QTYPE>;
+    TileData<QTYPE> w;
+    load_numbers<QTYPE, false>(staged, staged + In::h, lane, w);
+    load_scales<QTYPE, false>(staged + In::s, staged + In::m, lane, w);
+    load_block_scales<QTYPE, false>(staged + In::d, lane, w);
+    HalfScales scales;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        if (j % Tile<QTYPE>::steps == 0)
+            scales = half_scales<QTYPE>(w, j / Tile<QTYPE>::steps, boost);
+        scaled_fragment<QTYPE>(w, j, scales, a[j]);
+    }
+}
+
+// d (+)= a x^T over the 64 columns of a stage; with wgmma it runs until it is waited for.
+template <int N>
+__device__ __forceinline__ void multiply_stage(
+        float (&d)[N / 2], unsigned (&a)[4][4], const unsigned char* x, bool accumulate) {
+#ifdef WGMMA
+    const unsigned long long b = wgmma_descriptor(x);
+    wgmma_fence();
+#pragma unroll
+    for (int j = 0; j < 4; j++) wgmma_f16<N>(d, a[j], b + 2 * j, accumulate || j > 0);
+    wgmma_commit();
+#else
+    const int lane = threadIdx.x & 31;
+    if (!accumulate)
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) d[i] = 0.f;
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+#pragma unroll
+        for (int n = 0; n < N; n += 16) {
+            // matrices: tokens n .. n + 7 at both halves of the 16 columns, then tokens n + 8 ..
+            const int token = n + (lane & 7) + (lane >> 4 << 3), piece = 2 * j + (lane >> 3 & 1);
+            unsigned b[4];
+            ldmatrix(b, x + token * 128 + ((piece ^ (token & 7)) << 4));
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const unsigned b_block[2] = {b[2 * i], b[2 * i + 1]};
+                mma_f16(reinterpret_cast<float(&)[4]>(d[n / 2 + 4 * i]), a[j], b_block);
+            }
+        }
+#endif
+}
+
+// The ring, and how far it is ahead. Items is the kernel's: n items, open(item, lane, GemmSource&).
+template <class Items, int TILE_BYTES>
+struct Gemm {
+    const Items& items;
+    unsigned char* ring;
+    GemmSource from;           // of the item that is being copied
+    int item, step, to, at;    // that item, its stage; slot copied to; slot read next
+    int lane, warp;
+
+    __device__ __forceinline__ Gemm(const Items& items, unsigned char* ring)
+        : items(items), ring(ring), item(blockIdx.x), step(0), to(0), at(0),
+          lane(threadIdx.x & 31), warp(threadIdx.x >> 5) {
+        if (item < items.n) items.open(item, from);
+#pragma unroll 1
+        for (int i = 0; i < GEMM_AHEAD; i++) copy_next();
+    }
+
+    __device__ __forceinline__ void copy_next() {
+        if (item < items.n) {
+            copy_stage<TILE_BYTES>(ring, to, from, step);
+            to = to + 1 == STAGES ? 0 : to + 1;
+            if (++step == from.steps) {
+                step = 0, item += gridDim.x;
+                if (item < items.n) items.open(item, from);
+            }
+        }
+        cp_async_commit();
+    }
+
+    // Both parts of one item: d0, d1 as in wgmma.cuh, for N tokens.
+    template <int QTYPE0, int QTYPE1, int N>
+    __device__ __forceinline__ void multiply(
+            int steps, float boost0, float boost1, float (&d0)[N / 2], float (&d1)[N / 2]) {
+        unsigned a0[4][4], a1[4][4];
+#pragma unroll 1
+        for (int k = 0; k < steps; k++) {
+            cp_async_wait<GEMM_AHEAD - 1>();
+#ifdef WGMMA
+            wgmma_publish();
+#endif
+            __syncthreads();
+            copy_next();  // into the slot of a stage (wgmma: two stages) ago, which all are done with
+            const unsigned char* x = ring + at * GEMM_X_BYTES;
+            const unsigned char* tile = ring + STAGES * GEMM_X_BYTES + (at * 16 + warp) * TILE_BYTES;
+            at = at + 1 == STAGES ? 0 : at + 1;
+#ifdef WGMMA
+            wgmma_wait<1>();  // a0 is free
+#endif
+            unpack_tile<QTYPE0>(tile, lane, boost0, a0);
+            multiply_stage<N>(d0, a0, x, k > 0);
+#ifdef WGMMA
+            wgmma_wait<1>();  // a1 is free
+#endif
+            unpack_tile<QTYPE1>(tile + 8 * TILE_BYTES, lane, boost1, a1);
+            multiply_stage<N>(d1, a1, x, k > 0);
+        }
+#ifdef WGMMA
+        wgmma_wait<0>();
+        wgmma_hold(d0), wgmma_hold(d1);
+#endif
+    }
+};
+
+// Row of part p's registers d[.., 0, 1] in the 128 rows of a part; d[.., 2, 3] are 8 further down.
+__device__ __forceinline__ int gemm_row() { return (threadIdx.x >> 5) * 16 + (threadIdx.x >> 2 & 7); }
+// Token of registers d[4 j], d[4 j + 2] is 8 j + this; d[4 j + 1], d[4 j + 3] the next.
+__device__ __forceinline__ int gemm_token() { return 2 * (threadIdx.x & 3); }

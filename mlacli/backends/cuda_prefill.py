@@ -1,0 +1,179 @@
+"""Expanded attention of many tokens on sm_90a: keys and values of a chunk of the cache at a time.
+
+`attend_expanded` is all that ops need; `takes` says for which sizes, `scratch_bytes` what it costs.
+Queries, keys, values and weights of the expansion are rounded to float16, probabilities too
+(-gap f16); sums are float32. Ask `plain` kernels for -gap f32 and sizes that aren't taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from mlacli.backends.cuda_array import Array
+    from mlacli.models.parts import Temperature
+    from mlacli.ops import Step
+
+_CHUNK = 8192  # most cache rows that are expanded at a time
+_CHUNK_BYTES = 128 << 20  # what their keys and values may take, but for _LEAST_CHUNK rows
+_LEAST_CHUNK = 1024
+_MOST_SHARED = 227 << 10  # bytes of shared memory of a CTA
+_SLAB = 128 * 128  # bytes of 128 rows of 64 float16
+_STAGES = 2  # tiles of keys and values in shared memory
+_BLOCK = 128  # tokens of an item
+_CACHES = {"float16": "__half", "uint16": "__nv_bfloat16", "float32": "float"}
+
+
+class Launcher(Protocol):
+    """What this module needs of CudaOps."""
+
+    n_sm: int
+
+    def new(self, shape: tuple[int, ...], dtype: Any = "f4") -> Array: ...
+
+    def run(
+        self, name: str, grid: tuple[int, ...], block: int, *args: Any, shared: int = 0,
+        **defines: Any,
+    ) -> None: ...  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """h local heads, kv rank r, nope k, rope p, value v."""
+
+    h: int
+    r: int
+    k: int
+    p: int
+    v: int
+
+    @property
+    def tile(self) -> int:
+        """Cache rows that a step of attention takes: what registers and shared memory hold."""
+        return 128 if self.v <= 128 and _slabs(self.k) + _slabs(self.p) <= 3 else 64
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory of an attention CTA."""
+        key = _slabs(self.k) + _slabs(self.p)
+        rows = _STAGES * self.tile * (key + _slabs(self.v))
+        return key * _SLAB + rows * 128 + 128
+
+    @property
+    def expand_shared(self) -> int:
+        """The same of an expansion CTA."""
+        return (_slabs(self.r) + 6) * _SLAB + 256
+
+
+def takes(capability: int, sizes: Sizes) -> bool:
+    """Whether these kernels run on a device of this compute capability with these sizes."""
+    return (
+        capability == 90
+        and all(size > 0 and size % 8 == 0 for size in (sizes.r, sizes.k, sizes.p, sizes.v))
+        and sizes.v <= 256
+        and max(sizes.shared, sizes.expand_shared) <= _MOST_SHARED
+    )
+
+
+def chunk_rows(sizes: Sizes, n_ctx: int) -> int:
+    """Cache rows of a chunk; a step over n_kv rows takes ceil(n_kv / rows) of them."""
+    a_row = 128 * sizes.h * (_slabs(sizes.k) + _slabs(sizes.v))
+    fitting = max(_LEAST_CHUNK, min(_CHUNK, _CHUNK_BYTES // a_row))
+    return min(fitting, n_ctx + 127) // 128 * 128
+
+
+def scratch_bytes(sizes: Sizes, n: int, n_ctx: int, n_sm: int) -> int:
+    """Bytes that `attend_expanded` takes from the arena at most, its result included."""
+    blocks, chunk = -(-n // _BLOCK), chunk_rows(sizes, n_ctx)
+    key, value = _slabs(sizes.k) + _slabs(sizes.p), _slabs(sizes.v)
+    columns = sizes.h * (_slabs(sizes.k) + value)
+    up = -(-columns // 2) * _slabs(sizes.r) * _SLAB
+    kept = 1024 * (32 * value + 4) * sizes.h * blocks
+    splits = max(_splits(sizes.h * blocks, t, n_sm) for t in (1, 4, 16, 64, chunk // sizes.tile))
+    return (
+        blocks * sizes.h * key * _SLAB + up + chunk * (columns + _slabs(sizes.p)) * 128
+        + splits * kept + 2 * n * sizes.h * sizes.v + 8 * 256
+    )  # fmt: skip
+
+
+def attend_expanded(
+    ops: Launcher, q: Array, rows: Array, k_b: Any, v_b: Any, step: Step, sizes: Sizes,
+    scale: float, temperature: Temperature | None = None,
+) -> Array:  # fmt: skip
+    """Attention over a layer's cache [n, h * v], as float16 holding o / 16.
+
+    q [n, h * (k + p)] float32 as the query product leaves it: rotation by step.cos and step.sin,
+    and mistral4's temperature, are done here. rows [n_ctx, r + p] in f16, bf16 or f32; k_b
+    [h, r, k] and v_b [h, v, r]. step.pos[i] < 0 is a padded token, whose result is 0. step.n_kv
+    only says how many chunks there are: a captured step serves all n_kv of that many.
+    """
+    h, n, tile = sizes.h, step.n, sizes.tile
+    blocks, chunk = -(-n // _BLOCK), chunk_rows(sizes, rows.shape[0])
+    n_k, n_p, n_v = _slabs(sizes.k), _slabs(sizes.p), _slabs(sizes.v)
+    shape = {"K": sizes.k, "P": sizes.p, "V": sizes.v}
+    attending = {**shape, "TILE": tile}
+    queries = ops.new((h * blocks * (n_k + n_p) * _SLAB,), np.uint8)
+    ops.run(
+        "mla_prefill_query", (blocks * _BLOCK,), 128, queries, q, step.cos, step.sin, step.pos, n,
+        h, q.strides[0] // 4, temperature.length if temperature else 1,
+        temperature.scale if temperature else 0.0, **attending,
+    )  # fmt: skip
+    up, unboost = _weights(ops, k_b, v_b, sizes)
+    keys, values = (ops.new((h * chunk * size * 128,), np.uint8) for size in (n_k, n_v))
+    rope = ops.new((chunk * n_p * 128,), np.uint8)
+    n_chunks = -(-step.n_kv // chunk)
+    items = h * blocks
+    splits = _splits(items, -(-min(chunk, step.n_kv) // tile), ops.n_sm)
+    state = ops.new((splits * items * (32 * n_v + 4) * 256,)) if splits * n_chunks > 1 else None
+    o = ops.new((n, h * sizes.v), np.float16)
+    for row0 in range(0, n_chunks * chunk, chunk):
+        ops.run(
+            "mla_expand", (max(ops.n_sm, chunk // 128),), 384, keys, values, rope, up,
+            unboost, rows, step.pos, n, row0, chunk, h, shared=sizes.expand_shared, R=sizes.r,
+            CACHE=_CACHES[rows.dtype.name], **attending,
+        )  # fmt: skip
+        ops.run(
+            "mla_prefill", (items, splits), 384, o, None, state, queries, keys, values, rope,
+            step.pos, n, h, row0, chunk, row0 == 0, row0 + chunk >= step.n_kv, scale * _LOG2E,
+            shared=sizes.shared, **attending,
+        )  # fmt: skip
+    if splits > 1:
+        ops.run(
+            "mla_prefill_merge", (items,), 256, o, None, state, step.pos, n, h, splits,
+            scale * _LOG2E, **attending,
+        )  # fmt: skip
+    return o
+
+
+_LOG2E = 1.4426950408889634
+
+
+def _weights(ops: Launcher, k_b: Any, v_b: Any, sizes: Sizes) -> tuple[Array, Array]:
+    """k_b and v_b as mla_expand reads them, and what its sums of keys and values are scaled by."""
+    columns, depth = sizes.h * (_slabs(sizes.k) + _slabs(sizes.v)), _slabs(sizes.r)
+    up, unboost = ops.new((-(-columns // 2) * depth * _SLAB,), np.uint8), ops.new((2,))
+    held = [(w.raw, w.row_bytes, 0) if w.tiles is None else (w.tiles, 0, 1) for w in (k_b, v_b)]
+    (k, k_row, k_tiled), (v, v_row, v_tiled) = held
+    ops.run(
+        "mla_up", (depth, columns), 128, up, unboost, k, v, sizes.h, k_row, v_row,
+        K=sizes.k, P=sizes.p, V=sizes.v, R=sizes.r, TILE=sizes.tile, WTYPE=k_b.qtype.id,
+        WTYPE_V=v_b.qtype.id, TILED=k_tiled, TILED_V=v_tiled,
+    )  # fmt: skip
+    return up, unboost
+
+
+def _slabs(width: int) -> int:
+    return -(-width // 64)
+
+
+def _splits(items: int, tiles: int, n_sm: int) -> int:
+    """CTAs that share an item's cache rows: waves of tiles, with what starting and merging cost."""
+
+    def cost(splits: int) -> float:
+        waves = -(-items * splits // n_sm)
+        return waves * (-(-tiles // splits) + 2) + (3 if splits > 1 else 0)
+
+    return min(range(1, min(tiles, 8) + 1), key=cost)

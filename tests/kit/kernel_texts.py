@@ -1,0 +1,66 @@
+"""What the texts of kernels/*.cu say of themselves: variants to compile, architecture, promises.
+
+Lines of a header comment that are read here, beside those of DESIGN's order:
+    // Variants  WTYPE=12 COLS=8; WTYPE=14 COLS=1     values for the macros, one set after the other
+    // Needs     8.0                                  lowest compute capability; 9.0a for wgmma
+    // Spills    none                                 held to by the compile test
+A continued line begins with `//` and more than two blanks.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+from mlacli.backends import cuda_sources
+from mlacli.backends.cuda_sources import kernel_folder, signatures
+
+FILES = sorted({file for file, _ in signatures().values()})
+
+
+def header(file: str, word: str) -> str:
+    """The text of a line of the header comment, continued lines joined; empty when absent."""
+    text = kernel_folder().joinpath(f"{file}.cu").read_text()
+    found = re.search(rf"^// {word}\b[ \t]+(.*(?:\n//   .*)*)", text, re.M)
+    return re.sub(r"\s*\n//\s*", " ", found[1]) if found else ""
+
+
+def variants(file: str) -> list[dict[str, str]]:
+    """Sets of macro values to compile `file` with; one without any where it names none."""
+    sets = [one.split() for one in header(file, "Variants").split(";") if one.strip()]
+    return [dict(word.split("=", 1) for word in words) for words in sets] or [{}]
+
+
+def needs(file: str) -> tuple[int, bool]:
+    """(lowest compute capability as 75, whether it is for that architecture alone)."""
+    found = re.match(r"(\d+)\.(\d)(a?)", header(file, "Needs"))
+    return (int(found[1] + found[2]), bool(found[3])) if found else (75, False)
+
+
+def promises_no_spills(file: str) -> bool:
+    return header(file, "Spills").startswith("none")
+
+
+def body(text: str, at: int) -> str:
+    """The braces that open first after `at`, with all between."""
+    start = text.index("{", at)
+    depth = 0
+    for end in range(start, len(text)):
+        depth += (text[end] == "{") - (text[end] == "}")
+        if depth == 0:
+            return text[start : end + 1]
+    raise AssertionError("braces don't match")
+
+
+@cache
+def waits(file: str, name: str) -> bool:
+    """Whether function `name` of a file calls pdl_wait, itself or through what it calls."""
+    text = re.sub(r"//.*|/\*.*?\*/", "", cuda_sources.source(file))
+    for found in re.finditer(rf"\b{name}\s*\([^;{{}}]*\)\s*{{", text):
+        inside = body(text, found.start())
+        if "pdl_wait()" in inside:
+            return True
+        called = set(re.findall(r"\b([a-z]\w*)\s*(?:<[^;{}()]*>)?\s*\(", inside)) - {name}
+        if any(waits(file, other) for other in called - {"if", "for", "while", "switch"}):
+            return True
+    return False
