@@ -72,6 +72,10 @@ if len(sys.argv)<2 or 'prefill' in sys.argv:
     sc=ops.new((n,cuda_sparse.score_stride(n_ctx))); ch=ops.new((n,2048),'i4')
     def sco():
         for r in layers: cuda_sparse._scores(ops,sc,qs,r,step.pos,0,n)
+    if qs.slabs:
+        us=timed(sco,L); print('wgmma',n,n_kv,round(us,1),'us',round(tflops(n,n_kv,us)),'TF/s',flush=True)
+        real=cuda_sparse._has_slabs; cuda_sparse._has_slabs=lambda *a: False
+        qs=cuda_sparse.index(ops,layers[0],key,norm,bias,1e-6,step,q,w); cuda_sparse._has_slabs=real
     us=timed(sco,L); EXTRA.update(LOOSE=1); us2=timed(sco,L); EXTRA.clear(); print(round(tflops(n,n_kv,us2)),'loose;','prefill',n,n_kv,'scores us',round(us,1),'TF/s',round(tflops(n,n_kv,us)),flush=True)
     for c in (1,2,4,8):
         def sel():

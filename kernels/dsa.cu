@@ -119,12 +119,23 @@ __device__ __forceinline__ void prepare_key(void* keys, __half* scales, const fl
 }
 
 #if PARTS
-// The 16-bit words of a query lie as the score kernels' B fragments: a lane's 16 bytes are 8
-// neighbouring columns of its head, two steps of an mma whose k order is permuted alike for keys.
+// Where a column's 16-bit word of a query lies. A lane of the score kernels takes 16 bytes, 8
+// neighbouring columns, of a key as two steps in depth; so queries' columns are permuted alike.
+#ifdef SLABS
+// As dsa_scores_wgmma's slabs: [part][64 columns][head], 16-byte pieces swizzled.
+__device__ __forceinline__ int part_at(int part, int head, int column, int heads, int width) {
+    const int t = column % 32 / 8, r = column % 8;
+    const int depth = column / 32 * 32 + r / 4 * 16 + r % 4 / 2 * 8 + 2 * t + r % 2;
+    const int row = (part * (width / 64) + depth / 64) * heads + head;
+    return row * 64 + ((depth % 64 / 8) ^ (head & 7)) * 8 + depth % 8;
+}
+#else
+// As the B fragments of mma: [part][8 heads][32 columns][lane].
 __device__ __forceinline__ int part_at(int part, int head, int column, int heads, int width) {
     const int block = (part * (heads / 8) + head / 8) * (width / 32) + column / 32;
     return (block * 32 + head % 8 * 4 + column % 32 / 8) * 8 + column % 8;
 }
+#endif
 
 // One warp a head: rotated, scaled so that the largest is in [256, 512), split in PARTS.
 __device__ __forceinline__ void prepare_head(unsigned short* parts, float* head_weight,
