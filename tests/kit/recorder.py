@@ -129,6 +129,10 @@ class Recorder:
         self, name: str, grid: tuple[int, ...], block: int, *args: Any, shared: int = 0,
         **defines: Any,
     ) -> None:  # fmt: skip
+        said = tuple(sorted(defines.items()))
+        self.units.add((name, said))
+        if self._quiet:  # an empty launch names a kernel ahead
+            return
         signature = signatures()[name][1]
         assert len(args) == len(signature), f"{name}: {len(args)} arguments for {signature}"
         blocks = []
@@ -147,10 +151,7 @@ class Recorder:
         x, y, z = (*grid, 1, 1)[:3]
         assert 0 < x < 2**31 and 0 < y < 2**16 and 0 < z < 2**16, f"{name}: grid {grid}"
         assert 0 < block <= 1024 and shared <= _MOST_SHARED, f"{name}: {block=}, {shared=}"
-        self.units.add((name, tuple(sorted(defines.items()))))
-        if not self._quiet:
-            said = tuple(sorted(defines.items()))
-            self.launches.append(Launch(name, grid, block, shared, said, tuple(blocks)))
+        self.launches.append(Launch(name, grid, block, shared, said, tuple(blocks)))
 
     @contextmanager
     def prepared(self, report: Any = None) -> Iterator[None]:
