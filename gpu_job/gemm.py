@@ -72,7 +72,7 @@ def rnd(name,shape):
         w=v[256:].view(cp.uint16); w[...]=(w&0x83ff)|(0x2c00 if name=='F16' else 0x3c00)
     v[:4]=cp.asarray(np.array([8.0],np.float32).view(np.uint8))
     cp.cuda.Device().synchronize()
-    return CudaWeight(name,shape,q,None,a,lay,0,0)
+    return CudaWeight(name,shape,q,a,lay)
 def x16(n,d): return cases.put16(ops,np.random.default_rng(0).standard_normal((n,d),np.float32))
 def timed(label,fn,flops=0,nbytes=0,reps=5,graphs=6):
     mk=dev.mark()

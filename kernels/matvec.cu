@@ -19,8 +19,10 @@ __device__ __forceinline__ void few_neighbours(
         FewTiles<DEPTH, Q, REST...>& tiles, const TileView<Q>& view, int row_tile, int last) {
     tiles.view = view;
     tiles.first = (long long)min(row_tile, last) * view.n_col_tiles;
-    if constexpr (sizeof...(REST) > 0)
-        few_neighbours<DEPTH, REST...>(tiles, view, row_tile + 1, last);
+    if constexpr (sizeof...(REST) > 0) {
+        FewTiles<DEPTH, REST...>& others = tiles;
+        few_neighbours(others, view, row_tile + 1, last);
+    }
 }
 template <int DEPTH, int Q, int COUNT>
 struct FewSame;

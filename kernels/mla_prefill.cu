@@ -8,10 +8,13 @@
 //           two rows a thread; item = 128 tokens of a head
 // Dtypes    q float32, operands and probabilities float16, sums, maxima and state float32;
 //           o16 holds o / 16 in float16, o32 float32; either may be absent
+// Variants  K=128 P=64 V=128 TILE=128; K=192 P=64 V=256 TILE=64; K=64 P=64 V=128 TILE=128;
+//           K=16 P=8 V=16 TILE=128
+// Needs     9.0a
 // Grid      query (128 ceil(n / 128)), 128 threads; prefill (items, splits), 384 threads (a producer
 //           and two consumer warpgroups of 64 tokens), shared: queries, STAGES tiles of keys and
 //           values, 128 bytes; merge (items), 256 threads
-// Assumes   sm_90a; K, P, V, TILE at compile time, k, p, v multiples of 8, v <= 256; scale > 0;
+// Assumes   K, P, V, TILE at compile time, k, p, v multiples of 8, v <= 256; scale > 0;
 //           rows from a tile's start to its end hold numbers, also those past the last position
 // Numerics  online softmax in powers of two; a row's weights are rounded to float16 relative to
 //           its maximum so far, their sum is not; a padded token's o is 0; +-65504 at most in o16
@@ -305,10 +308,11 @@ mla_prefill(__half* o16, float* o32, float* state, const unsigned char* queries,
             let_pass(2 - group, 256);
             products_wait<1>();
             hold(s);
-            if (lane == 0) barrier_arrive(k_empty + 8 * stage);
             mask(stop - 1 - at);
             soften(s, rows, keep, scale);
-            hold(s);  // the compiler would put the wait first
+            // always true, but keeps the compiler from waiting before it takes the weights
+            if (lane == 0 && !(rows.sum[0] + rows.sum[1] < 0.f))
+                barrier_arrive(k_empty + 8 * stage);
             products_wait<0>();
             hold(rows.o);
             if (lane == 0) barrier_arrive(v_empty + 8 * before);

@@ -5,6 +5,9 @@
 // Dtypes    WTYPE (k_b) and WTYPE_V (GGUF type numbers), each in tiles (TILED, TILED_V 1: see
 //           tile_layout.cuh) or raw GGUF bytes with k_row, v_row bytes a row; up float16,
 //           unboost float32
+// Variants  R=512 K=128 P=64 V=128 TILE=128 WTYPE=8 TILED=1 WTYPE_V=12 TILED_V=1;
+//           R=512 K=192 P=64 V=256 TILE=64 WTYPE=8 TILED=0 WTYPE_V=1 TILED_V=1;
+//           R=32 K=16 P=8 V=16 TILE=128 WTYPE=30 TILED=1 WTYPE_V=11 TILED_V=0
 // Grid      (RS, h * (KS + VS)), 128 threads: a block of 64 columns x 64 of depth
 // Assumes   k, v, r at compile time; whole rows (nothing is cut along k or r)
 // Numerics  up = boost * weight, rounded as tiles.cuh says (raw: boost 1, rounded once);

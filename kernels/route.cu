@@ -50,7 +50,7 @@ __device__ __forceinline__ void choose(
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
         const int e = lane + 32 * i;
-        own[i] = e < N_EXPERTS ? __ldcg(in + e) : NONE;
+        own[i] = e < N_EXPERTS ? *(const volatile float*)(in + e) : NONE;
         top = max(top, ordered(own[i]));
     }
     if (how.sigmoid) {

@@ -23,10 +23,6 @@ constexpr int GEMM_AHEAD = STAGES - 1;
 
 // ---------------------------------------------------------------- device helpers ------------
 #ifdef SIMT
-__device__ __forceinline__ void cp_async_part(void* shared, const void* global, int nbytes) {
-    memset(shared, 0, 16);
-    memcpy(shared, global, nbytes);
-}
 // The transpose of an 8 x 8 matrix of 16-bit values held as an mma fragment.
 __device__ __forceinline__ unsigned transposed(unsigned pair) {
     unsigned out;
@@ -38,11 +34,6 @@ __device__ __forceinline__ unsigned transposed(unsigned pair) {
     return out;
 }
 #else
-// nbytes (0 .. 16) from global to shared memory, zeros up to 16.
-__device__ __forceinline__ void cp_async_part(void* shared, const void* global, int nbytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :: "r"((unsigned)__cvta_generic_to_shared(shared)), "l"(global), "r"(nbytes) : "memory");
-}
 __device__ __forceinline__ unsigned transposed(unsigned pair) {
     unsigned out;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
@@ -124,13 +115,19 @@ template <int TILE_BYTES>
 __device__ __forceinline__ void copy_stage(
         unsigned char* ring, int slot, const GemmSource& from, int step) {
     const int piece = threadIdx.x & 7, token = threadIdx.x >> 3;
-    const int column = 64 * step + 8 * piece - from.skip;
-    const int nbytes = column < 0 ? 0 : min(16, max(0, 2 * (from.cols - column)));
+    const int first = 64 * step - from.skip, column = first + 8 * piece;
+    const unsigned short* x = from.x + column;
     unsigned char* to = ring + slot * GEMM_X_BYTES + token * 128 + ((piece ^ (token & 7)) << 4);
+    if (first >= 0 && first + 64 <= from.cols) {
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-        if (from.row[i] >= 0)
-            cp_async_part(to + i * 4096, from.x + (nbytes ? 8LL * from.row[i] + column : 0), nbytes);
+        for (int i = 0; i < 4; i++)
+            if (from.row[i] >= 0) cp_async16(to + i * 4096, x + 8LL * from.row[i]);
+    } else {  // zeros outside of x
+        const bool valid = column >= 0 && column < from.cols;
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (from.row[i] >= 0) cp_async16(to + i * 4096, valid ? x + 8LL * from.row[i] : from.x, valid);
+    }
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     to = ring + STAGES * GEMM_X_BYTES + (slot * 16 + warp) * TILE_BYTES + 16 * lane;
 #pragma unroll

@@ -93,7 +93,7 @@ __device__ __forceinline__ unsigned few_bf16x2(float lo, float hi) {
 }
 #endif
 
-// N words of a weight from p, or zeros. Volatile: they stay before a pdl_wait() that follows.
+// N words of a weight from p, or zeros. Volatile and not .nc: else ptxas moves pdl_wait() ahead of them.
 template <int N>
 __device__ __forceinline__ void few_load(const unsigned char* p, bool valid, unsigned* w) {
 #ifdef SIMT
@@ -102,16 +102,27 @@ __device__ __forceinline__ void few_load(const unsigned char* p, bool valid, uns
     if constexpr (N == 4)
         asm volatile("{ .reg .pred p; setp.ne.b32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; "
                      "mov.u32 %2, 0; mov.u32 %3, 0; "
-                     "@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+                     "@p ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
                      : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(p), "r"((int)valid));
     else if constexpr (N == 2)
         asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; mov.u32 %0, 0; mov.u32 %1, 0; "
-                     "@p ld.global.nc.v2.u32 {%0, %1}, [%2]; }"
+                     "@p ld.global.v2.u32 {%0, %1}, [%2]; }"
                      : "=r"(w[0]), "=r"(w[1]) : "l"(p), "r"((int)valid));
     else
         asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; mov.u32 %0, 0; "
-                     "@p ld.global.nc.u32 %0, [%1]; }"
+                     "@p ld.global.u32 %0, [%1]; }"
                      : "=r"(w[0]) : "l"(p), "r"((int)valid));
+#endif
+}
+
+// Two floats of an activation from p (global or shared memory), or zeros.
+__device__ __forceinline__ void few_pair(const float* p, bool valid, float& a, float& b) {
+#ifdef SIMT
+    a = valid ? p[0] : 0.f, b = valid ? p[1] : 0.f;
+#else
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; mov.f32 %0, 0f00000000; "
+                 "mov.f32 %1, 0f00000000; @p ld.v2.f32 {%0, %1}, [%2]; }"
+                 : "=f"(a), "=f"(b) : "l"(p), "r"((int)valid) : "memory");
 #endif
 }
 
@@ -218,19 +229,13 @@ __device__ __forceinline__ void few_scaled(
 }
 
 // ---------------------------------------------------------------- x -------------------------
-// x[0..3] = columns c, c + 1, c + 8, c + 9 of a row of `in` floats, zeros outside of it. c is even,
-// x at a multiple of 8 bytes.
+// v[0..3] = columns c, c + 1, c + 8, c + 9 of a row of `in` floats, zeros outside of it. c and `in` are
+// even, x is at a multiple of 8 bytes.
 __device__ __forceinline__ void few_columns(const float* x, int c, int in, float (&v)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
         const int at = c + 4 * i;
-        v[i] = v[i + 1] = 0.f;
-        if (at >= 0 && at + 1 < in) {
-            const float2 two = *(const float2*)(x + at);
-            v[i] = two.x, v[i + 1] = two.y;
-        } else if (at >= 0 && at < in) {
-            v[i] = x[at];
-        }
+        few_pair(x + at, at >= 0 && at < in, v[i], v[i + 1]);
     }
 }
 
@@ -318,7 +323,7 @@ __device__ __forceinline__ void few_add(
 
 // ---------------------------------------------------------------- for other kernels ---------
 // acc += row tile `row_tile` times x over column tiles from..to-1 of a whole warp, one token; x (global
-// or shared memory, at a multiple of 8 bytes) has `in` floats and meets packed columns from `skip`
+// or shared memory, at a multiple of 8 bytes) has `in` floats, an even number, and meets packed columns from `skip`
 // on. DEPTH tiles are under way at once. Call few_rows() afterwards.
 template <int QTYPE, int DEPTH = 2>
 __device__ __forceinline__ void few_product(

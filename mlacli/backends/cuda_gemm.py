@@ -96,7 +96,10 @@ def products(
 
     y float32 (`add`: added to) or float16. A 3-D w counts as its heads' rows one after another.
     """
-    _dense(ops, [(w, y, 1, 0) for w, y in pairs], x16, 0, 1, scale, add)
+    types = {w.qtype.id for w, _ in pairs}
+    together = [pairs] if len(types) <= 2 else [[pair] for pair in pairs]  # three would spill
+    for part in together:
+        _dense(ops, [(w, y, 1, 0) for w, y in part], x16, 0, 1, scale, add)
 
 
 def heads(ops: Any, w: CudaWeight, y: Array, x16: Array, scale: float = SIXTEENTH) -> None:
@@ -153,13 +156,15 @@ def gated(ops: Any, gate: CudaWeight, up: CudaWeight, x16: Array) -> Array:
 # ---- routed experts -------------------------------------------------------------------------
 
 
-def route_scores(ops: Any, x: Array, gate: CudaWeight, y: Array) -> None:
-    """y [n, E] = x gate^T, the router's product in float32; gate a float32 weight [E, d]."""
+def route_scores(ops: Any, x: Array, gate: CudaWeight) -> Array:
+    """The router's product x gate^T [n, E] in float32; gate a float32 weight [E, d]."""
     (n, d), n_experts = x.shape, gate.shape[0]
+    y: Array = ops.new((n, n_experts))
     ops.run(
         "route_scores_f32", (-(-n // 16), -(-n_experts // 64)), 256, y, gate.raw, x, n, n_experts,
         d, x.stride(0), shared=4 * 4 * (16 + 64) * 68,
     )  # fmt: skip
+    return y
 
 
 def sort(ops: Any, ids: Array, first: int, held: int) -> Sorted:
@@ -227,9 +232,7 @@ def _least(ops: Any) -> int:
 
 
 def _stages(ops: Any, weights: Sequence[CudaWeight]) -> int:
-    room: int = (
-        _SHARED.get(ops.device.capability, 99) << 10
-    ) - 2048  # alignment, and the kernels' own
+    room: int = (_SHARED.get(ops.device.capability, 99) << 10) - 2048  # alignment and more
     return min(_MOST_STAGES, room // (_X_BYTES + 16 * max(_tile_bytes(w) for w in weights)))
 
 

@@ -75,7 +75,7 @@ def products(
     ops.run(
         "products_few", (grid,), 32 * how.warps, *outs, *absent, *(w.tiles for w in ws), *absent, x,
         _raw(norm), n, ws[0].shape[1], ws[0].skip, *(w.shape[0] for w in ws), *zeros,
-        *map(col_tiles, ws), *zeros, _stride(x), *map(_stride, outs), *zeros, _eps(norm),
+        *map(col_tiles, ws), *zeros, _read(x), *map(_stride, outs), *zeros, _eps(norm),
         N_ROW_TILES=how.row_tiles, N_BLOCKS=blocks, WITH_NORM=int(norm is not None),
         WITH_ADD=int(add), **how.defines(), **_types(ws, 3),
     )  # fmt: skip
@@ -91,7 +91,7 @@ def gated(
     how = geometry or _pair_geometry(ops, rows, (gate, up), blocks)
     ops.run(
         "gated_few", (row_tiles(rows),), 32 * how.warps, h, gate.tiles, up.tiles, x, _raw(norm),
-        len(x), n_in, rows, col_tiles(gate), _stride(x), _stride(h), _eps(norm), GATED=1,
+        len(x), n_in, rows, col_tiles(gate), _read(x), _stride(h), _eps(norm), GATED=1,
         N_BLOCKS=blocks, WITH_NORM=int(norm is not None), **how.defines(), **_types((gate, up), 2),
     )  # fmt: skip
 
@@ -123,7 +123,7 @@ def route(
         return
     ops.run(
         "route_few", (n_experts,), 256, ids, weights, scores, counter, gate.raw, x, _raw(norm),
-        biases, pos, imposed, n, gate.shape[1], *choice, _stride(x), routing.scale, _eps(norm),
+        biases, pos, imposed, n, gate.shape[1], *choice, _read(x), routing.scale, _eps(norm),
         N_EXPERTS=n_experts,
     )  # fmt: skip
 
@@ -150,7 +150,7 @@ def experts_up(
     ops.run(
         "experts_up_few", grid, 32 * how.warps, h, gate.tiles, up_w.tiles, *shared_tiles, x,
         _raw(norm), ids, n_used, d, f, fs, col_tiles(gate), row_tiles(gate.shape[1]),
-        row_tiles(up_w.shape[1]), up_row, gate.first, held, _stride(x), _stride(h), _eps(norm),
+        row_tiles(up_w.shape[1]), up_row, gate.first, held, _read(x), _stride(h), _eps(norm),
         EXPERTS_UP=1, UP_SHIFT=up_row % ROWS, WITH_NORM=int(norm is not None), **how.defines(),
         **_types((gate, up_w, *(shared or ())), 4),
     )  # fmt: skip
@@ -172,7 +172,7 @@ def experts_down(
         "experts_down_few", (row_tiles(d), n), 32 * how.warps, y, down.tiles,
         None if shared is None else shared.tiles, h, ids, weights, n_used, d, f, fs,
         col_tiles(down), 0 if shared is None else col_tiles(shared), down.skip,
-        0 if shared is None else shared.skip, down.first, held, _stride(h), _stride(y),
+        0 if shared is None else shared.skip, down.first, held, _read(h), _stride(y),
         EXPERTS_DOWN=1, WITH_ADD=int(add), AFTER_UP=int(after_up),
         N_AHEAD_SHARED=how.ahead_shared, **how.defines(),
         **_types((down,) if shared is None else (down, shared), 2),
@@ -226,6 +226,11 @@ def _eps(norm: Norm | None) -> float:
 
 def _stride(x: Array) -> int:
     """Elements from one token to the next."""
+    return x.stride(0)
+
+
+def _read(x: Array) -> int:
+    """_stride of an input: it is read two floats at a time."""
     stride = x.stride(0)
     assert x.ptr % 8 == 0 and (stride % 2 == 0 or len(x) == 1), "rows start at even offsets"
     return stride

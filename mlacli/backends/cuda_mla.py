@@ -12,7 +12,6 @@ import numpy as np
 
 from mlacli.attention_forms import SPARSE, AttentionForm, attention_form
 from mlacli.backends import cuda_attention as absorbed
-from mlacli.backends import cuda_plain as plain
 from mlacli.backends import cuda_prefill as expanded
 from mlacli.backends import cuda_sparse as sparse
 from mlacli.backends.cuda_acts import Act
@@ -30,7 +29,7 @@ class Attention:
 
     def __init__(self, ops: CudaOps, hp: Any) -> None:
         self.ops, self.hp = ops, hp
-        self._exact = ops.context.graph_attn_precision == "f32" or ops.capability < 80
+        self._exact = ops.context.graph_attn_precision == "f32"
         self._form = attention_form(ops.context, 1)
         self._chosen: Any = None  # a full layer's choice also serves the shared ones after it
 
@@ -65,29 +64,30 @@ class Attention:
     ) -> Act:  # fmt: skip
         """[n, h * v], once the step's latent rows are in the cache."""
         hp, ops, k_b, v_b = self.hp, self.ops, w.attn_k_b, w.attn_v_b
-        h, norm = k_b.shape[0], w.attn_kv_a_norm.raw
-        shape, sizes = (step.n, h * hp.v), self._sizes(h)
-        if (
-            self._form.keys == "expanded" and chosen is None and not self._exact
-            and expanded.takes(ops.capability, sizes)
-        ):  # fmt: skip
+        h, norm, half = k_b.shape[0], w.attn_kv_a_norm.raw, not self._exact
+        q = q.reshape(step.n, h, hp.k + hp.p)
+        if self._expands(h) and chosen is None:
             ops.forms.add(AttentionForm("expanded", True))
             absorbed.store(ops, c_kv, k_pe, norm, hp.eps, rows, step)
-            o = expanded.attend_expanded(
-                ops, q, rows, k_b, v_b, step, sizes, hp.softmax_scale, hp.temperature
+            o16 = expanded.attend_expanded(
+                ops, q, rows, k_b, v_b, step, self._sizes(h), hp.softmax_scale, hp.temperature
             )
-            return Act(shape, f16=o)
+            return Act((step.n, h * hp.v), f16=o16)
         ops.forms.add(AttentionForm("absorbed", True) if chosen is None else SPARSE)
-        q = q.reshape(step.n, h, hp.k + hp.p)
-        if self._exact:
-            o = absorbed.attend_exactly(
-                ops, q, c_kv, k_pe, norm, hp.eps, k_b, v_b, rows, step, hp.softmax_scale,
-                hp.temperature, chosen,
-            )  # fmt: skip
-            return Act(shape, o)
-        q_lat = absorbed.latent(ops, q, c_kv, k_pe, norm, hp.eps, k_b, rows, step, hp.temperature)
-        parts = absorbed.attend(ops, q_lat, rows, step, hp.r, hp.softmax_scale, chosen, early=True)
-        return Act(shape, absorbed.combine(ops, parts, v_b, step))
+        q_lat = absorbed.latent(
+            ops, q, c_kv, k_pe, norm, hp.eps, k_b, rows, step, half, hp.temperature
+        )
+        parts = absorbed.attend(
+            ops, q_lat, rows, step, hp.r, hp.softmax_scale, half, chosen, early=True
+        )
+        o = absorbed.combine(ops, parts, v_b, step)
+        return Act(o.shape, o)
+
+    def _expands(self, h: int) -> bool:
+        """Whether the step under way attends in the expanded form."""
+        sizes = self._sizes(h)
+        asked = self._form.keys == "expanded" and not self._exact
+        return asked and expanded.takes(self.ops.capability, sizes)
 
     def choose(
         self, x: Act, q_a: Act, w: LayerWeights, rows: sparse.IndexRows, step: Step,
@@ -110,6 +110,5 @@ class Attention:
         )  # fmt: skip
         if not chooses:
             return None
-        return sparse.select(
-            ops, queries, rows, step, indexer.top_k, self._chosen[: step.n], self.ops.imposed_rows
-        )
+        into = self._chosen[: step.n]
+        return sparse.select(ops, queries, rows, step, indexer.top_k, ops.imposed_rows, into)

@@ -220,10 +220,10 @@ class CudaOps(Ops):
     def route(self, x: Act, gate: CudaWeight, bias: CudaWeight | None, routing: Routing) -> Chosen:
         n, n_experts = len(x), gate.shape[0]
         if n > FEW or not matvec.routes(gate):
-            scores = self.new((n, n_experts))
             if gate.qtype.name == "F32":
-                gemm.route_scores(self, self.f32(x), gate, scores)
+                scores = gemm.route_scores(self, self.f32(x), gate)
             else:
+                scores = self.new((n, n_experts))
                 self.products(x, [(gate, scores)])
             return plain.route(self, scores, bias, routing, self._pos)
         chosen = Chosen(self.new((n, routing.n_used), np.int32), self.new((n, routing.n_used)))

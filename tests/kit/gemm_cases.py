@@ -43,14 +43,14 @@ class Weight:
         self.exact = local(dequantize(flat, T[name]))
         self.rounded = local(scaled_values(flat, name, by)) / by
         self.held = CudaWeight(
-            name, shape, q, None, ops.put(tiles), tiled_shape(shape, q, skip), skip, first
+            name, shape, q, ops.put(tiles), tiled_shape(shape, q, skip), skip, first
         )
 
 
 def plain(ops: Any, values: np.ndarray) -> CudaWeight:
     """A float32 weight in GGUF bytes."""
     raw = ops.put(np.ascontiguousarray(values).view(np.uint8))
-    return CudaWeight("w", values.shape, qtype_of("F32"), raw, None, None)
+    return CudaWeight("w", values.shape, qtype_of("F32"), raw)
 
 
 def rounded16(x: np.ndarray) -> np.ndarray:
@@ -59,8 +59,8 @@ def rounded16(x: np.ndarray) -> np.ndarray:
 
 
 def put16(ops: Any, x: np.ndarray) -> Any:
-    """x [n, ..] as float16 activations of rows padded to 8; beyond each row NaN."""
-    padded = np.full((*x.shape[:-1], -(-x.shape[-1] // 8) * 8), np.nan, np.float16)
+    """x [n, ..] as float16 activations of rows padded to 8."""
+    padded = np.ones((*x.shape[:-1], -(-x.shape[-1] // 8) * 8), np.float16)
     padded[..., : x.shape[-1]] = np.clip(x / 16, -65504, 65504)
     return ops.put(padded)[..., : x.shape[-1]]
 
