@@ -77,6 +77,7 @@ class Recorder:
     n_reads: int = 0
     n_compiled: int = 0
     peak: int = 0
+    loaded: int = 0  # bytes of weights and cache
 
     def __post_init__(self) -> None:
         self._at = 0
@@ -214,6 +215,13 @@ def recorded(monkeypatch: pytest.MonkeyPatch, preset: Preset, **flags: Any) -> E
     monkeypatch.setattr(cuda_devices, "use_device", lambda name: None)
     monkeypatch.setattr(cuda_device, "CudaDevice", Recorder)
     monkeypatch.setattr(engine, "bytes_in_use", lambda name: 0)
+    compile_ahead = cuda_ops.CudaOps.compile
+
+    def compiled(ops: Any, *args: Any) -> int:
+        ops.device.loaded = ops.device.mark()
+        return compile_ahead(ops, *args)
+
+    monkeypatch.setattr(cuda_ops.CudaOps, "compile", compiled)
     params = to_params(library_values(LOADED, {"device": "cuda0"} | flags))
     return Engine(prepare(Header(preset), params))
 
