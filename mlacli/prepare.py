@@ -181,7 +181,6 @@ def _prepare(file: GgufFile, params: Params) -> Prepared:
     _check_types(file)
     devices = find_devices(params.split)
     main_device(params.split, devices)
-    refuse_on_gpus(hp, devices)
     host = Device("host", "cpu", *host_memory())
     context = replace(params.context, n_ubatch=min(params.context.n_ubatch, params.context.n_batch))
 
@@ -214,17 +213,6 @@ def settle_indexer(hp: Any, context: ContextParams) -> Any:
                 "use -mla 1, 2 or 3, or --no-dsa",
             )
     return replace(hp, indexer=indexer)
-
-
-def refuse_on_gpus(hp: Any, devices: Sequence[Device]) -> None:
-    """UnsupportedFeature for what the CUDA backend can't compute yet; a plan may still be made."""
-    if all(device.kind != "cuda" for device in devices):
-        return
-    if hp.sparse is not None:
-        raise UnsupportedFeature(
-            "sparse attention is not supported on GPUs by this version",
-            "run on -dev cpu, or dense with --no-dsa",
-        )
 
 
 def together(prepared: Sequence[Prepared]) -> list[Prepared]:

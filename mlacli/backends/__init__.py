@@ -67,6 +67,6 @@ def _cuda_ranks(plan: ShardPlan, context: ContextParams, hp: Any) -> Ranks:
 
     (rank,) = plan.ranks
     use_device(rank.device)
-    padding = 256 * (len(plan.shards) + 1024)  # of the arena's addresses
+    padding = (6 << 30) + 256 * (len(plan.shards) + 1024)  # of the arena's addresses
     device = CudaDevice(rank.device, rank.weights + rank.cache + rank.scratch + padding)
     return Ranks([CudaOps(SoloComm(), context, device, hp)], RankGroup(1))

@@ -144,6 +144,22 @@ def latent(
     return out
 
 
+def store(
+    ops: Launcher, c_kv: Array, k_pe: Array, norm: Array, eps: float, kv: CacheRows,
+    step: Positions,
+) -> None:  # fmt: skip
+    """latent() without queries: the step's cache rows alone."""
+    (n, r), p = c_kv.shape, k_pe.shape[1]
+    blocks = 0 if n == 1 else _token_blocks(n)
+    group = max(1, 4 * blocks)
+    ops.run(
+        "latent", (group, -(-n // group)), 128, None, None, kv.values, kv.scales, None, None, c_kv,
+        k_pe, norm, None, step.cos, step.sin, step.pos, n, 0, 0, 0, c_kv.stride(0), eps, 0.0, 1,
+        R=r, K=p, P=p, CACHE_KIND=_KINDS[kv.cache_type], OUT="__half", TOKEN_BLOCKS=blocks,
+        WTYPE=-1,
+    )  # fmt: skip
+
+
 def attend(
     ops: Launcher, q: Array, kv: CacheRows, step: Positions, r: int, scale: float, half: bool,
     chosen: Array | None = None, early: bool = False,

@@ -52,7 +52,7 @@ class Attention:
         chooses = self.hp.sparse is not None and n_kv > self.hp.sparse.top_k
         form, chunks = attention_form(self.ops.context, n), 0
         if form.keys == "expanded":
-            chunks = -(-n_kv // expanded.chunk_rows(self._sizes(self.hp.H), self.ops.context.n_ctx))
+            chunks = expanded.chunks(self._sizes(self.hp.H), self.ops.context.n_ctx, n_kv)
         return form, chunks, chooses
 
     def _sizes(self, h: int) -> expanded.Sizes:

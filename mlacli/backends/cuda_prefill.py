@@ -15,6 +15,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from mlacli.backends.cuda_array import Array
+    from mlacli.backends.cuda_attention import CacheRows
     from mlacli.loading.quant_types import QType
     from mlacli.models.parts import Temperature
     from mlacli.ops import Step
@@ -41,14 +42,6 @@ class Launcher(Protocol):
         self, name: str, grid: tuple[int, ...], block: int, *args: Any, shared: int = 0,
         **defines: Any,
     ) -> None: ...  # fmt: skip
-
-
-class CacheRows(Protocol):
-    """Cache rows [n_ctx, r + p]; q8_0: int8 [n_ctx, 32 * blocks], f16 scales [n_ctx, blocks]."""
-
-    cache_type: str
-    values: Array
-    scales: Array | None
 
 
 class Weight(Protocol):
