@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from mlacli.prepare import prepare
 FLUSH = 256 << 20  # bytes that are written to empty the L2 cache
 COLD = 160 << 20  # bytes of a kernel's launches from which on they push each other out of it
 REPLAYS = 7
+WRITERS = ("latent", "store", "dsa_prepare")  # kernels that only add rows to the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,8 @@ class Launch:
     @property
     def kind(self) -> tuple[str, str]:
         """Kernel and tensors, without their layer."""
-        return self.name, " + ".join(dict.fromkeys(t.split(".", 2)[-1] for t in self.tensors))
+        names = (re.sub(r"^blk\.\d+\.|\.weight$", "", tensor) for tensor in self.tensors)
+        return self.name, " + ".join(dict.fromkeys(names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,7 @@ class Owners:
 
     def __init__(self, engine: Engine, n: int, n_kv: int) -> None:
         hp, plan = engine.prepared.hparams, engine.prepared.plan
+        self._written = n / (n_kv + n)  # share of the rows in use that are new
         self._spans: list[tuple[int, int, str, float]] = []  # start, stop, tensor, bytes read
         weights, cache = engine._weights[0], engine._caches[0]
         found = [weights.token_embd, weights.output_norm, weights.output]
@@ -83,7 +87,7 @@ class Owners:
                 read = array.nbytes * min(1.0, (n_kv + n) / plan.n_ctx)
                 self._spans.append((array.ptr, array.ptr + array.nbytes, name, read))
 
-    def of(self, args: Sequence[Any]) -> tuple[tuple[str, ...], int]:
+    def of(self, kernel: str, args: Sequence[Any]) -> tuple[tuple[str, ...], int]:
         """Tensors among the arguments, and the bytes of all of them, activations included."""
         tensors: dict[str, float] = {}
         others: dict[int, int] = {}
@@ -93,7 +97,8 @@ class Owners:
                 if span is None:
                     others[array.ptr] = max(others.get(array.ptr, 0), array.nbytes)
                 else:
-                    tensors[span[2]] = span[3]
+                    new = span[2] in ("cache", "index keys") and kernel in WRITERS
+                    tensors[span[2]] = span[3] * (self._written if new else 1)
         return tuple(tensors), int(sum(tensors.values()) + sum(others.values()))
 
 
@@ -120,12 +125,20 @@ def recorded_step(engine: Engine, n: int, n_kv: int, arena: Any) -> list[Launch]
     """The launches of a step of `n` tokens after `n_kv`, which has run; scratch from `arena`."""
     ops, hp, model = engine._ops(0), engine.prepared.hparams, engine.prepared.model
     device, owners, found = ops.device, Owners(engine, n, n_kv), []
-    launch = device.launch
+    launch, prepared = device.launch, device.prepared
 
     def noted(name: str, grid: Any, block: int, *args: Any, **how: Any) -> None:
-        tensors, nbytes = owners.of(args)
+        tensors, nbytes = owners.of(name, args)
         found.append(Launch(name, (grid, block, *args), how, tensors, nbytes))
         launch(name, grid, block, *args, **how)
+
+    @contextmanager
+    def unnoted(*args: Any) -> Iterator[None]:
+        """What only names its kernels is not part of the step."""
+        before = len(found)
+        with prepared(*args):
+            yield
+        del found[before:]
 
     def step() -> None:
         ops.execute(
@@ -136,11 +149,11 @@ def recorded_step(engine: Engine, n: int, n_kv: int, arena: Any) -> list[Launch]
 
     step()  # compiles, and leaves what belongs to the engine where it is
     with kept_apart(device, arena):
-        device.launch = noted
+        device.launch, device.prepared = noted, unnoted
         try:
             step()
         finally:
-            device.launch = launch
+            device.launch, device.prepared = launch, prepared
     return found
 
 

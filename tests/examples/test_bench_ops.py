@@ -41,7 +41,7 @@ def test_a_step_is_recorded_with_its_bytes(bench, monkeypatch: pytest.MonkeyPatc
         assert least <= sum(one.nbytes for one in launches) < 1.2 * least + n * 50e6
     found = bench.rows(launches, lambda of: 2.0 + of[0].nbytes / 4e6)
     assert sum(row.count for row in found) == len(launches)
-    assert any(row.what == "ffn_down_exps.weight" and row.count == 2 for row in found)
+    assert any("ffn_down_exps" in row.what and row.count == 2 for row in found)
     table = bench.markdown(found, 4e6)
     assert table.startswith("| kernel |") and "TB/s" in table
 
