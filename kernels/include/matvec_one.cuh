@@ -1,0 +1,144 @@
+// A warp's share of products of ONE token, its extent known when it is compiled: addresses are
+// immediate offsets and nothing is checked that can't fail.
+//
+// Sources: own. Tested by tests/kernels/test_matvec.py, tests/gpu/test_cuda_matvec.py
+#pragma once
+#include "matvec.cuh"
+
+// TILES column tiles split over PARTS warps, DEPTH of them under way to each.
+template <int TILES, int PARTS, int DEPTH>
+struct OneShare {
+    static constexpr int most = (TILES + PARTS - 1) / PARTS;
+    static constexpr bool even = TILES % PARTS == 0, loops = most > DEPTH;
+    static constexpr int depth = most < DEPTH ? most : DEPTH;
+    // A batch is whole blocks of 256 columns, which share a scale.
+    static constexpr bool blocks = even && most % 4 == 0 && depth % 4 == 0;
+
+    __device__ __forceinline__ static int from(int part) { return TILES * part / PARTS; }
+    __device__ __forceinline__ static int count(int part) {
+        return even ? most : from(part + 1) - from(part);
+    }
+    // Whether a part of `count` tiles has tile i of its first batch, or tile `at` of any.
+    __device__ __forceinline__ static bool has_first(int i, int count) {
+        return i < most - 1 || (i == most - 1 && (even || count == most));
+    }
+    __device__ __forceinline__ static bool has(int at, int count) { return at < count; }
+};
+
+// The tiles under way of several row tiles (Q: their types) that meet the same columns.
+template <class SHARE, int... Q>
+struct OneStreams {
+    __device__ __forceinline__ void load(int, bool) {}
+    __device__ __forceinline__ void next() {}
+    __device__ __forceinline__ void add(int, const FewX<0>&, int, float (*)[2]) const {}
+};
+template <class SHARE, int Q, int... REST>
+struct OneStreams<SHARE, Q, REST...> : OneStreams<SHARE, REST...> {
+    using T = Tile<Q>;
+    using Others = OneStreams<SHARE, REST...>;
+    const unsigned char *q, *h, *s, *m, *d;  // this lane's bytes of the batch to load
+    int col_tile;
+    TileData<Q> w[SHARE::depth];
+
+    // From column tile `from` of the row tile whose first tile is `first`.
+    __device__ __forceinline__ void start(
+            const TileView<Q>& v, long long first, int from, int lane) {
+        const long long at = first + from;
+        q = v.q + at * T::q_bytes + 16 * lane;
+        h = v.h + at * T::h_bytes + 4 * T::h_words * lane;
+        s = v.s + at * T::s_bytes + 8 * (lane >> 2);
+        m = v.m + at * T::m_bytes + 8 * (lane >> 2);
+        d = v.d + ((SHARE::blocks ? at : first) >> 2) * T::d_bytes + 4 * T::d_words * (lane >> 2);
+        col_tile = from;
+    }
+    __device__ __forceinline__ void load(int i, bool valid) {
+#pragma unroll
+        for (int u = 0; u < T::q_words / 4; ++u)
+            few_load<4>(q + i * T::q_bytes + 512 * u, valid, w[i].q + 4 * u);
+        if constexpr (T::h_words) few_load<T::h_words>(h + i * T::h_bytes, valid, w[i].h);
+        if constexpr (T::s_bytes) few_load<2>(s + i * T::s_bytes, valid, w[i].s);
+        if constexpr (T::m_bytes) few_load<2>(m + i * T::m_bytes, valid, w[i].m);
+        if constexpr (T::d_words) {
+            if (!SHARE::blocks)
+                few_load<T::d_words>(d + (col_tile + i >> 2) * T::d_bytes, valid, w[i].d);
+            else if (i % 4 == 0)
+                few_load<T::d_words>(d + i / 4 * T::d_bytes, valid, w[i].d);
+            else
+                w[i].d[0] = w[i - 1].d[0], w[i].d[1] = w[i - 1].d[1];
+        }
+        Others::load(i, valid);
+    }
+    __device__ __forceinline__ void next() {
+        constexpr int n = SHARE::depth;
+        q += n * T::q_bytes, h += n * T::h_bytes, s += n * T::s_bytes, m += n * T::m_bytes;
+        if (SHARE::blocks) d += n / 4 * T::d_bytes;
+        else col_tile += n;
+        Others::next();
+    }
+    // acc[0]: this row tile, acc[1]: the next
+    __device__ __forceinline__ void add(int i, const FewX<0>& x, int lane, float (*acc)[2]) const {
+        few_add<Q>(w[i], x, lane, acc[0]);
+        Others::add(i, x, lane, acc + 1);
+    }
+};
+
+// acc += the row tiles times x, over the columns of `part`; squares += those of x. The streams have
+// started. RAGGED: packed columns outside of skip .. skip + in - 1 meet no x. x and norm: column 0.
+// Every thread passes pdl_wait() here, after its first weights are on their way, if WAIT.
+template <bool NORM, bool RAGGED, bool WAIT = true, class SHARE, int... Q>
+__device__ __forceinline__ void one_warp(
+        OneStreams<SHARE, Q...>& w, int part, const float* x, const float* norm, int in, int skip,
+        float (&acc)[sizeof...(Q)][2], float& squares) {
+    constexpr int depth = SHARE::depth;
+    const int lane = threadIdx.x & 31, count = SHARE::count(part);
+    int c = 64 * SHARE::from(part) + 16 * (lane >> 3) + 2 * (lane & 3) - (RAGGED ? skip : 0);
+    float v[depth][4], weight[depth][4];
+    const auto inside = [&](int at) { return !RAGGED || (at >= 0 && at < in); };
+    const auto fetch_weight = [&](int i, bool valid) {
+        if constexpr (NORM) {
+#pragma unroll
+            for (int k = 0; k < 4; k += 2) {
+                const int at = c + 64 * i + 4 * k;
+                unsigned two[2];
+                few_load<2>((const unsigned char*)(norm + at), valid && inside(at), two);
+                weight[i][k] = __uint_as_float(two[0]), weight[i][k + 1] = __uint_as_float(two[1]);
+            }
+        }
+    };
+    const auto fetch = [&](int i, bool valid) {
+#pragma unroll
+        for (int k = 0; k < 4; k += 2) {
+            const int at = c + 64 * i + 4 * k;
+            few_pair<true>(x + at, valid && inside(at), v[i][k], v[i][k + 1]);
+        }
+    };
+#pragma unroll
+    for (int i = 0; i < depth; i++) {
+        w.load(i, SHARE::has_first(i, count));
+        fetch_weight(i, SHARE::has_first(i, count));
+    }
+    if constexpr (WAIT) pdl_wait();
+#pragma unroll
+    for (int i = 0; i < depth; i++) fetch(i, SHARE::has_first(i, count));
+#pragma unroll 1
+    for (int at = 0; at < SHARE::most; at += depth) {
+        w.next();
+        c += 64 * depth;
+#pragma unroll
+        for (int i = 0; i < depth; i++) {
+            float of_x[4];
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                of_x[k] = v[i][k];
+                if constexpr (NORM) squares += of_x[k] * of_x[k], of_x[k] *= weight[i][k];
+            }
+            w.add(i, few_x<false>(of_x, lane), lane, acc);
+            if constexpr (SHARE::loops) {
+                const bool more = SHARE::has(at + depth + i, count);
+                w.load(i, more);
+                fetch_weight(i, more);
+                fetch(i, more);
+            }
+        }
+    }
+}
