@@ -1,5 +1,8 @@
 // A warp's share of products of ONE token, its extent known when it is compiled: addresses are
 // immediate offsets and nothing is checked that can't fail.
+//   one_warp  one row tile (or a few side by side); x becomes fragments as it is met
+//   one_rows  row tile after row tile: the warp's fragments of x lie in shared memory, the next row
+//             tile's weights are under way while this one is computed
 //
 // Sources: own. Tested by tests/kernels/test_matvec.py, tests/gpu/test_cuda_matvec.py
 #pragma once
@@ -140,5 +143,177 @@ __device__ __forceinline__ void one_warp(
                 fetch(i, more);
             }
         }
+    }
+}
+
+// ---------------------------------------------------------------- row tile after row tile ---
+// Fragments of x; a warp writes and reads its own column tiles only.
+template <int TILES>
+struct OneX {
+    uint2 b[TILES][32];
+    float ones[TILES][4];
+};
+
+// to = x (times norm) of the warp's column tiles; squares += those of x. Passes pdl_wait().
+template <class SHARE, bool NORM, bool RAGGED, int TILES>
+__device__ __forceinline__ void one_stage(
+        OneX<TILES>& to, int from, int count, const float* x, const float* norm, int in, int skip,
+        float& squares) {
+    constexpr int group = SHARE::most < 4 ? SHARE::most : 4;
+    const int lane = threadIdx.x & 31;
+    const int c = 64 * from + 16 * (lane >> 3) + 2 * (lane & 3) - (RAGGED ? skip : 0);
+    float v[group][4], weight[group][4];
+    const auto valid = [&](int tile, int at) {
+        return (SHARE::even && SHARE::most % group == 0 || tile < count) &&
+               (!RAGGED || (at >= 0 && at < in));
+    };
+    const auto fetch_weights = [&](int first) {
+#pragma unroll
+        for (int i = 0; i < group; i++) {
+#pragma unroll
+            for (int k = 0; k < 4; k += 2) {
+                const int at = c + 64 * (first + i) + 4 * k;
+                unsigned two[2];
+                few_load<2>((const unsigned char*)(norm + at), valid(first + i, at), two);
+                weight[i][k] = __uint_as_float(two[0]), weight[i][k + 1] = __uint_as_float(two[1]);
+            }
+        }
+    };
+    if constexpr (NORM) fetch_weights(0);
+    pdl_wait();
+#pragma unroll 1
+    for (int first = 0; first < SHARE::most; first += group) {
+#pragma unroll
+        for (int i = 0; i < group; i++) {
+#pragma unroll
+            for (int k = 0; k < 4; k += 2) {
+                const int at = c + 64 * (first + i) + 4 * k;
+                few_pair<true>(x + at, valid(first + i, at), v[i][k], v[i][k + 1]);
+            }
+        }
+        if constexpr (NORM) {
+            if (first) fetch_weights(first);
+        }
+#pragma unroll
+        for (int i = 0; i < group; i++) {
+            if (first + i >= count) break;
+            if constexpr (NORM) {
+#pragma unroll
+                for (int k = 0; k < 4; k++) squares += v[i][k] * v[i][k], v[i][k] *= weight[i][k];
+            }
+            const FewX<0> f = few_x<false>(v[i], lane);
+            to.b[from + first + i][lane] = make_uint2(f.b[0], f.b[1]);
+            if (lane < 4) to.ones[from + first + i][lane] = f.ones;
+        }
+    }
+    __syncwarp();
+}
+
+// part[k][warp][stream] = the warp's sums of the CTA's k-th of n row tiles. seek(w, k) starts the streams
+// there and says whether there is anything to read.
+template <bool NORM, bool RAGGED, int WARPS, class SHARE, int TILES, class SEEK, int... Q>
+__device__ __forceinline__ void one_rows(
+        float (*part)[WARPS][sizeof...(Q)][16], OneX<TILES>& fragments,
+        OneStreams<SHARE, Q...>& w, int n, const SEEK& seek, const float* x, const float* norm,
+        int in, int skip, float& squares) {
+    constexpr int depth = SHARE::depth, streams = sizeof...(Q);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int from = SHARE::from(warp), count = SHARE::count(warp);
+    bool there = seek(w, 0);
+#pragma unroll
+    for (int i = 0; i < depth; i++) w.load(i, there && SHARE::has_first(i, count));
+    one_stage<SHARE, NORM, RAGGED>(fragments, from, count, x, norm, in, skip, squares);
+#pragma unroll 1
+    for (int k = 0; k < n; k++) {
+        float acc[streams][2];
+#pragma unroll
+        for (int r = 0; r < streams; r++) acc[r][0] = acc[r][1] = 0.f;
+#pragma unroll 1
+        for (int at = 0; at < SHARE::most; at += depth) {
+            int ahead = at + depth;  // the batch to fetch: of this row tile, or the next one's first
+            if (ahead >= SHARE::most) {
+                ahead = 0;
+                there = k + 1 < n;
+                if (there) there = seek(w, k + 1);
+            } else {
+                w.next();
+            }
+#pragma unroll
+            for (int i = 0; i < depth; i++) {
+                FewX<0> f = {{0, 0}, 0.f};
+                if (SHARE::even && SHARE::most % depth == 0 || at + i < count) {
+                    const uint2 b = fragments.b[from + at + i][lane];
+                    f = {{b.x, b.y}, fragments.ones[from + at + i][lane & 3]};
+                }
+                w.add(i, f, lane, acc);
+                w.load(i, there && (SHARE::loops ? SHARE::has(ahead + i, count)
+                                                 : SHARE::has_first(i, count)));
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < streams; r++) {
+            few_rows(acc[r]);
+            if ((lane & 3) == 0)
+                part[k][warp][r][lane >> 2] = acc[r][0],
+                part[k][warp][r][8 + (lane >> 2)] = acc[r][1];
+        }
+    }
+}
+
+// ---------------------------------------------------------------- a CTA ---------------------
+// The warps' sums of a CTA's ROWS row tiles.
+template <int WARPS, int ROWS, int STREAMS>
+struct OneSums {
+    float part[ROWS][WARPS][STREAMS][16], squares[WARPS];
+
+    __device__ __forceinline__ float sum(int k, int stream, int row) const {
+        float out = part[k][0][stream][row];
+#pragma unroll
+        for (int w = 1; w < WARPS; w++) out += part[k][w][stream][row];
+        return out;
+    }
+    __device__ __forceinline__ float norm(int in, float eps) const {
+        float out = squares[0];
+#pragma unroll
+        for (int w = 1; w < WARPS; w++) out += squares[w];
+        return rsqrtf(out / in + eps);
+    }
+};
+
+// x of one token as fragments, unless that is too much of shared memory.
+template <int TILES>
+struct OneStaged {
+    static constexpr bool fits = TILES <= 128;
+    OneX<(fits ? TILES : 1)> x;
+};
+
+// A CTA's product; its sums are in `sums` after the caller's barrier. n = 1 if x isn't staged.
+template <bool NORM, bool RAGGED, int WARPS, int ROWS, int TILES, class SHARE, class SEEK, int... Q>
+__device__ __forceinline__ void one_cta(
+        OneSums<WARPS, ROWS, sizeof...(Q)>& sums, OneStaged<TILES>& staged,
+        OneStreams<SHARE, Q...>& streams, int n, const SEEK& seek, const float* x, const float* norm,
+        int in, int skip) {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    float squares = 0.f;
+    if constexpr (OneStaged<TILES>::fits) {
+        one_rows<NORM, RAGGED>(sums.part, staged.x, streams, n, seek, x, norm, in, skip, squares);
+    } else {
+        static_assert(ROWS == 1, "one row tile a CTA");
+        float acc[sizeof...(Q)][2];
+#pragma unroll
+        for (int r = 0; r < sizeof...(Q); r++) acc[r][0] = acc[r][1] = 0.f;
+        seek(streams, 0);
+        one_warp<NORM, RAGGED>(streams, warp, x, norm, in, skip, acc, squares);
+#pragma unroll
+        for (int r = 0; r < sizeof...(Q); r++) {
+            few_rows(acc[r]);
+            if ((lane & 3) == 0)
+                sums.part[0][warp][r][lane >> 2] = acc[r][0],
+                sums.part[0][warp][r][8 + (lane >> 2)] = acc[r][1];
+        }
+    }
+    if constexpr (NORM) {
+        squares = warp_sum(squares) * 0.5f;  // two lanes hold each value: for hi and for lo
+        if (lane == 0) sums.squares[warp] = squares;
     }
 }

@@ -19,16 +19,21 @@ if TYPE_CHECKING:
 Weight = Any
 Norm = tuple[Weight, float]
 MOST = 8  # tokens
+_STAGED = 128  # column tiles of x that fit shared memory as fragments (OneStaged)
+_SHARED = 46 << 10  # bytes of static shared memory
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Warps of a CTA, column tiles under way to each, row tiles of a CTA, CTAs an SM must hold."""
+    """Warps of a CTA, column tiles under way to each, CTAs an SM must hold, CTAs per SM.
+
+    per_sm 0: a CTA per row tile; else that many share all row tiles.
+    """
 
     warps: int = 8
     ahead: int = 4
-    row_tiles: int = 1
     ctas: int = 1
+    per_sm: int = 0
 
     def defines(self) -> dict[str, int]:
         return {"N_WARPS": self.warps, "N_AHEAD": self.ahead, "N_CTAS": self.ctas}
@@ -78,12 +83,13 @@ def products(
     absent = [None] * (3 - len(segments))
     zeros = [0] * len(absent)
     outs = [out for _, out in segments]
-    grid = sum(-(-w.shape[0] // (ROWS * how.row_tiles)) for w in ws)
+    rows = [row_tiles(w.shape[0]) for w in ws]
+    ctas = _ctas(ops, rows, how, 0 if blocks else col_tiles(ws[0]), 1)
     ops.run(
-        "products_few", (grid,), 32 * how.warps, *outs, *absent, *(w.tiles for w in ws), *absent, x,
-        _raw(norm), n, ws[0].shape[1], ws[0].skip, *(w.shape[0] for w in ws), *zeros, _read(x),
-        *map(_stride, outs), *zeros, _eps(norm), N_ROW_TILES=how.row_tiles, N_BLOCKS=blocks,
-        WITH_NORM=int(norm is not None), WITH_ADD=int(add), **_columns(ws), **how.defines(),
+        "products_few", (sum(ctas),), 32 * how.warps, *outs, *absent, *(w.tiles for w in ws), *absent, x,
+        _raw(norm), n, ws[0].shape[1], ws[0].skip, *(w.shape[0] for w in ws), *zeros, *ctas,
+        *zeros, _read(x), *map(_stride, outs), *zeros, _eps(norm), N_ROWS=_most(rows, ctas),
+        N_BLOCKS=blocks, WITH_NORM=int(norm is not None), WITH_ADD=int(add), **_columns(ws), **how.defines(),
         **_types(ws, 3),
     )  # fmt: skip
 
@@ -96,9 +102,12 @@ def gated(
     rows, n_in = gate.shape
     blocks = _blocks(len(x))
     how = geometry or _pair_geometry(ops, rows, (gate, up), blocks)
+    tiles = [row_tiles(rows)]
+    ctas = _ctas(ops, tiles, how, 0 if blocks else col_tiles(gate), 2)
     ops.run(
-        "gated_few", (row_tiles(rows),), 32 * how.warps, h, gate.tiles, up.tiles, x, _raw(norm),
+        "gated_few", (ctas[0],), 32 * how.warps, h, gate.tiles, up.tiles, x, _raw(norm),
         len(x), n_in, rows, _read(x), _stride(h), _eps(norm), GATED=1, N_BLOCKS=blocks,
+        N_ROWS=_most(tiles, ctas),
         WITH_NORM=int(norm is not None), **_columns((gate, up)), **how.defines(),
         **_types((gate, up), 2),
     )  # fmt: skip
@@ -153,12 +162,14 @@ def experts_up(
         up_row = f
     fs = 0 if shared is None else shared[0].shape[0]
     how = geometry or _pair_geometry(ops, n_used * f + fs, (gate, up_w), 0)
-    grid = row_tiles(fs) + n_used * row_tiles(f), n
+    tiles = [row_tiles(fs), n_used * row_tiles(f)]
+    ctas = _ctas(ops, tiles, how, col_tiles(gate), 3 if up_row % ROWS else 2)
     shared_tiles = (None, None) if shared is None else (shared[0].tiles, shared[1].tiles)
     ops.run(
-        "experts_up_few", grid, 32 * how.warps, h, gate.tiles, up_w.tiles, *shared_tiles, x,
+        "experts_up_few", (sum(ctas), n), 32 * how.warps, h, gate.tiles, up_w.tiles, *shared_tiles, x,
         _raw(norm), ids, n_used, d, f, fs, row_tiles(gate.shape[1]), row_tiles(up_w.shape[1]), up_row,
-        gate.first, held, _read(x), _stride(h), _eps(norm), EXPERTS_UP=1, UP_SHIFT=up_row % ROWS,
+        gate.first, held, ctas[0], _read(x), _stride(h), _eps(norm), EXPERTS_UP=1,
+        N_ROWS=_most(tiles, ctas), UP_SHIFT=up_row % ROWS,
         WITH_NORM=int(norm is not None), **_columns((gate, up_w, *(shared or ()))), **how.defines(),
         **_types((gate, up_w, *(shared or ())), 4),
     )  # fmt: skip
@@ -192,21 +203,33 @@ def experts_down(
 # ---- geometry -------------------------------------------------------------------------------
 
 
+def _ctas(ops: Any, tiles: Sequence[int], how: Geometry, n_col_tiles: int, streams: int) -> list[int]:
+    """CTAs for each of several lists of row tiles; n_col_tiles 0: several tokens."""
+    total, most = sum(tiles), how.per_sm * ops.n_sm
+    if not most or not 0 < n_col_tiles <= _STAGED or total <= most:
+        return list(tiles)
+    room = _SHARED - 272 * n_col_tiles - 64 * how.warps  # for sums: 64 bytes a warp, row tile and stream
+    per_cta = max(1, room // (64 * how.warps * streams))
+    most = max(most, -(-total // per_cta))
+    return [max(1, t * most // total) if t else 0 for t in tiles]
+
+
+def _most(tiles: Sequence[int], ctas: Sequence[int]) -> int:
+    """Row tiles that a CTA has at most."""
+    return max(-(-t // c) for t, c in zip(tiles, ctas, strict=True) if t)
+
+
 def _dense_geometry(ops: Any, ws: Sequence[Weight], blocks: int) -> Geometry:
-    """Enough warps to fetch all of a small weight at once; a large one two row tiles at a time."""
     tiles = col_tiles(ws[0])
     if blocks:
-        return Geometry(8, _ahead(ws, 8, 4), 1, 1)
-    if sum(row_tiles(w.shape[0]) for w in ws) >= 8 * ops.n_sm:
-        warps = max(2, min(8, tiles // 4))
-        return Geometry(warps, _ahead(ws, warps, 4), 2, 1)
+        return Geometry(8, _ahead(ws, 8, 4))
     warps = max(1, min(16, -(-tiles // 2)))
     return Geometry(warps, _ahead(ws, warps, 4), 1, 1)
 
 
 def _pair_geometry(ops: Any, rows: int, ws: Sequence[Weight], blocks: int) -> Geometry:
     warps = max(2, min(8, col_tiles(ws[0]) // 4))
-    return Geometry(warps, _ahead(ws, warps, 2 if blocks else 4), 1, 1)
+    return Geometry(warps, _ahead(ws, warps, 2 if blocks else 4), 1, 2)
 
 
 def _down_geometry(down: Weight, shared: Weight | None, n_used: int) -> DownGeometry:

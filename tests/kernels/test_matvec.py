@@ -35,7 +35,7 @@ def test_three_weights_of_one_normed_x(ops, rng) -> None:
 
 
 def test_another_ranks_columns_and_the_residual(ops, rng) -> None:
-    how = Geometry(2, 1, 2)  # several batches, two row tiles, the last of them past the end
+    how = Geometry(2, 1, 1, 1)  # several batches, two row tiles, the last of them past the end
     assert few.products(ops, rng, 1, 160, [("Q6_K", 37)], add=True, skip=32, geometry=how) < BAR
 
 
@@ -44,12 +44,12 @@ def test_several_tokens(ops, rng) -> None:
 
 
 def test_gated_product(ops, rng) -> None:
-    assert few.gated(ops, rng, 1, 256, 37, "Q4_K", "IQ4_XS", geometry=Geometry(2, 1)) < BAR
+    assert few.gated(ops, rng, 1, 256, 37, "Q4_K", "IQ4_XS", geometry=Geometry(2, 1, 1, 1)) < BAR
 
 
 def test_experts_with_a_shared_one(ops, rng) -> None:
     case = few.Experts(("Q4_K", "Q4_K", "Q5_0"), ("Q4_K", "Q5_K", "Q8_0"))
-    assert max(few.experts(ops, rng, case, Geometry(2, 2), DownGeometry(1, 2, 2))) < BAR
+    assert max(few.experts(ops, rng, case, Geometry(2, 2, 1, 1), DownGeometry(1, 2, 2))) < BAR
 
 
 def test_merged_experts_of_a_part_of_the_ranks(ops, rng) -> None:
