@@ -113,6 +113,11 @@ for n in (2048,512,64):
     timed('o Q4_K store',lambda:gemm.products(ops,[(W['o'],res)],x),F(d,2048))
     timed('o Q4_K half',lambda:gemm.products(ops,[(W['o'],y16)],x),F(d,2048))
     for t in ('o6','o8','of'): timed('o '+W[t].qtype.name,lambda:gemm.products(ops,[(W[t],res)],x),F(d,2048))
+    if n==2048:
+        for e in (1,2,3,4):
+            gemm.EXP=e
+            for t in ('o','of'): timed(f'EXP {e} o '+W[t].qtype.name,lambda:gemm.products(ops,[(W[t],res)],x),F(d,2048))
+        gemm.EXP=0
     if n==512:
         for w in (32,64,96,128):
             use(w); timed(f'q+kv_a width {w}',lambda:gemm.products(ops,[(W['q'],yq),(W['kva'],yk)],x),F(3648,d))
@@ -130,7 +135,7 @@ for n in (2048,512,64):
     for only in ('gemm_experts_up','gemm_experts_down','moe_combine'):
         ops.run=lambda name,*a,only=only,**k: run(name,*a,**k) if name==only else None
         fl=EF*2/3 if only.endswith('up') else EF/3 if only.endswith('down') else 0
-        nb=(W['eg'].nbytes*2 if only.endswith('up') else W['ed5'].nbytes if only.endswith('down') else 4*n*d*8)
+        nb=(W['eg'].held.nbytes*2 if only.endswith('up') else W['ed5'].held.nbytes if only.endswith('down') else 4*n*d*8)
         tot+=timed(only,lambda:gemm.experts(ops,x,ch,W['eg'],W['eu'],W['ed5'],res,True),fl,nb)
     ops.run=run; gemm.sort=orig
     timed('experts all, down Q5_0',lambda:gemm.experts(ops,x,ch,W['eg'],W['eu'],W['ed5'],res,True),EF)

@@ -57,12 +57,9 @@ struct Items {
     template <int QTYPE>
     __device__ __forceinline__ void set_tiles(
             GemmSource& from, const Segment& s, int rows, int batch) const {
-#pragma unroll
-        for (int p = 0; p < 2; p++) {
-            const int row_tile = min(rows * 16 + 8 * p + (int)(threadIdx.x >> 5), s.row_tiles - 1);
-            from.part[p] = tile_source<QTYPE>(s.w, batches * s.row_tiles, s.col_tiles,
-                                              batch * s.row_tiles + row_tile, threadIdx.x & 31);
-        }
+        const int row_tile = rows * 16 + 8 * gemm_own_part() + gemm_own_tile();
+        from.tiles = tile_source<QTYPE>(s.w, batches * s.row_tiles, s.col_tiles,
+                                        batch * s.row_tiles + row_tile, s.row_tiles - row_tile);
     }
     __device__ __forceinline__ void open(int item, GemmSource& from) const {
         int rows, token, batch;
@@ -106,7 +103,8 @@ gemm(void* y0, const unsigned char* w0, int rows0, int row_tiles0, int col_tiles
     items.n_token_items = (n + TOKENS - 1) / TOKENS;
     items.n = items.n_row_items * items.n_token_items * batches;
     __syncthreads();  // every thread wrote the same
-    Gemm<Items, TILE_BYTES> ring(items, ring_of(shared));
+    Gemm<Items, TILE_BYTES> ring(items, shared);
+    if (ring.copies()) return;
     for (int item = blockIdx.x; item < items.n; item += gridDim.x) {
         int rows, token, batch;
         const int i = items.where(item, rows, token, batch);

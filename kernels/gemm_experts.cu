@@ -37,24 +37,24 @@ struct Items {
     int n_used, row_tiles, w1_tile, part_tiles, col_tiles, held, cols, skip, n_row_items, n;
 
     __device__ __forceinline__ void open(int item, GemmSource& from) const {
-        const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
         const int3 tile = tokens.tile(item / n_row_items);
-        const int row_item = item % n_row_items, total = held * row_tiles, base = tile.x * row_tiles;
-        const int last = part_tiles - 1;
+        const int total = held * row_tiles, base = tile.x * row_tiles;
 #ifdef GATED
-        const int row_tile = base + min(row_item * 8 + warp, last);
-        from.part[0] = tile_source<Q0>(w0, total, col_tiles, row_tile, lane);
-        from.part[1] = tile_source<Q1>(w1, total, col_tiles, row_tile + w1_tile, lane);
+        const int row_tile = item % n_row_items * 8 + gemm_own_tile(), n = part_tiles - row_tile;
+        if (Q0 == Q1 || gemm_own_part() == 0)
+            from.tiles = tile_source<Q0>(
+                gemm_own_part() ? w1 : w0, total, col_tiles,
+                base + row_tile + (gemm_own_part() ? w1_tile : 0), n);
+        else
+            from.tiles = tile_source<Q1>(w1, total, col_tiles, base + row_tile + w1_tile, n);
 #else
-#pragma unroll
-        for (int p = 0; p < 2; p++)
-            from.part[p] = tile_source<Q0>(
-                w0, total, col_tiles, base + min(row_item * 16 + 8 * p + warp, last), lane);
+        const int row_tile = item % n_row_items * 16 + 8 * gemm_own_part() + gemm_own_tile();
+        from.tiles = tile_source<Q0>(w0, total, col_tiles, base + row_tile, part_tiles - row_tile);
 #endif
         from.x = x, from.cols = cols, from.steps = col_tiles, from.skip = skip;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int t = (threadIdx.x >> 3) + 32 * i;
+        for (int i = 0; i < GEMM_OWN_TOKENS; i++) {
+            const int t = gemm_own_token(i);
             from.row[i] = -1;
             if (t >= tile.z) continue;
 #ifdef GATED
@@ -86,7 +86,8 @@ gemm_experts_up(unsigned short* h, const unsigned char* gate, const unsigned cha
     __syncthreads();  // every thread wrote the same
     const float gate_boost = tile_boost<Q0>(gate), up_boost = tile_boost<Q1>(up);
     const float gate_scale = 16.f * tile_unboost<Q0>(gate), up_scale = tile_unboost<Q1>(up);
-    Gemm<Items, max_of(StagedTile<Q0>::end, StagedTile<Q1>::end)> ring(items, ring_of(shared));
+    Gemm<Items, max_of(StagedTile<Q0>::end, StagedTile<Q1>::end)> ring(items, shared);
+    if (ring.copies()) return;
     int item = blockIdx.x;
 #define RUN(N, I)                                                                              \
     for (const int end = ends[I] * n_row_items; item < end; item += gridDim.x) {               \
@@ -123,7 +124,8 @@ gemm_experts_down(float* y, const unsigned char* down, const unsigned short* h, 
              held, cols, skip, n_row_items, ends[3] * n_row_items};
     __syncthreads();
     const float boost = tile_boost<Q0>(down), scale = 16.f * tile_unboost<Q0>(down);
-    Gemm<Items, StagedTile<Q0>::end> ring(items, ring_of(shared));
+    Gemm<Items, StagedTile<Q0>::end> ring(items, shared);
+    if (ring.copies()) return;
     int item = blockIdx.x;
 #define RUN(N, I)                                                                              \
     for (const int end = ends[I] * n_row_items; item < end; item += gridDim.x) {               \

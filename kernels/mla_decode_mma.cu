@@ -45,9 +45,8 @@ constexpr int LDS = TILE + 8, LDP = TILE + 8;
 constexpr int LANES = 256 / M, COLS = TILE / LANES;   // threads and scores of a row in softmax
 constexpr bool Q_SHARED = MT > 2;             // else a warp keeps its part of q in registers
 constexpr bool RAW = CACHE_KIND != 0;               // rows are converted after they arrive
-constexpr int AHEAD = Q_SHARED || RAW ? 0 : PIPE;       // scores are computed a tile ahead, so that they, the
+constexpr int AHEAD = Q_SHARED || RAW ? 0 : PIPE;     // scores are computed a tile ahead, so that they, the
                                               // softmax and the values of three tiles overlap
-constexpr int FIRST = AHEAD == 2 ? STAGES : STAGES - 1;  // tiles asked for at the start
 constexpr int BUFFERS = AHEAD ? 2 : 1;            // of scores and probabilities
 constexpr int BLOCKS = (W + 31) / 32;         // of a q8_0 row
 constexpr int ROW_BYTES = CACHE_KIND == 2 ? 4 * W : CACHE_KIND == 3 ? 32 * BLOCKS : 2 * W;
@@ -264,10 +263,8 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
                const int* chosen, const int* pos, int rows, int h, int n, int top_k, float scale) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, splits = gridDim.x;
     const Shared s = carve((char*)attention_memory);
-    if (!EARLY) {
-        pdl_wait();
-        pdl_launch();
-    }
+    pdl_launch();
+    if (!EARLY) pdl_wait();
 
     // ---- which rows: [row0, row_end) of part and q, [start, stop) of the cache or of `chosen`
     const int row0 = blockIdx.z * rows + blockIdx.y * M, row_end = (blockIdx.z + 1) * rows;
@@ -280,7 +277,6 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
     const int tiles = (stop - start + TILE - 1) / TILE;
     if (tiles <= 0) {
         pdl_wait();
-        pdl_launch();
         return;
     }
     if (CHOSEN) {  // one token per CTA
@@ -305,41 +301,46 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
 #pragma unroll
         for (int offset = 16; offset; offset >>= 1)
             fresh = min(fresh, __shfl_xor_sync(~0u, fresh, offset));
-        for (; issued < min(FIRST, tiles); issued++) {
+        for (; issued < min(STAGES - 1, tiles); issued++) {
             if (start + min((issued + 1) * TILE, stop - start) > fresh) break;
             fetch(s, cache, issued, issued * TILE, start, stop);
             cp_async_commit();
         }
         pdl_wait();
-        pdl_launch();  // not sooner: the merge reads pos before its own wait
     }
-    for (; issued < FIRST; issued++) {
+    for (; issued < STAGES - 1; issued++) {
         if (issued < tiles) fetch(s, cache, issued, issued * TILE, start, stop);
         cp_async_commit();
     }
 
-    // ---- queries
+    // ---- queries: to shared memory in 16-byte pieces; where warps keep their part in registers, to
+    // where no tile has been yet
+    __half* queries = Q_SHARED ? s.q : RAW ? s.tile : (__half*)(s.ring + (STAGES - 1) * STAGE_BYTES);
+    constexpr int PIECES = LD / 8 - 1;
+    uint4 piece[(M * PIECES + 255) / 256];
+#pragma unroll
+    for (int i = 0; i < (M * PIECES + 255) / 256; i++) {
+        const int at = i * 256 + threadIdx.x, row = row0 + at / PIECES, c = at % PIECES * 8;
+        piece[i] = make_uint4(0, 0, 0, 0);
+        if (at < M * PIECES && row < row_end && c < W)
+            piece[i] = *(const uint4*)(q + (long long)row * W + c);
+    }
+#pragma unroll
+    for (int i = 0; i < (M * PIECES + 255) / 256; i++) {
+        const int at = i * 256 + threadIdx.x;
+        if (at < M * PIECES) *(uint4*)(queries + at / PIECES * LD + at % PIECES * 8) = piece[i];
+    }
     unsigned q_part[Q_SHARED ? 1 : MT][PART][4];
-    if constexpr (Q_SHARED) {
-        for (int i = threadIdx.x; i < M * LD / 8; i += 256) {
-            const int row = i / (LD / 8), c = i % (LD / 8) * 8;
-            const bool there = row0 + row < row_end && c < W;
-            uint4 v = make_uint4(0, 0, 0, 0);
-            if (there) v = *(const uint4*)(q + (long long)(row0 + row) * W + c);
-            *(uint4*)(s.q + row * LD + c) = v;
-        }
-    } else {
+    if constexpr (!Q_SHARED) {
+        __syncthreads();
+        const __half* from = queries + ((lane >> 3 & 1) * 8 + (lane & 7)) * LD + (lane >> 4) * 8;
 #pragma unroll
         for (int m = 0; m < MT; m++)
 #pragma unroll
-            for (int i = 0; i < PART; i++)
-#pragma unroll
-                for (int x = 0; x < 4; x++) {
-                    const int row = row0 + 16 * m + lane / 4 + 8 * (x & 1);
-                    const int c = 16 * (warp % KG * PART + i) + 2 * (lane & 3) + 8 * (x >> 1);
-                    const bool there = row < row_end && c < W;
-                    q_part[m][i][x] = there ? *(const unsigned*)(q + (long long)row * W + c) : 0;
-                }
+            for (int i = 0; i < PART; i++) {
+                const int step = warp % KG * PART + i;
+                if (step < STEPS) ldmatrix(q_part[m][i], from + 16 * m * LD + 16 * step);
+            }
     }
     float own_scales[N_SCALES];
     if (CACHE_KIND == 3) {
@@ -359,38 +360,19 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
     // ---- tiles
     const auto tile_at = [&](int i) { return s.ring + i % STAGES * STAGE_BYTES; };
     if constexpr (AHEAD) {
-        cp_async_wait<FIRST - 1>();
+        cp_async_wait<STAGES - 2>();
         __syncthreads();
         score_part(s, (const __half*)tile_at(0), 0, q_part);
         for (int i = 0; i < tiles; i++) {
-            if (AHEAD == 1) {
-                cp_async_wait<STAGES - 3>();
-                __syncthreads();  // tile i + 1 and scores of i are there, all are done with i - 1
-                if (i + STAGES - 1 < tiles)
-                    fetch(s, cache, (i + STAGES - 1) % STAGES, (i + STAGES - 1) * TILE, start, stop);
-                cp_async_commit();
-                softmax(s, i & 1, scale2, i * TILE, start, stop, seen, top, sum);
-                if (i + 1 < tiles) score_part(s, (const __half*)tile_at(i + 1), (i + 1) & 1, q_part);
-                __syncthreads();
-                add_values(s, (const __half*)tile_at(i), i & 1, o);
-            } else {
-                if (i == 0) cp_async_wait<STAGES - 2>();
-                else if (i == 1) cp_async_wait<STAGES - 3>();
-                else cp_async_wait<STAGES - 4>();
-                __syncthreads();  // tile i + 1, scores of i, probabilities of i - 1; i - 2 is done with
-                if (i > 1) {
-                    if (i + STAGES - 2 < tiles)
-                        fetch(s, cache, (i + STAGES - 2) % STAGES, (i + STAGES - 2) * TILE, start, stop);
-                    cp_async_commit();
-                }
-                if (i > 0) add_values(s, (const __half*)tile_at(i - 1), (i - 1) & 1, o);
-                if (i + 1 < tiles) score_part(s, (const __half*)tile_at(i + 1), (i + 1) & 1, q_part);
-                softmax(s, i & 1, scale2, i * TILE, start, stop, seen, top, sum);
-            }
-        }
-        if (AHEAD == 2) {
+            cp_async_wait<STAGES - 3>();
+            __syncthreads();  // tile i + 1 and scores of i are there, all are done with i - 1
+            if (i + STAGES - 1 < tiles)
+                fetch(s, cache, (i + STAGES - 1) % STAGES, (i + STAGES - 1) * TILE, start, stop);
+            cp_async_commit();
+            softmax(s, i & 1, scale2, i * TILE, start, stop, seen, top, sum);
+            if (i + 1 < tiles) score_part(s, (const __half*)tile_at(i + 1), (i + 1) & 1, q_part);
             __syncthreads();
-            add_values(s, (const __half*)tile_at(tiles - 1), (tiles - 1) & 1, o);
+            add_values(s, (const __half*)tile_at(i), i & 1, o);
         }
     } else {
         for (int i = 0; i < tiles; i++) {

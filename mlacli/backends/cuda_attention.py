@@ -26,7 +26,7 @@ _CELLS: dict[str, Any] = {"f16": np.float16, "bf16": np.uint16, "f32": np.float3
 _PIPE = 1  # of kernels/mla_decode_mma.cu
 _PLAIN_SPLITS = 32
 _FEW_SPLITS = 16  # up to here a warp merges a row
-_FEW = 8  # tokens whose splits are merged and expanded in one launch
+_FEW = 8  # tokens; beyond it, per-head products take float16 activations (-gap f16)
 _MOST_SPLITS = 256  # MERGE_SPLITS of kernels/include/mla_merge.cuh
 _TILE = 32  # cache rows at a time: SPLIT_ROWS of kernels/include/mla_splits.cuh
 _SHARED = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 120: 99 << 10}
@@ -131,6 +131,8 @@ def latent(
     tensor_cores = on_tensor_cores(ops, r, r + p, kv.cache_type, half)
     out = ops.new((n, h, r + p), np.float16 if tensor_cores else np.float32)
     blocks = 0 if n == 1 else _token_blocks(n)
+    if n > _FEW and tensor_cores and k_b.tiles is not None:
+        blocks = 8
     q_lat = None if k_b.tiles is not None else _plain_heads(ops, q, k_b)
     group = max(1, 4 * blocks)
     ops.run(
@@ -248,6 +250,13 @@ def combine(ops: Launcher, parts: Parts, v_b: Weight, step: Positions) -> Array:
         ops.run(
             "mla_combine", (8 * h, n), 256, o, parts.part, parts.stat, v_b.tiles, step.pos, n, h,
             parts.splits, parts.top_k, R=r, V=v, WTYPE=v_b.qtype.id, CLUSTER=8,
+        )  # fmt: skip
+        return o
+    if parts.stat is not None and n > _FEW:
+        ops.run(
+            "mla_combine_many", (h * -(-v // 128), -(-n // 32)), 256, o, parts.part, parts.stat,
+            v_b.tiles, step.pos, n, h, parts.splits, parts.top_k, R=r, V=v, WTYPE=v_b.qtype.id,
+            MANY=1,
         )  # fmt: skip
         return o
     o_lat, blocks = merge(ops, parts, step), _token_blocks(n)

@@ -228,7 +228,7 @@ def _tile_bytes(w: CudaWeight) -> int:
 
 
 def _least(ops: Any) -> int:
-    return 3 if ops.device.capability == 90 else 2
+    return 4 if ops.device.capability == 90 else 2
 
 
 def _stages(ops: Any, weights: Sequence[CudaWeight]) -> int:
@@ -251,10 +251,12 @@ def _launch(
 ) -> None:
     stages = _stages(ops, weights)
     assert stages >= _least(ops), "see fits()"
+    threads = _THREADS
     if ops.device.capability == 90:
         defines["WGMMA"] = 1
+        threads += 128  # that copy
     ops.run(
-        name, (min(ops.device.n_sm, n_items),), _THREADS, *args,
-        shared=1024 + stages * (_X_BYTES + 16 * max(_tile_bytes(w) for w in weights)),
+        name, (min(ops.device.n_sm, n_items),), threads, *args,
+        shared=1024 + 16 * stages + stages * (_X_BYTES + 16 * max(_tile_bytes(w) for w in weights)),
         STAGES=stages, **defines,
     )  # fmt: skip

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.skipif(
 )
 Host = np.ndarray[Any, Any]
 PROBABILITIES = 1e-7  # NMSE of rounding them to float16: about 4e-8 where the softmax is flat
+MANY = 3e-7  # a product with float16 weights and activations: 4e-8 each, and another rounding
 
 
 @dataclass
@@ -93,14 +94,13 @@ CASES = [  # h, r, p, positions, cache type, sharpness
     (16, 32, 8, [400], "f16", 1), (20, 32, 8, [333], "f16", 8), (64, 32, 8, [130], "f16", 1),
     (5, 32, 8, [199, 200, 201, -1], "f16", 4), (16, 48, 16, list(range(9)), "f16", 1),
     (5, 32, 8, [90, 91, -1], "bf16", 1), (5, 32, 8, [90, 91, -1], "f32", 1),
-    (20, 32, 8, [90, 91, -1], "q8_0", 4), (3, 512, 64, [70], "f16", 1), (3, 256, 64, [70], "q8_0", 1),
+    (20, 32, 8, [90, 91, -1], "q8_0", 4), (3, 512, 64, [70], "f16", 1),
+    (3, 256, 64, [70], "q8_0", 1),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("h, r, p, pos, cache_type, sharp", CASES)
-def test_attention(
-    h: int, r: int, p: int, pos: list[int], cache_type: str, sharp: float
-) -> None:
+def test_attention(h: int, r: int, p: int, pos: list[int], cache_type: str, sharp: float) -> None:
     rng, ops, scale = np.random.default_rng(0), SimtOps(), 1 / np.sqrt(r + p)
     rows = rng.standard_normal((max(pos) + 1, r + p)).astype(np.float32)
     kv, numpy = cached(ops, rows, max(pos) + 40, cache_type)
@@ -152,6 +152,7 @@ LATENT = [  # positions, k_b's type, cache type, half, temperature
     ([7], Q8_0, "f16", True, None), ([7, 8, 9], F16, "q8_0", True, Temperature(0.1, 3)),
     ([3, 4, -1], BF16, "bf16", False, None), (list(range(4, 15)), Q8_0, "f32", False, None),
     ([5, 6, 7, 8, 9], F32, "f16", True, Temperature(0.1, 3)), ([-1], Q8_0, "f16", True, None),
+    ([*range(30), -1], Q8_0, "f16", True, Temperature(0.1, 3)),
 ]  # fmt: skip
 
 
@@ -193,7 +194,9 @@ def test_latent(
         grown = np.log1p(np.maximum(pos, 0) // temperature.length)
         want *= (1 + temperature.scale * grown)[:, None, None]
     if there.any():
-        assert nmse(got[there], want[there]) <= (PROBABILITIES if halved else 1e-10)
+        assert nmse(got[there], want[there]) <= (
+            1e-10 if not halved else MANY if n > 8 else PROBABILITIES
+        )
     c_kv = new[:, :r] / np.sqrt((new[:, :r] ** 2).mean(-1, keepdims=True) + np.float32(eps)) * norm
     rows = np.concatenate([c_kv, rotated(new[:, r:])], -1)
     numpy.write(np.array(pos)[there], rows[there])
@@ -215,7 +218,9 @@ def test_latent(
             assert np.array_equal(ops.get(array)[untouched], old[untouched], equal_nan=True)
 
 
-@pytest.mark.parametrize("n, qtype, v", [(1, Q8_0, 40), (5, F16, 32), (17, Q8_0, 32)])
+@pytest.mark.parametrize(
+    "n, qtype, v", [(1, Q8_0, 40), (5, F16, 32), (17, Q8_0, 40), (33, BF16, 136)]
+)
 def test_combine(n: int, qtype: QType, v: int) -> None:
     rng, ops, h, r, p = np.random.default_rng(4), SimtOps(), 3, 64, 8
     pos = [*range(60, 60 + n - 1), -1] if n > 1 else [60]
@@ -225,4 +230,4 @@ def test_combine(n: int, qtype: QType, v: int) -> None:
     parts = attention.attend(ops, ops.put(q.astype(np.float16)), kv, step, r, 0.2, True)
     o = ops.get(attention.combine(ops, parts, v_b, step)).reshape(n, h, v)
     lat = exact(q, half(numpy.read(0, 60 + n)), pos, r, 0.2)
-    assert nmse(o, np.einsum("hvr,nhr->nhv", v_b.values.astype(np.float64), lat)) <= PROBABILITIES
+    assert nmse(o, np.einsum("hvr,nhr->nhv", v_b.values.astype(np.float64), lat)) <= MANY

@@ -92,7 +92,7 @@ def test_chunks_and_shared_items_are_merged(
     monkeypatch.setattr(cuda_prefill, "_splits", lambda *_: 2)
     ops = simulated(4)
     check(ops, Case(replace(SMALL, h=1), 300, 250, n_padded=10, sharp=6.0))
-    names = ["mla_prefill_query", "mla_up", *["mla_expand", "mla_prefill"] * 3, "mla_prefill_merge"]
+    names = ["mla_prefill_inputs", *["mla_expand", "mla_prefill"] * 3, "mla_prefill_merge"]
     assert ops.launched == names
 
 
