@@ -75,9 +75,13 @@ class Engine:
     """Runs one sequence, one call at a time. Tokens 0..n_kv-1 are in the cache."""
 
     def __init__(
-        self, prepared: Prepared, progress: Callable[[int, int], None] | None = None
-    ) -> None:
-        """Loads the weights; `progress` is told bytes done and bytes in all."""
+        self, prepared: Prepared, progress: Callable[[int, int], None] | None = None,
+        compiling: Callable[[int, int], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Loads the weights; `progress` is told bytes done and bytes in all.
+
+        `compiling` is told of kernels compiled and of how many, when any is.
+        """
         start = time.perf_counter()
         self.prepared, self.params = prepared, prepared.params
         self.n_ctx, self.n_kv = prepared.plan.n_ctx, 0
@@ -89,7 +93,9 @@ class Engine:
             r.device: bytes_in_use(r.device) if r.kind == "cuda" else 0 for r in prepared.plan.ranks
         }
         try:
-            self._ranks = open_ranks(prepared.plan, prepared.params.context, prepared.n_threads)
+            self._ranks = open_ranks(
+                prepared.plan, prepared.params.context, prepared.hparams, prepared.n_threads
+            )
         except BaseException:
             prepared.gguf.close()
             raise
@@ -102,10 +108,13 @@ class Engine:
             self._load(progress)
             if prepared.params.model.check_tensors:
                 self.checked = self.check_tensors()
+            loaded = time.perf_counter()
+            self.n_compiled = self._compile(compiling)
         except BaseException:
             self.close()
             raise
-        self.timings.load_s = time.perf_counter() - start
+        self.timings.load_s = loaded - start
+        self.compile_s = time.perf_counter() - loaded  # seconds that n_compiled kernels took
 
     def _load(self, progress: Callable[[int, int], None] | None) -> None:
         import numpy as np
@@ -134,6 +143,19 @@ class Engine:
         for weights, cache in self._ranks.group.run(one_rank):
             self._weights.append(weights)
             self._caches.append(cache)
+
+    def _compile(self, report: Callable[[int, int], None] | None) -> int:
+        """Compiles what steps will launch, where a backend compiles at all."""
+        hp, model = self.prepared.hparams, self.prepared.model
+
+        def one_rank(rank: int) -> int:
+            ops, weights, cache = self._ops(rank), self._weights[rank], self._caches[rank]
+            return ops.compile(
+                hp.rope.frequencies(hp.p),
+                lambda step: model.forward(ops, hp, weights, cache, step), report,
+            )  # fmt: skip
+
+        return sum(self._ranks.group.run(one_rank))
 
     def check_tensors(self) -> Checked:
         """Every tensor as the ranks hold it compared with the file, and none with NaN in it."""

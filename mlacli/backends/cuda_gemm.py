@@ -245,7 +245,7 @@ def _width(ops: Any, n: int, row_items: int) -> int:
     """Tokens of a work item: the width with the least time, in cycles for 64 columns."""
 
     def cycles(width: int) -> int:
-        waves = -(-row_items * -(-n // width) // ops.device.n_sm)
+        waves: int = -(-row_items * -(-n // width) // ops.device.n_sm)
         return waves * max(8 * width, 480)  # tensor cores, or unpacking the weights
 
     return min(_WIDTHS, key=cycles)

@@ -62,7 +62,8 @@ def chain_words(
     words = np.zeros(_WORDS, np.int64)
     lowest = math.log(params.min_p) if params.min_p > 0 else -math.inf
     words[:3].view(np.float64)[:] = params.temp, params.top_p, lowest
-    words[3:4].view(np.uint64)[0] = seed
+    philox: Any = np.random.Philox(key=[seed, 0]).state  # its key: NumPy rounds seeds from 2^63 on
+    words[3:4].view(np.uint64)[0] = philox["state"]["key"][0]
     words[4], words[5] = min(params.top_k, n_vocab), len(ids)
     words[_HEAD : _HEAD + len(ids)] = ids
     return words

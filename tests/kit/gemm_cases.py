@@ -67,8 +67,10 @@ def put16(ops: Any, x: np.ndarray) -> Any:
 
 def nmse(got: np.ndarray, want: np.ndarray) -> float:
     assert got.shape == want.shape, (got.shape, want.shape)
-    return float(np.mean((got - want) ** 2) / np.mean(want**2)) if want.any() else float(
-        np.abs(got).max(initial=0)
+    return (
+        float(np.mean((got - want) ** 2) / np.mean(want**2))
+        if want.any()
+        else float(np.abs(got).max(initial=0))
     )
 
 

@@ -52,15 +52,23 @@ def body(text: str, at: int) -> str:
     raise AssertionError("braces don't match")
 
 
-@cache
 def waits(file: str, name: str) -> bool:
     """Whether function `name` of a file calls pdl_wait, itself or through what it calls."""
-    text = re.sub(r"//.*|/\*.*?\*/", "", cuda_sources.source(file))
-    for found in re.finditer(rf"\b{name}\s*\([^;{{}}]*\)\s*{{", text):
-        inside = body(text, found.start())
-        if "pdl_wait()" in inside:
-            return True
-        called = set(re.findall(r"\b([a-z]\w*)\s*(?:<[^;{}()]*>)?\s*\(", inside)) - {name}
-        if any(waits(file, other) for other in called - {"if", "for", "while", "switch"}):
-            return True
+    text = _bare(file)
+    todo, seen = [name], {"if", "for", "while", "switch", "return"}
+    while todo:
+        function = todo.pop()
+        seen.add(function)
+        for found in re.finditer(rf"\b{function}\s*\([^;{{}}]*\)\s*{{", text):
+            inside = body(text, found.start())
+            if "pdl_wait()" in inside:
+                return True
+            called = set(re.findall(r"\b([a-z]\w*)\s*(?:<[^;{}()]*>)?\s*\(", inside))
+            todo += called - seen
     return False
+
+
+@cache
+def _bare(file: str) -> str:
+    """The text with headers inlined, without comments."""
+    return re.sub(r"//.*|/\*.*?\*/", "", cuda_sources.source(file))
