@@ -8,12 +8,15 @@
 // Dtypes    weights any tiled type (Q0, and Q1 for up) as float16 times their boost; x and h float16
 //           of value / 16, h saturating; sums and y float32
 // Grid      any number of CTAs (one fits an SM), which share the work items: (tile of tokens, 256
-//           rows; up: 128 of gate and of up); 256 threads; shared bytes as gemm
+//           rows; up: 128 of gate and of up); threads and shared bytes as gemm
 // Assumes   as gemm; gate and up with the same number of column tiles; y of slots whose expert is not
 //           held is not written
 // Numerics  as gemm; a token's result does not depend on its place in the list
 // Bound by  tensor cores: 6 n n_used f d operations; few tokens: bytes of the chosen experts
 // Sources   see include/gemm.cuh
+// Variants  GATED=1 Q0=12 Q1=12 STAGES=4; Q0=6 Q1=-1 STAGES=4; GATED=1 Q0=12 Q1=14 STAGES=4;
+//           Q0=14 Q1=-1 STAGES=4
+// Needs     8.0
 // Tested by tests/gpu/test_gemm.py, tests/kernels/test_gemm.py
 #include "gemm.cuh"
 #include "gemm_store.cuh"

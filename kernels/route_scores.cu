@@ -7,6 +7,8 @@
 //           as float32 as the choice of experts needs
 // Bound by  float32 FMA: 2 n E d operations
 // Sources   own
+// Variants  RING=3; RING=2
+// Needs     8.0
 // Tested by tests/gpu/test_gemm.py, tests/kernels/test_gemm.py
 #include "mma.cuh"
 #include "pdl.cuh"

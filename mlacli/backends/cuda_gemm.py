@@ -256,10 +256,7 @@ def _launch(
 ) -> None:
     stages = _stages(ops, weights)
     assert stages >= _least(ops), "see fits()"
-    threads = _THREADS
-    if ops.device.capability == 90:
-        defines["WGMMA"] = 1
-        threads += 128  # that copy
+    threads = _THREADS + (128 if ops.device.capability == 90 else 0)  # that copy, for wgmma
     ops.run(
         name, (min(ops.device.n_sm, n_items),), threads, *args,
         shared=1024 + 16 * stages + stages * (_X_BYTES + 16 * max(_tile_bytes(w) for w in weights)),
