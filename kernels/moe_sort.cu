@@ -1,18 +1,20 @@
 // Op        moe_sort: the slots (token t's choice k is slot t n_used + k) in order of their expert, and
 //           tiles of up to 128 of them, wide ones first, for the grouped products
-//           moe_combine: y[t] (+)= sum_k weights[t][k] * part[t n_used + k], in the order of k
+//           moe_combine: y[t] (+)= sum_k weights[t][k] * 16 part[t n_used + k], in the order of k
 // Shapes    slots [n_slots], tiles [most, 4]: (held expert, first place in slots, slots, 0), most =
 //           n_slots / 128 + held; ends [4]: tiles over 96, over 64, over 32, all; ids and weights
-//           [n, n_used], y [n, d], part [n n_used, d]
-// Dtypes    int32, float32
+//           [n, n_used], y [n, d], part [n n_used, d] at row stride ldp
+// Dtypes    int32, float32; part float16 of value / 16
 // Grid      moe_sort (1), 1024 threads, shared bytes 132 held + 4 n_slots;
 //           moe_combine (n), 256 threads
-// Assumes   held <= 1024; experts first .. first + held - 1 are here, others (and -1) join no tile
+// Assumes   held <= 1024; experts first .. first + held - 1 are here, others (and -1) join no tile;
+//           ldp a multiple of 8, part's rows finite up to there, n_used <= 16
 // Numerics  slots of an expert stay in order: two runs give the same lists; plain float32 sums
-// Bound by  launch latency; moe_combine: bytes, 4 d (n_used + 2) a token
+// Bound by  launch latency; moe_combine: bytes, d (2 n_used + 8) a token
 // Sources   own
 // Tested by tests/gpu/test_gemm.py, tests/kernels/test_gemm.py
 #include "pdl.cuh"
+#include "types.cuh"
 
 // ---------------------------------------------------------------- device helpers ------------
 // Sum of v over the lanes up to this one.
@@ -118,17 +120,48 @@ moe_sort(int* slots, int* tiles, int* ends, const int* ids, int n_slots, int fir
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-moe_combine(float* y, const float* part, const int* ids, const float* weights, int n_used, int d,
-            int first, int held, int add) {
+moe_combine(float* y, const unsigned short* part, const int* ids, const float* weights, int n_used,
+            int d, int first, int held, int add, long long ldp) {
+    __shared__ float weight[16];  // 0: not held, and not read
     pdl_launch();
     pdl_wait();
-    const int* id = ids + blockIdx.x * n_used;
-    const float* weight = weights + blockIdx.x * n_used;
-    y += (long long)blockIdx.x * d, part += (long long)blockIdx.x * n_used * d;
-    for (int i = threadIdx.x; i < d; i += 256) {
-        float sum = add ? y[i] : 0.f;
-        for (int k = 0; k < n_used; k++)
-            if (id[k] >= first && id[k] < first + held) sum += weight[k] * part[(long long)k * d + i];
-        y[i] = sum;
+    if (threadIdx.x < 16) {
+        const int slot = blockIdx.x * n_used + threadIdx.x, e = threadIdx.x < n_used ? ids[slot] - first : -1;
+        weight[threadIdx.x] = e >= 0 && e < held ? 16.f * weights[slot] : 0.f;
+    }
+    __syncthreads();
+    y += (long long)blockIdx.x * d, part += blockIdx.x * n_used * ldp;
+    const bool whole = d % 8 == 0;
+    for (int i = 8 * threadIdx.x; i < d; i += 2048) {
+        alignas(16) float sum[8] = {};
+        if (add && whole) {
+            *(float4*)sum = *(const float4*)(y + i), *(float4*)(sum + 4) = *(const float4*)(y + i + 4);
+        } else if (add) {
+            for (int j = 0; j < 8 && i + j < d; j++) sum[j] = y[i + j];
+        }
+#pragma unroll
+        for (int first_k = 0; first_k < 16; first_k += 8) {
+            if (first_k >= n_used) break;
+            uint4 pairs[8];  // all under way
+#pragma unroll
+            for (int k = 0; k < 8; k++) {
+                pairs[k] = make_uint4(0, 0, 0, 0);
+                if (first_k + k < n_used && weight[first_k + k] != 0.f)
+                    pairs[k] = *(const uint4*)(part + (first_k + k) * ldp + i);
+            }
+#pragma unroll
+            for (int k = 0; k < 8; k++) {
+                const unsigned word[4] = {pairs[k].x, pairs[k].y, pairs[k].z, pairs[k].w};
+#pragma unroll
+                for (int j = 0; j < 8; j++)
+                    sum[j] += weight[first_k + k] *
+                              half_bits_to_float(word[j / 2] >> 16 * (j & 1) & 0xFFFF);
+            }
+        }
+        if (whole) {
+            *(float4*)(y + i) = *(const float4*)sum, *(float4*)(y + i + 4) = *(const float4*)(sum + 4);
+        } else {
+            for (int j = 0; j < 8 && i + j < d; j++) y[i + j] = sum[j];
+        }
     }
 }

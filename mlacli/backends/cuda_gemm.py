@@ -203,16 +203,16 @@ def experts(
         0 if up is not None else f // 16, shape.n_col_tiles, held, d, gate.skip, h.stride(0),
         x16.stride(0), Q0=gate.qtype.id, Q1=other.qtype.id, GATED=1,
     )  # fmt: skip
-    part = ops.new((n * n_used, down.shape[1]))
+    part = rows16(ops, n * n_used, down.shape[1])
     _launch(
         ops, "gemm_experts_down", most_tiles * -(-down.shape[1] // _ROWS), (down,), part,
         down.tiles, h, order.slots, order.tiles, order.ends, down.shape[1],
-        down.layout.n_row_tiles, down.layout.n_col_tiles, held, f, down.skip, h.stride(0),
-        Q0=down.qtype.id, Q1=-1,
+        down.layout.n_row_tiles, down.layout.n_col_tiles, held, f, down.skip, part.stride(0),
+        h.stride(0), Q0=down.qtype.id, Q1=-1,
     )  # fmt: skip
     ops.run(
         "moe_combine", (n,), 256, y, part, chosen.ids, chosen.weights, n_used, down.shape[1],
-        gate.first, held, int(add),
+        gate.first, held, int(add), part.stride(0),
     )  # fmt: skip
 
 
