@@ -20,6 +20,7 @@ Weight = Any
 Norm = tuple[Weight, float]
 MOST = 8  # tokens
 _STAGED = 128  # column tiles of x that fit shared memory as fragments (OneStaged)
+_CLUSTER_BYTES = 1 << 20  # of a gate that 8 SMs read in about a microsecond
 _SHARED = 46 << 10  # bytes of static shared memory
 
 
@@ -142,6 +143,44 @@ def route(
         "route_few", (n_experts,), 256, ids, weights, scores, counter, gate.raw, x, _raw(norm),
         biases, pos, imposed, n, gate.shape[1], *choice, _read(x), routing.scale, _eps(norm),
         N_EXPERTS=n_experts,
+    )  # fmt: skip
+
+
+def route_gated(
+    ops: Any, ids: Array, weights: Array, h: Array, gate: Weight, shared: tuple[Weight, Weight],
+    x: Array, routing: Routing, norm: Norm, bias: Weight | None = None, pos: Array | None = None,
+    imposed: Array | None = None, geometry: Geometry | None = None,
+) -> None:  # fmt: skip
+    """`route` and h [n, fs] = the shared expert's part of experts_up, in one launch.
+
+    Only where `can_route_gated`. h is the end of experts_up's, which then gets no `shared`.
+    """
+    n, n_experts, fs = len(x), gate.shape[0], shared[0].shape[0]
+    how = geometry or Geometry(8, _ahead(shared, 8, 4), 1, 1)
+    tiles = [row_tiles(fs)]
+    ctas = [-(-_ctas(ops, tiles, how, col_tiles(shared[0]), 2)[0] // 8) * 8]
+    ops.run(
+        "route_gated", (8 + ctas[0], n), 256, ids, weights, h, gate.raw, shared[0].tiles,
+        shared[1].tiles, x, _raw(norm), None if bias is None else bias.raw, pos, imposed, fs, ctas[0],
+        routing.n_used, routing.n_groups, routing.n_groups_used, int(routing.sigmoid),
+        int(routing.renormalise), _read(x), _stride(h), routing.scale, _eps(norm),
+        N_EXPERTS=n_experts, N_ROWS=_most(tiles, ctas), N_CTAS=how.ctas, N_AHEAD=how.ahead,
+        N_COL_TILES=col_tiles(shared[0]), **_types(shared, 2),
+    )  # fmt: skip
+
+
+def can_route_gated(
+    ops: Any, gate: Weight, shared: tuple[Weight, Weight] | None, x: Array
+) -> bool:
+    """Whether a cluster of CTAs is there and chooses fast enough: it reads the gate by 8 SMs."""
+    if ops.capability < 90 or shared is None or not takes(*shared) or gate.tiles is not None:
+        return False
+    (n_experts, d), stride = gate.shape, x.stride(0)
+    aligned = x.ptr % 16 == 0 and (stride % 4 == 0 or len(x) == 1)
+    tiles = col_tiles(shared[0])
+    return (
+        aligned and d == tiles * COLS and d % 128 == 0 and tiles <= _STAGED and n_experts <= 1024
+        and 4 * n_experts * d <= _CLUSTER_BYTES
     )  # fmt: skip
 
 
