@@ -169,9 +169,7 @@ def route_gated(
     )  # fmt: skip
 
 
-def can_route_gated(
-    ops: Any, gate: Weight, shared: tuple[Weight, Weight] | None, x: Array
-) -> bool:
+def can_route_gated(ops: Any, gate: Weight, shared: tuple[Weight, Weight] | None, x: Array) -> bool:
     """Whether a cluster of CTAs is there and chooses fast enough: it reads the gate by 8 SMs."""
     if ops.capability < 90 or shared is None or not takes(*shared) or gate.tiles is not None:
         return False
@@ -242,12 +240,16 @@ def experts_down(
 # ---- geometry -------------------------------------------------------------------------------
 
 
-def _ctas(ops: Any, tiles: Sequence[int], how: Geometry, n_col_tiles: int, streams: int) -> list[int]:
+def _ctas(
+    ops: Any, tiles: Sequence[int], how: Geometry, n_col_tiles: int, streams: int
+) -> list[int]:
     """CTAs for each of several lists of row tiles; n_col_tiles 0: several tokens."""
     total, most = sum(tiles), how.per_sm * ops.n_sm
     if not most or not 0 < n_col_tiles <= _STAGED or total <= most:
         return list(tiles)
-    room = _SHARED - 272 * n_col_tiles - 64 * how.warps  # for sums: 64 bytes a warp, row tile and stream
+    room = (
+        _SHARED - 272 * n_col_tiles - 64 * how.warps
+    )  # for sums: 64 bytes a warp, row tile and stream
     per_cta = max(1, room // (64 * how.warps * streams))
     most = max(most, -(-total // per_cta))
     return [max(1, t * most // total) if t else 0 for t in tiles]

@@ -98,7 +98,14 @@ class SimtOps:
         path = self.folder / f"{digest}.so"
         if not path.exists():
             (self.folder / f"{digest}.cpp").write_text(main)
-            command = ["g++", *flags, *words, str(self.folder / f"{digest}.cpp"), "-o", f"{path}.new"]
+            command = [
+                "g++",
+                *flags,
+                *words,
+                str(self.folder / f"{digest}.cpp"),
+                "-o",
+                f"{path}.new",
+            ]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr[:4000]
             os.replace(f"{path}.new", path)
