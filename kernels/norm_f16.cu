@@ -24,8 +24,8 @@ __device__ __forceinline__ unsigned sixteenths(float lo, float hi) {
 // f(i, value i of x) for this thread's columns, then y16 = what f gave.
 template <class F>
 __device__ __forceinline__ void store_rows(unsigned short* y16, int d, F f) {
-    for (int i = 2 * threadIdx.x; i < d; i += 512) {
-        const float lo = f(i), hi = i + 1 < d ? f(i + 1) : 0.f;  // rows have room for the zero
+    for (int i = 2 * threadIdx.x; i < (d + 7) / 8 * 8; i += 512) {  // rows are padded with zeros
+        const float lo = i < d ? f(i) : 0.f, hi = i + 1 < d ? f(i + 1) : 0.f;
         *(unsigned*)(y16 + i) = sixteenths(lo, hi);
     }
 }

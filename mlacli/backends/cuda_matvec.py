@@ -58,6 +58,11 @@ def takes(*weights: Weight) -> bool:
     return all(w is None or w.tiles is not None for w in weights)
 
 
+def routes(gate: Weight) -> bool:
+    """Whether route() takes this gate."""
+    return gate.tiles is not None or (gate.qtype.name == "F32" and gate.shape[1] % 4 == 0)
+
+
 def col_tiles(w: Weight) -> int:
     return packed_columns(w.shape[-1], w.qtype, w.skip) // COLS
 
