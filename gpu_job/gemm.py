@@ -113,11 +113,6 @@ for n in (2048,512,64):
     timed('o Q4_K store',lambda:gemm.products(ops,[(W['o'],res)],x),F(d,2048))
     timed('o Q4_K half',lambda:gemm.products(ops,[(W['o'],y16)],x),F(d,2048))
     for t in ('o6','o8','of'): timed('o '+W[t].qtype.name,lambda:gemm.products(ops,[(W[t],res)],x),F(d,2048))
-    if n==2048:
-        for e in (1,2,3,4):
-            gemm.EXP=e
-            for t in ('o','of'): timed(f'EXP {e} o '+W[t].qtype.name,lambda:gemm.products(ops,[(W[t],res)],x),F(d,2048))
-        gemm.EXP=0
     if n==512:
         for w in (32,64,96,128):
             use(w); timed(f'q+kv_a width {w}',lambda:gemm.products(ops,[(W['q'],yq),(W['kva'],yk)],x),F(3648,d))

@@ -8,6 +8,8 @@
 // Numerics  as gemm; silu with the fast exponential: relative error 1e-6
 // Bound by  tensor cores: 4 n rows cols operations
 // Sources   see include/gemm.cuh
+// Variants  Q0=12 Q1=12 TOKENS=128 STAGES=4; Q0=14 Q1=13 TOKENS=64 STAGES=4; Q0=1 Q1=1 TOKENS=96 STAGES=4
+// Needs     8.0
 // Tested by tests/gpu/test_gemm.py, tests/kernels/test_gemm.py
 #include "gemm.cuh"
 #include "gemm_store.cuh"

@@ -9,6 +9,10 @@
 // Sources: PTX ISA 8.8, section wgmma; own.
 #pragma once
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // target sm_90a
+#define WGMMA
+#endif
+
 #ifdef WGMMA
 // Descriptor of B from a shared address; + 2 per 16 columns of K.
 __device__ __forceinline__ unsigned long long wgmma_descriptor(const void* shared) {

@@ -72,7 +72,7 @@ def inputs(
     ops: Any, rng: np.random.Generator, n: int, n_in: int, normed: bool, scale: float = 1.0
 ) -> tuple[Any, np.ndarray, Any]:
     """(x as rows of a wider array, what the weight meets, norm)."""
-    wide = rng.standard_normal((n, n_in + 6 + n_in % 2)).astype(np.float32) * np.float32(scale)
+    wide = rng.standard_normal((n, n_in + 6)).astype(np.float32) * np.float32(scale)
     x = ops.put(wide)[:, 4 : 4 + n_in]
     values = wide[:, 4 : 4 + n_in].astype(np.float64)
     if not normed:

@@ -175,6 +175,7 @@ def routed(
             t, k = np.nonzero(ids == first + e)
             h = silu(values[t] @ parts[0][i][e].T) * (values[t] @ parts[1][i][e].T)
             out = (rounded16(h) if i == 0 else h) @ parts[2][i][e].T
+            out = rounded16(out) if i == 0 else out
             np.add.at(total, t, weights[t, k, None] * out)
         sums.append(total)
     case = f"experts {types} n {n} top {n_used} of {n_experts} held {held} merged {merged}"
