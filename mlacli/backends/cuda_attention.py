@@ -15,6 +15,13 @@ import numpy as np
 
 from mlacli.backends import cuda_plain
 from mlacli.backends.cuda_array import Array
+from mlacli.parallel.cuda_sizes import (
+    PLAIN_SPLITS,
+    SPLIT_ROWS,
+    decode_shared,
+    on_tensor_cores,
+    shared_limit,
+)
 
 if TYPE_CHECKING:
     from mlacli.loading.quant_types import QType
@@ -23,13 +30,9 @@ if TYPE_CHECKING:
 _KINDS = {"f16": 0, "bf16": 1, "f32": 2, "q8_0": 3}
 _C_TYPES = {"f16": "__half", "bf16": "__nv_bfloat16", "f32": "float", "q8_0": "signed char"}
 _CELLS: dict[str, Any] = {"f16": np.float16, "bf16": np.uint16, "f32": np.float32, "q8_0": np.int8}
-_PLAIN_SPLITS = 32
 _FEW_SPLITS = 16  # up to here a warp merges a row
 _FEW = 8  # tokens; beyond it, per-head products take float16 activations (-gap f16)
 _MOST_SPLITS = 256  # MERGE_SPLITS of kernels/include/mla_merge.cuh
-_TILE = 32  # cache rows at a time: SPLIT_ROWS of kernels/include/mla_splits.cuh
-_SHARED = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 120: 99 << 10}
-_SHARED_90 = 227 << 10
 
 
 class Launcher(Protocol):
@@ -110,13 +113,6 @@ def new_rows(take: Any, n_ctx: int, width: int, cache_type: str) -> CacheRows:
     return CacheRows(cache_type, width, values, scales)
 
 
-def on_tensor_cores(ops: Launcher, r: int, width: int, cache_type: str, half: bool) -> bool:
-    """Whether attend() takes float16 queries on tensor cores; `half`: -gap f16."""
-    rows_fit = r % 16 == 0 and width % 8 == 0
-    shared = decode_shared(r, width, 1, cache_type, 2, 0)
-    return half and ops.capability >= 80 and rows_fit and shared <= shared_limit(ops.capability)
-
-
 def latent(
     ops: Launcher, q: Array, c_kv: Array, k_pe: Array, norm: Array, eps: float, k_b: Weight,
     kv: CacheRows, step: Positions, half: bool, temperature: Temperature | None = None,
@@ -127,7 +123,7 @@ def latent(
     """
     h, r, k = k_b.shape
     n, p = k_pe.shape
-    tensor_cores = on_tensor_cores(ops, r, r + p, kv.cache_type, half)
+    tensor_cores = half and on_tensor_cores(ops.capability, r, r + p, kv.cache_type)
     out = ops.new((n, h, r + p), np.float16 if tensor_cores else np.float32)
     blocks = 0 if n == 1 else _token_blocks(n)
     if n > _FEW and tensor_cores and k_b.tiles is not None:
@@ -178,7 +174,7 @@ def attend(
     for m_tiles in (2, 1):
         groups = -(-rows // (16 * m_tiles))
         splits = max(1, min(ops.n_sm // (groups * tokens), _MOST_SPLITS))
-        slots = -(-top_k // (splits * _TILE)) * _TILE
+        slots = -(-top_k // (splits * SPLIT_ROWS)) * SPLIT_ROWS
         fits = [
             stages
             for stages in range(2, 7)
@@ -204,7 +200,7 @@ def _attend_plain(
     chosen: Array | None,
 ) -> Parts:  # fmt: skip
     n, h, width = q.shape
-    splits = max(1, min(_PLAIN_SPLITS, -(-256 // (n * h))))
+    splits = max(1, min(PLAIN_SPLITS, -(-256 // (n * h))))
     part, top_k = ops.new((n * h, splits, r + 2)), 0 if chosen is None else chosen.shape[1]
     ops.run(
         "mla_decode_split", (splits, h, n), 256, part, q, q[:, :, r:], kv.values, kv.scales, chosen,
@@ -273,22 +269,3 @@ def _token_blocks(n: int) -> int:
 def _plain_heads(ops: Any, x: Array, w: Any) -> Array:
     """A product per head [n, h, out] with GGUF bytes; x [n, h, at least in]."""
     return cuda_plain.heads(ops, x[:, :, : w.shape[2]], w)
-
-
-def shared_limit(capability: int) -> int:
-    """Bytes of shared memory that a CTA may have."""
-    return _SHARED.get(capability, _SHARED_90)
-
-
-def decode_shared(
-    r: int, width: int, m_tiles: int, cache_type: str, stages: int, slots: int
-) -> int:
-    """Shared bytes of mla_decode_mma, in the order of its carve()."""
-    line = 2 * (-(-width // 16) * 16 + 8)
-    packed = {"bf16": 2 * width, "f32": 4 * width, "q8_0": -(-width // 32) * 32}
-    raw = packed.get(cache_type, line)
-    m = 16 * m_tiles
-    size = stages * _TILE * raw + (_TILE * line if cache_type != "f16" else 0)
-    size += 4 * m * (_TILE + 8) * 4 + m * (_TILE + 8) * 2 + m * 4 + 8 * (stages + 1)
-    size += 2 * _TILE * -(-width // 32) * 4 if cache_type == "q8_0" else 0
-    return max(size + 4 * slots, 4 * m * (r + 8))

@@ -17,6 +17,7 @@ from mlacli.backends import cuda_sparse as sparse
 from mlacli.backends.cuda_acts import Act
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_attention import CacheRows
+from mlacli.parallel.cuda_sizes import Sizes, can_expand, chunks
 
 if TYPE_CHECKING:
     from mlacli.backends.cuda_ops import CudaOps
@@ -50,13 +51,13 @@ class Attention:
     def step_kind(self, n: int, n_kv: int) -> tuple[Any, ...]:
         """What a captured step depends on beside its size."""
         chooses = self.hp.sparse is not None and n_kv > self.hp.sparse.top_k
-        form, chunks = attention_form(self.ops.context, n), 0
+        form, n_chunks = attention_form(self.ops.context, n), 0
         if form.keys == "expanded":
-            chunks = expanded.chunks(self._sizes(self.hp.H), self.ops.context.n_ctx, n_kv)
-        return form, chunks, chooses
+            n_chunks = chunks(self._sizes(self.hp.H), self.ops.context.n_ctx, n_kv)
+        return form, n_chunks, chooses
 
-    def _sizes(self, h: int) -> expanded.Sizes:
-        return expanded.Sizes(h, self.hp.r, self.hp.k, self.hp.p, self.hp.v)
+    def _sizes(self, h: int) -> Sizes:
+        return Sizes(h, self.hp.r, self.hp.k, self.hp.p, self.hp.v)
 
     def attend(
         self, q: Array, c_kv: Array, k_pe: Array, w: LayerWeights, rows: CacheRows, step: Step,
@@ -87,7 +88,7 @@ class Attention:
         """Whether the step under way attends in the expanded form."""
         sizes = self._sizes(h)
         asked = self._form.keys == "expanded" and not self._exact
-        return asked and expanded.takes(self.ops.capability, sizes)
+        return asked and can_expand(self.ops.capability, sizes)
 
     def choose(
         self, x: Act, q_a: Act, w: LayerWeights, rows: sparse.IndexRows, step: Step,

@@ -19,10 +19,11 @@ from mlacli.backends.cuda_acts import Act, Chosen
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_device import Device, Host
 from mlacli.backends.cuda_mla import Attention
-from mlacli.backends.cuda_steps import FEW, Steps
+from mlacli.backends.cuda_steps import Steps
 from mlacli.backends.cuda_weights import CudaWeight
 from mlacli.ops import LayerCache, LayerWeights, Ops, Step
 from mlacli.parallel.comm import Comm
+from mlacli.parallel.cuda_sizes import FEW
 from mlacli.params import ContextParams
 
 if TYPE_CHECKING:

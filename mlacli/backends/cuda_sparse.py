@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlacli.backends.cuda_array import Array
+from mlacli.parallel.cuda_sizes import score_stride, tokens_at_once
 
 if TYPE_CHECKING:
     from mlacli.ops import Step
@@ -25,9 +26,7 @@ _KEYS: dict[str, tuple[int, Any]] = {
 _PARTS = {"f16": 2, "bf16": 3}  # 16-bit pieces of a query; other key types take float32 products
 _BLOCK = 32  # columns of a q8_0 scale
 _FEW = 3  # tokens whose queries fit shared memory together, twice an SM
-_TOKENS_AT_ONCE = 16  # kernels/dsa.cu
 _PLAIN_ROWS = 64  # kernels/dsa.cu
-_SCORES = 64 << 20  # bytes of scores held at once; fewer tokens go together where rows are many
 _MOST_WIDTH, _MOST_PLAIN_WIDTH = 128, 1024  # of tensor kernels: registers; of all: shared memory
 _MOST_SHARED = 200 << 10
 
@@ -129,25 +128,6 @@ def clusters(ops: Any, n: int) -> int:
     if ops.capability < 90:
         return 1
     return next((c for c in (8, 4, 2) if n * c <= ops.n_sm), 1)
-
-
-def score_stride(n_ctx: int) -> int:
-    """Values between the scores of neighbouring tokens: read four at a time."""
-    return -(-n_ctx // 4) * 4
-
-
-def tokens_at_once(n: int, n_ctx: int) -> int:
-    """Tokens whose scores are held together: what _SCORES bounds, whole groups if it can be."""
-    most = max(1, _SCORES // (4 * score_stride(n_ctx)))
-    if n <= most:
-        return n
-    return most // _TOKENS_AT_ONCE * _TOKENS_AT_ONCE or most
-
-
-def scratch_bytes(n: int, n_ctx: int, heads: int, width: int, top_k: int) -> int:
-    """What `index` and `select` take of the arena for n tokens, for the plan; 256 a buffer more."""
-    queries = n * heads * (3 * 2 * width + 4)
-    return queries + 4 * (n * top_k + tokens_at_once(n, n_ctx) * score_stride(n_ctx)) + 4 * 256
 
 
 def _n_parts(ops: Any, rows: IndexRows, heads: int) -> int:

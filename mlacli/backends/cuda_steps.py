@@ -18,13 +18,13 @@ from mlacli.backends.cuda_acts import Act
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_device import Device, Host
 from mlacli.ops import Step
+from mlacli.parallel.cuda_sizes import FEW, bucket
 
 if TYPE_CHECKING:
     from mlacli.backends.cuda_ops import CudaOps
     from mlacli.params import SamplingParams
 
 Forward = Callable[[Step], "Act | None"]
-FEW = 8  # tokens that decode's products take in one pass
 
 
 @dataclass(slots=True)
@@ -150,13 +150,3 @@ class Steps:
             self.device.synchronize()
             return None
         return self.device.get(logits)
-
-
-def bucket(n: int, most: int) -> int:
-    """The number of tokens that a step of `n` is padded to, so that few graphs serve all."""
-    if n <= FEW:
-        return n
-    size = 16
-    while size < n:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
-    return min(size, most)

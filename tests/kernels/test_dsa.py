@@ -12,6 +12,7 @@ from kit.simt_device import Launcher, SimtDevice
 from kit.sparse_cases import SparseCase, device_step, host_step
 
 from mlacli.backends import cuda_sparse
+from mlacli.parallel import cuda_sizes
 
 pytestmark = pytest.mark.skipif(bool(simt_device.why_not()), reason=simt_device.why_not())
 
@@ -67,9 +68,9 @@ def test_made_up_scores(ops: Any) -> None:
 
 
 def test_rows_of_a_token_are_bounded_by_memory() -> None:
-    assert cuda_sparse.tokens_at_once(512, 4096) == 512
-    assert cuda_sparse.tokens_at_once(512, 131072) == 128
-    assert cuda_sparse.tokens_at_once(512, 1 << 25) == 1
+    assert cuda_sizes.tokens_at_once(512, 4096) == 512
+    assert cuda_sizes.tokens_at_once(512, 131072) == 128
+    assert cuda_sizes.tokens_at_once(512, 1 << 25) == 1
 
 
 @pytest.mark.parametrize(
