@@ -17,12 +17,16 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A place to compute on. `total` and `free` in bytes; kind "planned" needn't exist."""
+    """A place to compute on. `total` and `free` in bytes; kind "planned" needn't exist.
+
+    `capability`: of a GPU, 90 for compute capability 9.0, which planned ones are taken for.
+    """
 
     name: str
     kind: Literal["cpu", "cuda", "planned"]
     total: int
     free: int
+    capability: int = 90
 
 
 def find_devices(split: SplitParams) -> tuple[Device, ...]:
@@ -35,9 +39,9 @@ def find_devices(split: SplitParams) -> tuple[Device, ...]:
 def _device(name: str) -> Device:
     if name == "cpu":
         return Device(name, "cpu", *host_memory())
-    from mlacli.backends.cuda_devices import device_memory
+    from mlacli.backends.cuda_devices import device_capability, device_memory
 
-    return Device(name, "cuda", *device_memory(name))
+    return Device(name, "cuda", *device_memory(name), device_capability(name))
 
 
 def present_devices() -> tuple[Device, ...]:

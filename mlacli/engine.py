@@ -25,6 +25,7 @@ from mlacli.layer_watch import LayerWatch, Watcher
 from mlacli.loading.gather import Checked, check_tensors
 from mlacli.loading.weights import load_weights, short_name
 from mlacli.ops import ModelWeights, Ops
+from mlacli.parallel.memory import most_logit_rows
 from mlacli.parallel.ranks import first_result
 from mlacli.prepare import Prepared, prepare
 from mlacli.sampling import Sampler
@@ -225,7 +226,8 @@ class Engine:
     def stream_logits(self, ids: Sequence[int], first: int = 0) -> Iterator[Floats]:
         """Append `ids`; after each ubatch the logits [m, V] of its tokens from ids[first] on.
 
-        m is 0 where a ubatch ends before `first`; no more than one ubatch's rows exist at once.
+        m is 0 where a ubatch ends before `first`; no more than one ubatch's rows exist at once, and
+        one that wants very many is cut (memory.LOGIT_BYTES).
         """
         self._check(ids)
         n_batch, n_ubatch = self.params.context.n_batch, self.params.context.n_ubatch
@@ -233,8 +235,19 @@ class Engine:
             in_batch = ids[batch : batch + n_batch]
             for start in range(0, len(in_batch), n_ubatch):
                 ubatch = in_batch[start : start + n_ubatch]
-                wanted = max(0, first - batch - start)
-                yield self._forward("prefill", ubatch, range(wanted, len(ubatch)))
+                yield from self._ubatch(ubatch, max(0, first - batch - start))
+
+    def _ubatch(self, ids: Sequence[int], first: int) -> Iterator[Floats]:
+        """A ubatch whose rows from `first` on are wanted, in equal parts where they are too many.
+
+        The plan pays for the logits of no more rows.
+        """
+        most, step = most_logit_rows(self.prepared.hparams.n_vocab), len(ids)
+        if len(ids) - first > most:
+            step = -(-len(ids) // -(-len(ids) // most))
+        for start in range(0, len(ids), step):
+            part = ids[start : start + step]
+            yield self._forward("prefill", part, range(max(0, first - start), len(part)))
 
     def decode(self, token_id: int) -> Floats:
         """Append one token; its logits [V]."""

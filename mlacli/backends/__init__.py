@@ -67,6 +67,7 @@ def _cuda_ranks(plan: ShardPlan, context: ContextParams, hp: Any) -> Ranks:
 
     (rank,) = plan.ranks
     use_device(rank.device)
-    padding = (6 << 30) + 256 * (len(plan.shards) + 1024)  # of the arena's addresses
+    n_rows = 4 * (rank.layers[1] - rank.layers[0])  # a layer's, an indexer's, both with scales
+    padding = 256 * (len(plan.shards) + n_rows)  # of the arena's addresses
     device = CudaDevice(rank.device, rank.weights + rank.cache + rank.scratch + padding)
     return Ranks([CudaOps(SoloComm(), context, device, hp)], RankGroup(1))

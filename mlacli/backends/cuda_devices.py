@@ -23,6 +23,11 @@ def device_memory(name: str) -> tuple[int, int]:
     return int(total), int(free)
 
 
+def device_capability(name: str) -> int:
+    """The compute capability of `cudaN`: 90 for 9.0."""
+    return int(_device(name).compute_capability)
+
+
 def use_device(name: str) -> None:
     """Make `cudaN` this thread's current device."""
     _device(name).use()

@@ -1,7 +1,7 @@
 """Expanded attention of many tokens on sm_90a: keys and values of a chunk of the cache at a time.
 
-`attend_expanded` is all that ops need; parallel/cuda_sizes.py has `can_expand`, which says for which
-sizes, and `expanded_bytes`, what it costs.
+`attend_expanded` is all that ops need. parallel/cuda_sizes.py says for which sizes (`can_expand`)
+and what it takes (`expanded_bytes`).
 Queries, cached rows and probabilities are rounded to float16 (-gap f16), and so are keys, values
 and the weights that make them; sums are float32. Not for -gap f32.
 """

@@ -77,8 +77,9 @@ class Steps:
     ) -> int:
         """How many kernels of all kinds of steps had to be compiled, which is done at once."""
         before, forms, self.ops.forms = self.device.n_compiled, self.ops.forms, set()
-        kinds: dict[tuple[Any, ...], tuple[int, int]] = {}  # of one token, few and many
-        for n in sorted({bucket(n, self.most) for n in (1, FEW, 4 * FEW, self.most)}):
+        kinds: dict[tuple[Any, ...], tuple[int, int]] = {}
+        sizes = (1, FEW, 4 * FEW, self.most)  # of one token, few and many
+        for n in sorted({bucket(min(n, self.most), self.most) for n in sizes}):
             for n_kv in (n, n_ctx):
                 kinds.setdefault((n, *self.ops.step_kind(n, n_kv)), (n, n_kv))
         with self.device.prepared(report):

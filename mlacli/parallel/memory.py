@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mlacli.params import ContextParams
 
 INDEX_BLOCK = 2048  # index keys that are scored at a time
+LOGIT_BYTES = 256 << 20  # of the logits that a step leaves at most, but for one row
 KV_BLOCK = 256  # cache rows that one step of block-wise attention covers
 
 
@@ -35,10 +36,15 @@ def index_row_bytes(hp: Any, cache_type: str, layers: Range) -> int:
     return int(n_full) * row_bytes(hp.sparse.width, cache_type)
 
 
+def most_logit_rows(n_vocab: int) -> int:
+    """Tokens of a ubatch that may want logits: the engine cuts it, the plan pays for them."""
+    return max(1, LOGIT_BYTES // (4 * n_vocab))
+
+
 def scratch_bytes(
     hp: Any, context: ContextParams, n_ctx: int, heads: Range, vocab: Range, n_ranks: int
 ) -> int:
-    """Peak activation bytes of one ubatch: the larger of the attention and FFN phases, plus logits.
+    """Peak activation bytes of a ubatch on a CPU: the larger of attention and FFN, plus logits.
 
     Float32 throughout; n tokens, h local heads.
     """

@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mlacli.attention_forms import CachePart, cache_parts
 from mlacli.errors import MemoryBudgetError, PlanError, UsageError
 from mlacli.loading.quant_types import F32
+from mlacli.parallel.cuda_scratch import CudaScratch
 from mlacli.parallel.cuts import Range, cut
 from mlacli.parallel.memory import cache_row_bytes, index_row_bytes, scratch_bytes
 from mlacli.parallel.shards import Cutter, Part, Shard
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from mlacli.loading.gguf_file import TensorInfo
     from mlacli.params import ContextParams, ModelParams, SplitParams
 
+Scratch = Callable[[int], int]  # bytes at most in a context of so many tokens
 CTX_STEP = 256  # context sizes are rounded up to it, as llama.cpp does with flash attention
 
 
@@ -100,13 +103,14 @@ def plan_shards(
     cutter = Cutter(hp, split.mode or "none", split.expert_split, [p.share for p in parts])
     shards = tuple(s for part in parts for use in uses for s in cutter.shards(use, part))
     ranks = _rank_plans(hp, parts, cutter, shards, split.margin, context)
-    fits = _largest_context(ranks, hp, context)
+    scratch = _scratch(ranks, parts, hp, context, shards)
+    fits = _largest_context(ranks, scratch, hp, context)
     wanted = context.n_ctx or min(hp.n_ctx_train, fits) or CTX_STEP
     n_ctx = -(-wanted // CTX_STEP) * CTX_STEP
     idle = (d.name for d in devices if not any(part.device is d for part in parts))
     return ShardPlan(
         arch, split.mode or "none", split.expert_split, n_ctx, hp.n_ctx_train, fits,
-        context.n_ubatch, cache_parts(hp, context), _priced(ranks, hp, context, n_ctx),
+        context.n_ubatch, cache_parts(hp, context), _priced(ranks, scratch, hp, context, n_ctx),
         tuple(idle), shards,
     )  # fmt: skip
 
@@ -143,26 +147,48 @@ def _token_bytes(hp: Any, context: ContextParams, rank: RankPlan) -> int:
     return dense + index_row_bytes(hp, context.indexer_cache_type_k, rank.layers)
 
 
+def _scratch(
+    ranks: Sequence[RankPlan], parts: Sequence[Part], hp: Any, context: ContextParams,
+    shards: Sequence[Shard],
+) -> list[Scratch]:  # fmt: skip
+    """How each rank's scratch follows from the context size."""
+    found: list[Scratch] = []
+    of_rank: list[list[Shard]] = [[] for _ in ranks]
+    for shard in shards:
+        of_rank[shard.rank].append(shard)
+    for rank, part in zip(ranks, parts, strict=True):
+        # What GPUs refuse (-mla 0, -fa off) can still be planned: priced as on a CPU.
+        if rank.kind != "cpu" and context.mla and context.flash_attn:
+            capability, own = part.device.capability, of_rank[rank.rank]
+            found.append(CudaScratch(hp, context, own, capability, part.n_ranks).nbytes)
+        else:
+            on_cpu = partial(scratch_bytes, hp, context, heads=rank.heads, vocab=rank.vocab)
+            found.append(partial(on_cpu, n_ranks=len(ranks)))
+    return found
+
+
 def _priced(
-    ranks: Sequence[RankPlan], hp: Any, context: ContextParams, n_ctx: int
-) -> tuple[RankPlan, ...]:
+    ranks: Sequence[RankPlan], scratch: Sequence[Scratch], hp: Any, context: ContextParams,
+    n_ctx: int,
+) -> tuple[RankPlan, ...]:  # fmt: skip
     """`ranks` with the cache and scratch of a context of `n_ctx`."""
-    n = len(ranks)
     return tuple(
         replace(
             rank,
             cache=n_ctx * _token_bytes(hp, context, rank),
-            scratch=scratch_bytes(hp, context, n_ctx, rank.heads, rank.vocab, n),
+            scratch=scratch_of(n_ctx),
         )
-        for rank in ranks
+        for rank, scratch_of in zip(ranks, scratch, strict=True)
     )
 
 
-def _largest_context(ranks: Sequence[RankPlan], hp: Any, context: ContextParams) -> int:
+def _largest_context(
+    ranks: Sequence[RankPlan], scratch: Sequence[Scratch], hp: Any, context: ContextParams
+) -> int:
     """Tokens whose cache and scratch fit beside the weights on every device; 0 when none do."""
 
     def is_too_much(steps: int) -> bool:
-        priced = _priced(ranks, hp, context, steps * CTX_STEP)
+        priced = _priced(ranks, scratch, hp, context, steps * CTX_STEP)
         return any(need > have for _, need, have in _needs(priced))
 
     # One layer's cache alone fills the largest device at `most`.

@@ -23,7 +23,7 @@ from mlacli.devices import Device
 from mlacli.engine import Engine
 from mlacli.errors import MemoryBudgetError
 from mlacli.flags import LOADED, library_values, to_params
-from mlacli.loading.gguf_file import TensorInfo
+from mlacli.loading.gguf_file import GgufFile, TensorInfo
 from mlacli.loading.presets import Preset
 from mlacli.loading.synthetic import SyntheticFile
 from mlacli.parallel.shards import Shard
@@ -201,8 +201,8 @@ class Header(SyntheticFile):
         return np.zeros(info.nbytes, np.uint8).data
 
 
-def recorded(monkeypatch: pytest.MonkeyPatch, preset: Preset, **flags: Any) -> Engine:
-    """An engine of `preset` on a recorder, loaded; flags as for mlacli.load."""
+def recorded(monkeypatch: pytest.MonkeyPatch, model: Preset | GgufFile, **flags: Any) -> Engine:
+    """An engine of `model` on a recorder, loaded; flags as for mlacli.load."""
     upload = cuda_ops.CudaOps.upload
 
     def tagged(ops: Any, pieces: Any, shard: Shard) -> Any:
@@ -226,7 +226,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, preset: Preset, **flags: Any) -> E
 
     monkeypatch.setattr(cuda_ops.CudaOps, "compile", compiled)
     params = to_params(library_values(LOADED, {"device": "cuda0"} | flags))
-    return Engine(prepare(Header(preset), params))
+    return Engine(prepare(Header(model) if isinstance(model, Preset) else model, params))
 
 
 def recorder(engine: Engine) -> Recorder:
