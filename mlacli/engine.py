@@ -19,13 +19,15 @@ from mlacli.attention_forms import AttentionForm
 from mlacli.backends import Ranks, open_ranks
 from mlacli.devices import bytes_in_use
 from mlacli.errors import ContextFull, UsageError
-from mlacli.flags import LOADED, PROMPT, SAMPLING, library_values, to_params
+from mlacli.flags import LOADED, library_values, to_params
+from mlacli.flags_generation import PROMPT, SAMPLING
 from mlacli.latent_cache import LatentCache
 from mlacli.layer_watch import LayerWatch, Watcher
 from mlacli.loading.gather import Checked, check_tensors
 from mlacli.loading.weights import load_weights, short_name
 from mlacli.ops import ModelWeights, Ops
 from mlacli.parallel.ranks import first_result
+from mlacli.params import SamplingParams
 from mlacli.prepare import Prepared, prepare
 from mlacli.sampling import Sampler
 
@@ -40,7 +42,10 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 Phase = Literal["prefill", "decode"]
-_SAMPLING = SAMPLING + tuple(flag for flag in PROMPT if flag.key == "ignore_eos")
+_SAMPLING = (
+    *(flag for flag in SAMPLING if not flag.key.endswith("_file")),
+    *(flag for flag in PROMPT if flag.key == "ignore_eos"),
+)
 
 
 @dataclass(slots=True)
@@ -285,7 +290,8 @@ class Engine:
         Ends after `n_predict` tokens (negative: no limit) or at a full context, which sets
         `context_full`.
         """
-        sampler = sampler or Sampler(self.params.sampling, self._eog_ids())
+        sampler = sampler or Sampler.for_tokenizer(self.params.sampling, self.tokenizer)
+        sampler.begin(prompt_ids)
         eog_ids = frozenset() if sampler.params.ignore_eos else self._eog_ids()
         self.context_full = False
         self.timings = Timings(load_s=self.timings.load_s, n_prompt=len(prompt_ids))
@@ -324,13 +330,19 @@ class Engine:
         if tokenizer is None:
             raise UsageError("the file has no tokenizer", "use generate_ids")
         ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        chosen = replace(self.params.sampling, **library_values(_SAMPLING, sampling))
-        sampler = Sampler(chosen, self._eog_ids())
+        sampler = Sampler.for_tokenizer(self._sampling(sampling), tokenizer)
         stream = tokenizer.stream()
         for token_id in self.generate_ids(ids, n_predict, sampler):
             if token_id not in tokenizer.eog_ids:
                 yield stream.push(token_id)
         yield stream.flush()
+
+    def _sampling(self, given: dict[str, Any]) -> SamplingParams:
+        """The sampling parameters with those of one call in place of the engine's."""
+        values = library_values(_SAMPLING, given)
+        if "sampling_seq" in values:
+            values["samplers"] = values.pop("sampling_seq")
+        return replace(self.params.sampling, **values)
 
     def _eog_ids(self) -> frozenset[int]:
         return self.tokenizer.eog_ids if self.tokenizer else frozenset()
