@@ -10,7 +10,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -24,12 +24,14 @@ from mlacli.flags_generation import PROMPT, SAMPLING
 from mlacli.latent_cache import LatentCache
 from mlacli.layer_watch import LayerWatch, Watcher
 from mlacli.loading.gather import Checked, check_tensors
+from mlacli.loading.page_lock import PageLock
 from mlacli.loading.weights import load_weights, short_name
 from mlacli.ops import ModelWeights, Ops
 from mlacli.parallel.ranks import first_result
 from mlacli.params import SamplingParams
 from mlacli.prepare import Prepared, prepare
 from mlacli.sampling import Sampler
+from mlacli.timings import Timings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,18 +48,6 @@ _SAMPLING = (
     *(flag for flag in SAMPLING if not flag.key.endswith("_file")),
     *(flag for flag in PROMPT if flag.key == "ignore_eos"),
 )
-
-
-@dataclass(slots=True)
-class Timings:
-    """Seconds and tokens of the last generation; `load_s` of the load."""
-
-    load_s: float = 0.0
-    prompt_s: float = 0.0
-    n_prompt: int = 0
-    decode_s: float = 0.0
-    n_decoded: int = 0
-    ttft_s: float = 0.0  # from the start of prefill to the first token chosen
 
 
 def load(path: str | Path | None = None, **flags: Any) -> Engine:
@@ -86,10 +76,12 @@ class Engine:
         start = time.perf_counter()
         self.prepared, self.params = prepared, prepared.params
         self.n_ctx, self.n_kv = prepared.plan.n_ctx, 0
+        self._ids: list[int] = []  # of the cached tokens
         self.context_full = False
         self.timings = Timings()
         self.forms: dict[Phase, set[AttentionForm]] = {"prefill": set(), "decode": set()}
         self.watch: Watcher | None = None  # is shown the residual stream after every layer
+        self.on_ubatch: Callable[[int, int], None] | None = None  # tokens of a prompt done, in all
         self._used_before = {
             r.device: bytes_in_use(r.device) if r.kind == "cuda" else 0 for r in prepared.plan.ranks
         }
@@ -102,6 +94,7 @@ class Engine:
         self._turn = 0  # grows with each rewind: a generation that lost its cache notices
         self._weights: list[ModelWeights] = []
         self._caches: list[LatentCache] = []
+        self.page_lock = PageLock()  # what --mlock did
         self.checked: Checked | None = None  # what --check-tensors went through
         try:
             self._load(progress)
@@ -125,10 +118,14 @@ class Engine:
                 progress(done, total)
 
         def one_rank(rank: int) -> tuple[ModelWeights, LatentCache]:
-            ops = self._ops(rank)
+            ops, part = self._ops(rank), plan.ranks[rank]
             with np.errstate(all="ignore"):  # of NaN in the file: the sampler refuses the result
-                weights = load_weights(self.prepared.gguf, plan, rank, hp, ops, count)
-            part = plan.ranks[rank]
+                on_cpu, asked = part.kind == "cpu", self.params.model
+                weights = load_weights(
+                    self.prepared.gguf, plan, rank, hp, ops, count,
+                    copied=on_cpu and asked.no_mmap,
+                    lock=self.page_lock if on_cpu and asked.mlock else None,
+                )  # fmt: skip
             layers = range(*part.layers) if part.n_cached_layers else range(0)
             cache = LatentCache(ops, layers, plan.n_ctx, plan.cache)
             if hp.sparse is not None:
@@ -218,6 +215,8 @@ class Engine:
                 ubatch = in_batch[start : start + n_ubatch]
                 wanted = max(0, first - batch - start)
                 yield self._forward("prefill", ubatch, range(wanted, len(ubatch)))
+                if self.on_ubatch is not None:
+                    self.on_ubatch(batch + start + len(ubatch), len(ids))
 
     def decode(self, token_id: int) -> Floats:
         """Append one token; its logits [V]."""
@@ -230,7 +229,40 @@ class Engine:
         if not 0 <= n_kv <= self.n_kv:
             raise UsageError(f"can't rewind to {n_kv}: {self.n_kv} tokens are cached", "")
         self.n_kv = n_kv
+        del self._ids[n_kv:]
         self._turn += 1
+
+    def warm_up(self) -> None:
+        """One token computed and forgotten: later ones find memory and kernels in place."""
+        known, self.timings = self.timings, Timings()
+        self.rewind(0)
+        self.decode(0)
+        self.rewind(0)
+        self.timings = known
+        for used in self.forms.values():
+            used.clear()
+
+    def save_session(self, path: str) -> None:
+        """Write the cached tokens and their rows to a file that any mode and rank count loads."""
+        from mlacli import session_file
+
+        self._check_open()
+        holders: dict[int, session_file.Holder] = {}
+        for ops, cache in zip(self._ranks.ops, self._caches, strict=True):
+            for layer in cache.rows:
+                holders.setdefault(layer, (ops, cache))
+        session_file.save(path, self.prepared, holders, self._ids)
+
+    def load_session(self, path: str, prompt_ids: Sequence[int]) -> int:
+        """Take the rows of as many first tokens of the prompt as the file has; how many."""
+        from mlacli import session_file
+
+        self._check_open()
+        self.rewind(0)
+        ranks = list(zip(self._ranks.ops, self._caches, strict=True))
+        self._ids = session_file.load(path, self.prepared, ranks, prompt_ids)
+        self.n_kv = len(self._ids)
+        return self.n_kv
 
     def logits(self, token_ids: Sequence[int]) -> Floats:
         """Logits [n, V] of every token of a sequence, from an empty cache."""
@@ -277,15 +309,20 @@ class Engine:
             self.forms[phase] |= ops.forms
             ops.forms.clear()
         self.n_kv = n_past + len(ids)
+        self._ids += ids
         logits: Floats = first_result(results)
         return logits
 
     # ---- generation -------------------------------------------------------------------------
 
     def generate_ids(
-        self, prompt_ids: Sequence[int], n_predict: int = -1, sampler: Sampler | None = None
-    ) -> Iterator[int]:
+        self, prompt_ids: Sequence[int], n_predict: int = -1, sampler: Sampler | None = None,
+        reuse: bool = False,
+    ) -> Iterator[int]:  # fmt: skip
         """Token ids after the prompt, from an empty cache, the end-of-generation one included.
+
+        `reuse` keeps the rows of cached tokens with which the prompt begins; `timings` count the
+        others.
 
         Ends after `n_predict` tokens (negative: no limit) or at a full context, which sets
         `context_full`.
@@ -294,14 +331,18 @@ class Engine:
         sampler.begin(prompt_ids)
         eog_ids = frozenset() if sampler.params.ignore_eos else self._eog_ids()
         self.context_full = False
-        self.timings = Timings(load_s=self.timings.load_s, n_prompt=len(prompt_ids))
+        known = self._n_known(prompt_ids) if reuse else 0
+        self.timings = Timings(load_s=self.timings.load_s, n_prompt=len(prompt_ids) - known)
         start = time.perf_counter()
-        self.rewind(0)
-        logits = self.prefill(prompt_ids)[-1]
+        self.rewind(known)
+        logits = self.prefill(prompt_ids[known:])[-1]
         self.timings.prompt_s = time.perf_counter() - start
         n, here = 0, (self._turn, self.n_kv)
         while n_predict < 0 or n < n_predict:
+            began = time.perf_counter()
             token_id = sampler.next(logits, self.n_kv)
+            self.timings.sample_s += time.perf_counter() - began
+            self.timings.n_sampled += 1
             if n == 0:
                 self.timings.ttft_s = time.perf_counter() - start
             n += 1
@@ -336,6 +377,11 @@ class Engine:
             if token_id not in tokenizer.eog_ids:
                 yield stream.push(token_id)
         yield stream.flush()
+
+    def _n_known(self, prompt_ids: Sequence[int]) -> int:
+        """Tokens that the prompt shares with the cache, at least one of its own left to compute."""
+        most = min(len(self._ids), len(prompt_ids) - 1)
+        return next((i for i in range(most) if self._ids[i] != prompt_ids[i]), max(0, most))
 
     def _sampling(self, given: dict[str, Any]) -> SamplingParams:
         """The sampling parameters with those of one call in place of the engine's."""

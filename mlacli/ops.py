@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Act = Any  # an activation of the backend
 Weight = Any  # a weight of the backend, in its GGUF bytes or repacked
 _ABSENT = "compat.py refuses forms that a backend has not"
+_NO_SESSIONS = "this backend can't save or load its cache in this version"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,14 @@ class Ops(Protocol):
     def new_rows(self, n_ctx: int, width: int, cache_type: str, transposed: bool = False) -> Any:
         """Cache rows [n_ctx, width] of one layer, in memory [width, n_ctx] when transposed."""
         ...
+
+    def read_rows(self, rows: Any, n: int) -> Any:
+        """Cache rows 0..n-1 on the host as float32 [n, width], whatever their type and layout."""
+        raise UnsupportedFeature(_NO_SESSIONS, "leave --prompt-cache out")
+
+    def write_rows(self, rows: Any, values: Any) -> None:
+        """The inverse: host values [n, width] into cache rows 0..n-1."""
+        raise UnsupportedFeature(_NO_SESSIONS, "leave --prompt-cache out")
 
     def embed(self, tokens: Act, w: Weight) -> Act:
         """Rows of w [n, d]."""
