@@ -386,9 +386,9 @@ class Engine:
     def _sampling(self, given: dict[str, Any]) -> SamplingParams:
         """The sampling parameters with those of one call in place of the engine's."""
         values = library_values(_SAMPLING, given)
-        if "sampling_seq" in values:
-            values["samplers"] = values.pop("sampling_seq")
-        return replace(self.params.sampling, **values)
+        settled = to_params(values).sampling
+        names = ("samplers" if key == "sampling_seq" else key for key in values)
+        return replace(self.params.sampling, **{name: getattr(settled, name) for name in names})
 
     def _eog_ids(self) -> frozenset[int]:
         return self.tokenizer.eog_ids if self.tokenizer else frozenset()

@@ -278,18 +278,6 @@ def breaker(word: str) -> str:
     return "" if word == "none" else word
 
 
-_ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"'": b"'", b'"': b'"', b"\\": b"\\"}
-
-
-def expand_escapes(raw: bytes) -> bytes:
-    r"""\n \r \t \' \" \\ and \xNN become one byte each; any other backslash stays."""
-
-    def byte(m: re.Match[bytes]) -> bytes:
-        return bytes([int(m[2], 16)]) if m[2] else _ESCAPES[m[1]]
-
-    return re.sub(rb"\\(?:([nrt'\"\\])|x([0-9a-fA-F]{2}))", byte, raw)
-
-
 def json_object(word: str) -> tuple[tuple[str, Any], ...]:
     """The pairs of a JSON object."""
     try:

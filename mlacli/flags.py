@@ -259,6 +259,7 @@ EXCLUSIVE: tuple[tuple[str, ...], ...] = (
     ("dsa", "no_dsa"),
     ("mmap", "no_mmap"),
     ("warmup", "no_warmup"),
+    ("warmup_batch", "no_warmup"),
     ("perf", "no_perf"),
     ("conversation", "no_conversation", "prompt_ids"),
     ("system_prompt", "system_prompt_file"),
@@ -332,7 +333,6 @@ _RENAMED = {
     "ubatch_size": "n_ubatch",
     "mla_use": "mla",
     "threads": "n_threads",
-    "sampling_seq": "samplers",
 }
 
 
@@ -341,6 +341,9 @@ def to_params(values: Mapping[str, Any], typed: Mapping[str, str] | None = None)
     settled = {_RENAMED.get(k, k): v for k, v in values.items() if v is not None}
     if "override_kv" in settled:
         settled["override_kv"] = MappingProxyType(dict(settled["override_kv"]))
+
+    if "sampling_seq" in settled:
+        settled["samplers"] = settled.pop("sampling_seq")
 
     def group(cls: type) -> dict[str, Any]:
         return {f.name: settled[f.name] for f in fields(cls) if f.name in settled}

@@ -115,7 +115,7 @@ SAMPLING: tuple[Flag, ...] = (
         sampler_names,
         "samplers in order, separated by ;",
         "NAMES",
-        ";".join(SAMPLERS),
+        SAMPLERS,
     ),
     Flag(
         ("--sampling-seq", "--sampler-seq"),

@@ -19,17 +19,22 @@ if TYPE_CHECKING:
 class TokenGrammar:
     """A grammar over a vocabulary, and how far the text has come in it."""
 
-    def __init__(self, tokenizer: Tokenizer, gbnf: str, json_schema: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, gbnf: str | None, json_schema: str | None) -> None:
         from llguidance import LLMatcher, grammar_from
 
         try:
-            source = grammar_from("gbnf", gbnf) if gbnf else grammar_from("json", json_schema)
+            source = (
+                grammar_from("gbnf", gbnf)
+                if gbnf is not None
+                else grammar_from("json", json_schema or "{}")
+            )
         except ValueError as e:
             raise UsageError(f"the grammar can't be read: {e}", "see llama.cpp's grammars") from e
         if problem := LLMatcher.validate_grammar(source):
+            what = "JSON schema" if gbnf is None else "grammar"
             raise UsageError(
-                f"the {'grammar' if gbnf else 'JSON schema'} can't be used: {_first_line(problem)}",
-                "see llama.cpp's grammars/README.md" if gbnf else "correct the schema",
+                f"the {what} can't be used: {_first_line(problem)}",
+                "correct it; llama.cpp's grammars/README.md describes both",
             )
         self._source, self._vocabulary = source, _vocabulary(tokenizer)
         self._n = tokenizer.n_vocab

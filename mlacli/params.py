@@ -111,8 +111,8 @@ class SamplingParams:
     mirostat_ent: float = 5.0
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
     ignore_eos: bool = False
-    grammar: str = ""  # GBNF
-    json_schema: str = ""
+    grammar: str | None = None  # GBNF
+    json_schema: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -99,7 +99,7 @@ class Sampler:
     def for_tokenizer(cls, params: SamplingParams, tokenizer: Tokenizer | None) -> Self:
         """A sampler that knows the tokenizer's end tokens, and what DRY and grammars need of it."""
         if tokenizer is None:
-            if params.grammar or params.json_schema:
+            if (params.grammar, params.json_schema) != (None, None):
                 raise MlacliError("a grammar needs a tokenizer", "the file has none: leave it out")
             return cls(params)
         breakers, grammar = None, None
@@ -107,7 +107,7 @@ class Sampler:
             from mlacli.dry_breakers import dry_breakers
 
             breakers = dry_breakers(tokenizer, params.dry_sequence_breaker)
-        if params.grammar or params.json_schema:
+        if (params.grammar, params.json_schema) != (None, None):
             from mlacli.grammar import TokenGrammar
 
             grammar = TokenGrammar(tokenizer, params.grammar, params.json_schema)

@@ -61,7 +61,7 @@ def test_output_follows_a_json_schema(tokenizer, seed):
 
 
 def test_a_grammar_starts_over_with_each_text(tokenizer):
-    grammar = TokenGrammar(tokenizer, 'root ::= "ab"', "")
+    grammar = TokenGrammar(tokenizer, 'root ::= "ab"', None)
     start = grammar.allowed()
     assert {bytes(tokenizer.piece(i)) for i in np.flatnonzero(start)} <= {b"a", b"ab"}
     grammar.accept(int(np.flatnonzero(start)[0]))

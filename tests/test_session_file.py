@@ -109,7 +109,7 @@ def test_only_a_common_beginning_is_taken(tmp_path):
         assert engine.load_session(path, other) == 4
         assert engine.load_session(path, PROMPT[:3]) == 3
         assert engine.load_session(path, [1]) == 0
-        assert engine.load_session(path, PROMPT + [1, 2]) == len(PROMPT)
+        assert engine.load_session(path, [*PROMPT, 1, 2]) == len(PROMPT)
         assert session_file.tokens(path, engine.prepared) == PROMPT
 
 
@@ -120,9 +120,11 @@ def test_another_models_file_is_refused(tmp_path):
         engine.save_session(path)
     others = [("v2", {}), ("v3", {"override_kv": "deepseek2.expert_used_count=int:1"})]
     for model, flags in others:
-        with mlacli.load(MODELS / f"{model}.gguf", **flags) as engine:
-            with pytest.raises(MlacliError, match="another model or other settings"):
-                engine.load_session(path, PROMPT)
+        with (
+            mlacli.load(MODELS / f"{model}.gguf", **flags) as engine,
+            pytest.raises(MlacliError, match="another model or other settings"),
+        ):
+            engine.load_session(path, PROMPT)
     with mlacli.load(MODELS / "v3.gguf") as engine:
         with pytest.raises(MlacliError, match="no prompt cache"):
             engine.load_session(str(MODELS / "v3.gguf"), PROMPT)
