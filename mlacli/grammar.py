@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from mlacli.loading.tokenizer import Tokenizer
 
 
+# Between the parts of a JSON text, as in llama.cpp: a model may not put off its end for ever.
+_BLANKS: Any = {"whitespace_pattern": r"( |\n{1,2}[ \t]{0,20})"}
+
+
 class TokenGrammar:
     """A grammar over a vocabulary, and how far the text has come in it."""
 
@@ -26,7 +30,7 @@ class TokenGrammar:
             source = (
                 grammar_from("gbnf", gbnf)
                 if gbnf is not None
-                else grammar_from("json", json_schema or "{}")
+                else LLMatcher.grammar_from_json_schema(json_schema or "{}", _BLANKS)
             )
         except ValueError as e:
             raise UsageError(f"the grammar can't be read: {e}", "see llama.cpp's grammars") from e

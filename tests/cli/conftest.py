@@ -67,8 +67,8 @@ class FakeTokenizer:
         self.add_bos = add_bos
 
     def encode(self, text, add_special=True, parse_special=True):
-        assert add_special and parse_special
-        return ([0] if self.add_bos and text else []) + list(text.encode())
+        assert parse_special
+        return ([0] if self.add_bos and add_special and text else []) + list(text.encode())
 
     def is_hidden(self, token_id):
         return token_id < 2

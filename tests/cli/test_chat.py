@@ -129,7 +129,7 @@ def test_a_conversation_that_is_too_long_says_so_and_goes_on():
 def test_a_reverse_prompt_ends_an_answer():
     whole = piped("", "-p", "Once upon", "-n", "30", "--temp", "0")[1]
     stop = whole.split()[9]
-    _, out, err = piped("", "-p", "Once upon", "-n", "30", "--temp", "0", "-r", stop)
+    _, out, _ = piped("", "-p", "Once upon", "-n", "30", "--temp", "0", "-r", stop)
     assert whole.startswith(out.rstrip("\n")) and stop in out
     assert len(out) < len(whole) and out.index(stop) + len(stop) + 8 > len(out)
 
