@@ -22,6 +22,7 @@ from mlacli.flag_values import close
 KEY = "tokenizer.chat_template"
 _WALL_SECONDS = 20.0  # beside the processor time that the worker itself bounds: a busy machine
 _LONGEST = 1 << 20  # characters of a template; the longest known have some 20,000
+_ALIASES = {"chatglm4": "glm4", "mistral-v7-tekken": "mistral-v7"}  # llama.cpp's names
 _WORKER = Path(__file__).with_name("template_worker.py")
 
 Message = Mapping[str, str]
@@ -104,12 +105,12 @@ def chosen_template(
     if given is not None:
         if any(mark in given for mark in ("{{", "{%", "{#")):
             return ChatTemplate(given, "--chat-template", variables)
-        names = built_in_names()
-        if given not in names:
+        names, name = built_in_names(), _ALIASES.get(given, given)
+        if name not in names:
             raise UsageError(
                 f"--chat-template: no template is called {given!r}",
                 close(given, names) or "built in are " + ", ".join(names),
             )
-        return ChatTemplate(built_in(given), f"built-in {given}", variables)
+        return ChatTemplate(built_in(name), f"built-in {name}", variables)
     source = metadata.get(KEY)
     return ChatTemplate(source, "the file's", variables) if isinstance(source, str) else None

@@ -163,6 +163,7 @@ def test_which_template_is_taken(tmp_path):
     assert chosen_template(file, None, None, variables).source == "from the file"
     assert chosen_template({}, None, None, variables) is None
     assert chosen_template(file, "glm5", None, variables).source == built_in("glm5")
+    assert chosen_template(file, "chatglm4", None, variables).source == built_in("glm4")
     text = chosen_template(file, "{{ bos_token }}", None, variables)
     assert text.render([]) == "B"
     path = tmp_path / "own.jinja"

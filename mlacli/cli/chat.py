@@ -87,12 +87,15 @@ def talk(line: CommandLine, chat: Chat, answerer: Answerer, first: str | None) -
     """Turns until the input ends; `first` is the first of them where the line gave it."""
     keyboard = LineInput("> ", multiline=line["multiline_input"], simple=line["simple_io"])
     if keyboard.is_terminal:
+        console.gap()
         console.log("/help lists commands, Ctrl-C stops an answer, Ctrl-D ends the chat")
     turn = first
     if turn is not None and keyboard.is_terminal:
         console.result(f"> {turn}")
     while turn is not None or (turn := keyboard.read()) is not None:
         if _is_turn(turn, chat):
+            if turn.strip() == "/regen":  # the same numbers would draw the same answer
+                answerer.sampler.seed = (answerer.sampler.seed + 1) & 0xFFFFFFFF
             _answer(line, chat, answerer, keyboard.is_terminal)
             if line["single_turn"]:
                 return

@@ -273,6 +273,12 @@ def has_styles(stream: TextIO) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+def gap() -> None:
+    """An empty line between the text and what is said about it, where both share a terminal."""
+    if sys.stdout.isatty() and sys.stderr.isatty() and logs.verbosity >= INFO:
+        print(file=sys.stderr, flush=True)
+
+
 def end_line() -> None:
     """A terminal's cursor to the next line, after a key that ended the input."""
     sys.stdout.write("\n")

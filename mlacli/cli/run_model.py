@@ -78,6 +78,7 @@ def run(line: CommandLine) -> None:
                 talk(line, chat, answerer, prompt if isinstance(prompt, str) else None)
             else:
                 assert prompt is not None
+                console.gap()
                 complete(line, answerer, prompt, ids)
             if line["prompt_cache_all"] and not line["prompt_cache_ro"]:
                 engine.save_session(line["prompt_cache"])
@@ -250,6 +251,7 @@ def take_turns(
 def report(line: CommandLine, answerer: Answerer) -> None:
     """What is said after the text."""
     engine = answerer.engine
+    console.gap()
     if line["verbose"]:
         console.attention(engine.attention_forms)
     if engine.context_full:

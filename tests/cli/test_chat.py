@@ -112,6 +112,13 @@ def test_commands_of_a_chat():
     assert "no turn to answer" in piped("/regen\n", "-cnv", *CHAT)[2]
 
 
+def test_another_answer_is_another_draw():
+    words = ["-cnv", "--chat-template", "chatml", "-s", "3", "-n", "12"]
+    first, second = piped("One\n/regen\n", *words)[1].splitlines()
+    assert first != second
+    assert second == piped("One\n", *words, "-s", "4")[1].strip("\n"), "the next seed's"
+
+
 def test_a_turn_of_many_lines():
     joined = piped("One\\\ntwo\n", "-cnv", *CHAT, "-n", "5")[1]
     assert joined == piped("One\ntwo\\\n", "-cnv", "-mli", *CHAT, "-n", "5")[1]
