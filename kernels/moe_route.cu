@@ -1,6 +1,6 @@
 // Op        route: chosen experts and their weights from gate scores; ties go to the lower id
-// Shapes    ids, weights [n, K], logits [n, E], bias [E] or null
-// Dtypes    float32, ids int32
+// Shapes    ids, weights [n, K], logits [n, E], bias [E] or null, pos [n]
+// Dtypes    float32, ids and pos int32; a padded token (pos -1) gets ids -1, weights 0
 // Grid      (n), 32 threads: one warp per token
 // Assumes   E <= 1024, groups <= 64; E a multiple of groups
 // Numerics  softmax (max subtracted) or sigmoid per expert; group score = its maximum (softmax) or
@@ -25,13 +25,20 @@ __device__ __forceinline__ int warp_best(float& value, int index) {
 }
 
 extern "C" __global__ void route_f32(int* ids, float* weights, const float* logits,
-                                     const float* bias, int n_experts, int n_used, int n_groups,
+                                     const float* bias, const int* pos, int n_experts, int n_used, int n_groups,
                                      int n_groups_used, int sigmoid, int renormalise,
                                      float scale) {
     __shared__ float score[1024], select[1024], group[64];
     const int lane = threadIdx.x;
     pdl_launch();
     pdl_wait();
+    if (pos[blockIdx.x] < 0) {
+        for (int k = lane; k < n_used; k += 32) {
+            ids[blockIdx.x * n_used + k] = -1;
+            weights[blockIdx.x * n_used + k] = 0.f;
+        }
+        return;
+    }
     const float* in = logits + (long long)blockIdx.x * n_experts;
     float top = NONE, sum = 0.f;
     for (int e = lane; e < n_experts; e += 32) top = fmaxf(top, in[e]);

@@ -10,7 +10,6 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -20,7 +19,7 @@ from mlacli.backends import Ranks, open_ranks
 from mlacli.devices import bytes_in_use
 from mlacli.errors import ContextFull, UsageError
 from mlacli.flags import LOADED, library_values, to_params
-from mlacli.flags_generation import PROMPT, SAMPLING
+from mlacli.generation import SAMPLING_FLAGS, Generation
 from mlacli.latent_cache import LatentCache
 from mlacli.layer_watch import LayerWatch, Watcher
 from mlacli.loading.gather import Checked, check_tensors
@@ -28,7 +27,6 @@ from mlacli.loading.page_lock import PageLock
 from mlacli.loading.weights import load_weights, short_name
 from mlacli.ops import ModelWeights, Ops
 from mlacli.parallel.ranks import first_result
-from mlacli.params import SamplingParams
 from mlacli.prepare import Prepared, prepare
 from mlacli.sampling import Sampler
 from mlacli.timings import Timings
@@ -44,10 +42,6 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 Phase = Literal["prefill", "decode"]
-_SAMPLING = (
-    *(flag for flag in SAMPLING if not flag.key.endswith("_file")),
-    *(flag for flag in PROMPT if flag.key == "ignore_eos"),
-)
 
 
 def load(path: str | Path | None = None, **flags: Any) -> Engine:
@@ -56,7 +50,7 @@ def load(path: str | Path | None = None, **flags: Any) -> Engine:
     Keywords are long flag names with the values of the command line: device="cpu,cpu",
     split_mode="graph", cache_type_k="f32". Unknown names raise UsageError.
     """
-    values = library_values(LOADED + _SAMPLING, flags)
+    values = library_values(LOADED + SAMPLING_FLAGS, flags)
     return Engine(prepare(path, to_params(values)))
 
 
@@ -66,13 +60,17 @@ def _release(ranks: Ranks, gguf: GgufFile) -> None:
     gguf.close()
 
 
-class Engine:
+class Engine(Generation):
     """Runs one sequence, one call at a time. Tokens 0..n_kv-1 are in the cache."""
 
     def __init__(
-        self, prepared: Prepared, progress: Callable[[int, int], None] | None = None
-    ) -> None:
-        """Loads the weights; `progress` is told bytes done and bytes in all."""
+        self, prepared: Prepared, progress: Callable[[int, int], None] | None = None,
+        compiling: Callable[[int, int], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Loads the weights; `progress` is told bytes done and bytes in all.
+
+        `compiling` is told of kernels compiled and of how many, when any is.
+        """
         start = time.perf_counter()
         self.prepared, self.params = prepared, prepared.params
         self.n_ctx, self.n_kv = prepared.plan.n_ctx, 0
@@ -86,7 +84,9 @@ class Engine:
             r.device: bytes_in_use(r.device) if r.kind == "cuda" else 0 for r in prepared.plan.ranks
         }
         try:
-            self._ranks = open_ranks(prepared.plan, prepared.params.context, prepared.n_threads)
+            self._ranks = open_ranks(
+                prepared.plan, prepared.params.context, prepared.hparams, prepared.n_threads
+            )
         except BaseException:
             prepared.gguf.close()
             raise
@@ -100,16 +100,19 @@ class Engine:
             self._load(progress)
             if prepared.params.model.check_tensors:
                 self.checked = self.check_tensors()
+            loaded = time.perf_counter()
+            self.n_compiled = self._compile(compiling)
         except BaseException:
             self.close()
             raise
-        self.timings.load_s = time.perf_counter() - start
+        self.timings.load_s = loaded - start
+        self.compile_s = time.perf_counter() - loaded  # seconds that n_compiled kernels took
 
     def _load(self, progress: Callable[[int, int], None] | None) -> None:
         import numpy as np
 
         plan, hp = self.prepared.plan, self.prepared.hparams
-        total, done = sum(rank.weights for rank in plan.ranks), 0
+        total, done = sum(shard.nbytes for shard in plan.shards), 0
 
         def count(n: int) -> None:
             nonlocal done
@@ -136,6 +139,19 @@ class Engine:
         for weights, cache in self._ranks.group.run(one_rank):
             self._weights.append(weights)
             self._caches.append(cache)
+
+    def _compile(self, report: Callable[[int, int], None] | None) -> int:
+        """Compiles what steps will launch, where a backend compiles at all."""
+        hp, model = self.prepared.hparams, self.prepared.model
+
+        def one_rank(rank: int) -> int:
+            ops, weights, cache = self._ops(rank), self._weights[rank], self._caches[rank]
+            return ops.compile(
+                hp.rope.frequencies(hp.p),
+                lambda step: model.forward(ops, hp, weights, cache, step), report,
+            )  # fmt: skip
+
+        return sum(self._ranks.group.run(one_rank))
 
     def check_tensors(self) -> Checked:
         """Every tensor as the ranks hold it compared with the file, and none with NaN in it."""
@@ -224,6 +240,38 @@ class Engine:
         row: Floats = self._forward("decode", [token_id], [0])[0]
         return row
 
+    def decode_ahead(self, token_id: int, n: int, sampler: Sampler) -> list[int]:
+        """Append one token, and each that `sampler` draws after it but the last; those drawn.
+
+        At least one and at most `n` of them, at one go on the device; empty where the sampler's
+        chain, or the backend, samples on the host: use decode().
+        """
+        self._check([token_id])
+        n = min(n, self.n_ctx - self.n_kv)
+        can = all(ops.can_sample(sampler.params, sampler.banned) for ops in self._ranks.ops)
+        if sampler.on_host or not can:
+            return []
+        hp, model, n_past = self.prepared.hparams, self.prepared.model, self.n_kv
+        frequencies = hp.rope.frequencies(hp.p)
+
+        def one_rank(rank: int) -> list[int]:
+            ops, weights, cache = self._ops(rank), self._weights[rank], self._caches[rank]
+            return ops.execute_ahead(
+                token_id, n_past, n, frequencies, sampler.params, sampler.seed, sampler.banned,
+                lambda step: model.forward(ops, hp, weights, cache, step),
+            )  # fmt: skip
+
+        ids = self._ranks.group.run(one_rank)[0]
+        self._note_forms("decode")
+        self.n_kv = n_past + len(ids)
+        self._ids += [token_id, *ids[:-1]]
+        return ids
+
+    def _note_forms(self, phase: Phase) -> None:
+        for ops in self._ranks.ops:
+            self.forms[phase] |= ops.forms
+            ops.forms.clear()
+
     def rewind(self, n_kv: int) -> None:
         """Forget all tokens from position `n_kv` on."""
         if not 0 <= n_kv <= self.n_kv:
@@ -302,93 +350,12 @@ class Engine:
                 return ops.execute(
                     ids, n_past, frequencies, rows,
                     lambda step: model.forward(seen, hp, weights, cache, step),
+                    capture=seen is ops,  # a watcher reads on the host
                 )  # fmt: skip
 
         results = self._ranks.group.run(one_rank)
-        for ops in self._ranks.ops:
-            self.forms[phase] |= ops.forms
-            ops.forms.clear()
+        self._note_forms(phase)
         self.n_kv = n_past + len(ids)
         self._ids += ids
         logits: Floats = first_result(results)
         return logits
-
-    # ---- generation -------------------------------------------------------------------------
-
-    def generate_ids(
-        self, prompt_ids: Sequence[int], n_predict: int = -1, sampler: Sampler | None = None,
-        reuse: bool = False,
-    ) -> Iterator[int]:  # fmt: skip
-        """Token ids after the prompt, from an empty cache, the end-of-generation one included.
-
-        `reuse` keeps the rows of cached tokens with which the prompt begins; `timings` count the
-        others.
-
-        Ends after `n_predict` tokens (negative: no limit) or at a full context, which sets
-        `context_full`.
-        """
-        sampler = sampler or Sampler.for_tokenizer(self.params.sampling, self.tokenizer)
-        sampler.begin(prompt_ids)
-        eog_ids = frozenset() if sampler.params.ignore_eos else self._eog_ids()
-        self.context_full = False
-        known = self._n_known(prompt_ids) if reuse else 0
-        self.timings = Timings(load_s=self.timings.load_s, n_prompt=len(prompt_ids) - known)
-        start = time.perf_counter()
-        self.rewind(known)
-        logits = self.prefill(prompt_ids[known:])[-1]
-        self.timings.prompt_s = time.perf_counter() - start
-        n, here = 0, (self._turn, self.n_kv)
-        while n_predict < 0 or n < n_predict:
-            began = time.perf_counter()
-            token_id = sampler.next(logits, self.n_kv)
-            self.timings.sample_s += time.perf_counter() - began
-            self.timings.n_sampled += 1
-            if n == 0:
-                self.timings.ttft_s = time.perf_counter() - start
-            n += 1
-            yield token_id
-            if token_id in eog_ids or n == n_predict:
-                return
-            if self.n_kv == self.n_ctx:
-                self.context_full = True
-                return
-            if (self._turn, self.n_kv) != here:
-                raise UsageError(
-                    "another call used the engine during this generation",
-                    "finish one generation before the next, or load two engines",
-                )
-            began = time.perf_counter()
-            logits = self.decode(token_id)
-            here = self._turn, self.n_kv
-            self.timings.decode_s += time.perf_counter() - began
-            self.timings.n_decoded += 1
-
-    def generate(
-        self, prompt: str | Sequence[int], n_predict: int = -1, **sampling: Any
-    ) -> Iterator[str]:
-        """Text pieces after the prompt; `sampling` by long flag name (temp=0, top_k=40, ...)."""
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            raise UsageError("the file has no tokenizer", "use generate_ids")
-        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        sampler = Sampler.for_tokenizer(self._sampling(sampling), tokenizer)
-        stream = tokenizer.stream()
-        for token_id in self.generate_ids(ids, n_predict, sampler):
-            if token_id not in tokenizer.eog_ids:
-                yield stream.push(token_id)
-        yield stream.flush()
-
-    def _n_known(self, prompt_ids: Sequence[int]) -> int:
-        """Tokens that the prompt shares with the cache, at least one of its own left to compute."""
-        most = min(len(self._ids), len(prompt_ids) - 1)
-        return next((i for i in range(most) if self._ids[i] != prompt_ids[i]), max(0, most))
-
-    def _sampling(self, given: dict[str, Any]) -> SamplingParams:
-        """The sampling parameters with those of one call in place of the engine's."""
-        values = library_values(_SAMPLING, given)
-        settled = to_params(values).sampling
-        names = ("samplers" if key == "sampling_seq" else key for key in values)
-        return replace(self.params.sampling, **{name: getattr(settled, name) for name in names})
-
-    def _eog_ids(self) -> frozenset[int]:
-        return self.tokenizer.eog_ids if self.tokenizer else frozenset()

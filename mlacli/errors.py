@@ -83,6 +83,18 @@ class BackendError(MlacliError):
     """A device or its libraries failed."""
 
 
+class KernelCompileError(BackendError):
+    """A kernel that the CUDA compiler refuses: a bug of ours, or a compiler too old for it."""
+
+    def __init__(self, file: str, line: int | None, target: str, reason: str, log: str) -> None:
+        place = file if line is None else f"{file}:{line}"
+        super().__init__(
+            f"{place} does not compile for {target}: {reason}",
+            "the compiler's log is above; a newer mlacli[cuda13] may help",
+        )
+        self.file, self.line, self.log = file, line, log
+
+
 class RankError(BackendError):
     """A rank died; the others were stopped."""
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mlacli.attention_forms import CachePart
-from mlacli.ops import Act, LayerCache, Ops, Step, Weight
+from mlacli.ops import LayerCache, Ops
 
 
 class LatentCache:
@@ -32,18 +32,7 @@ class LatentCache:
         """Index keys [n_ctx, width] for those of this rank's layers that are `full`."""
         for il in self.rows:
             if full[il]:
-                self.index_rows[il] = ops.new_rows(self.n_ctx, width, cache_type)
-
-    def store(
-        self, ops: Ops, layer: int, c_kv: Act, k_pe: Act, k_b: Weight, v_b: Weight, step: Step
-    ) -> None:
-        """Write the tokens of `step` at their positions; k_b and v_b expand them under -mla 0."""
-        assert step.n_kv <= self.n_ctx, "the engine checks the context before a step"
-        ops.store_kv(self.rows[layer], c_kv, k_pe, k_b, v_b, step)
-
-    def store_index(self, ops: Ops, layer: int, keys: Act, step: Step) -> None:
-        """Write one index key per token of `step` at its position."""
-        ops.store_index(self.index_rows[layer], keys, step)
+                self.index_rows[il] = ops.new_index_rows(self.n_ctx, width, cache_type)
 
     @property
     def nbytes(self) -> int:

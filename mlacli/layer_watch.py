@@ -11,7 +11,7 @@ from typing import Any
 
 from mlacli.ops import Act, Ops, Weight
 
-Watcher = Callable[[int, Act], None]  # (layer, residual [n, d])
+Watcher = Callable[[int, Any], None]  # (layer, residual [n, d] on the host)
 
 
 class LayerWatch:
@@ -30,5 +30,5 @@ class LayerWatch:
         residual, x = self._ops.reduce_add_norm(partial, residual, norm, eps)
         self._n_reductions += 1
         if self._n_reductions % 2 == 0:
-            self._see(self._first + self._n_reductions // 2 - 1, residual)
+            self._see(self._first + self._n_reductions // 2 - 1, self._ops.host(residual))
         return residual, x

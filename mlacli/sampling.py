@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["Sampler", "min_p", "probabilities", "top_k", "top_p", "uniform"]
 
 _DRAW, _XTC = 0, 1  # words of a position's random block
+AHEAD = 8  # tokens that a device draws at one go
 
 
 class Grammar(Protocol):
@@ -90,6 +91,8 @@ class Sampler:
             self._bias[token_id] = self._bias.get(token_id, 0.0) + bias
         if params.ignore_eos:
             self._bias |= dict.fromkeys(eog_ids, -math.inf)
+        forbidden = sorted(i for i, bias in self._bias.items() if bias == -math.inf)
+        self.banned = np.array(forbidden, dtype=np.intp)  # what a device may not draw
         self.stages = () if params.mirostat else tuple(
             name for name in params.samplers if stage_is_on(name, params)
         )  # fmt: skip
@@ -117,14 +120,13 @@ class Sampler:
     def on_host(self) -> tuple[str, ...]:
         """What of this chain a device sampler can't do; empty: top-k, top-p, min-p, temp alone."""
         found = [name for name in self.stages if name not in ON_DEVICE]
-        if self.stages and not found and list(self.stages) != sorted(
-            self.stages, key=ON_DEVICE.index
-        ):  # fmt: skip
+        usual = tuple(name for name in ON_DEVICE if stage_is_on(name, self.params))
+        if not self.params.mirostat and not found and self.stages != usual:
             found.append("samplers in another order")
         extra = {
             "mirostat": self.params.mirostat,
             "dynatemp": self.params.dynatemp_range > 0,
-            "logit bias": self._bias,
+            "logit bias": any(bias != -math.inf for bias in self._bias.values()),
             "grammar": self.grammar,
         }
         return (*found, *(name for name, on in extra.items() if on))

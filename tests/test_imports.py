@@ -19,7 +19,7 @@ LAYERS = (
     ("cli", "__main__"),
     ("prepare", "engine", "sweep", "perplexity"),
     ("models",),
-    ("ops", "latent_cache", "backends"),
+    ("ops", "composed_ops", "latent_cache", "backends"),
 )
 PURE_DATA = "mlacli.models.tensor_table"  # the words of the plan
 NO_ARRAYS = (

@@ -321,7 +321,12 @@ def test_biases_add_up_and_forbid():
     [
         ({}, ()),
         ({"samplers": ("min_p", "top_k", "temperature")}, ("samplers in another order",)),
-        ({"samplers": ("top_k", "temperature")}, ()),
+        ({"samplers": ("top_k", "temperature"), "top_p": 1.0, "min_p": 0.0}, ()),
+        ({"samplers": ("top_k", "temperature")}, ("samplers in another order",)),
+        ({"samplers": ("top_k", "top_p", "min_p")}, ("samplers in another order",)),
+        ({"mirostat": 2}, ("mirostat",)),
+        ({"logit_bias": ((3, -math.inf),)}, ()),
+        ({"logit_bias": ((3, 1.0),)}, ("logit bias",)),
         ({"typical": 0.5}, ("typ_p",)),
         ({"repeat_penalty": 1.1, "dynatemp_range": 0.2}, ("penalties", "dynatemp")),
     ],

@@ -1,44 +1,27 @@
-"""Kernels of one device: source text, header inlining, typed signatures, launch.
+"""Kernels of one device: compiled ahead, loaded, launched with checked arguments.
 
-CuPy's own launch checks nothing and has no attributes, so every kernel declares its parameters and
-is launched by cuLaunchKernelEx, with programmatic dependent launch unless MLACLI_PDL=0.
+CuPy's own launch checks nothing and has no attributes, so parameters are read from the kernels'
+text and launches go to cuLaunchKernelEx, with programmatic dependent launch unless MLACLI_PDL=0.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import re
-from functools import cache
-from importlib.resources import files
-from importlib.resources.abc import Traversable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import cupy as cp
 
+from mlacli.backends.cuda_compile import Unit, binaries, capability, target
+from mlacli.backends.cuda_sources import signatures, source
 from mlacli.errors import BackendError
 
-# Kernel -> (file, parameters): p pointer (array or None), i int, l long long, f float.
-SIGNATURES: dict[str, tuple[str, str]] = {
-    "embed_f32": ("embed", "pppil"),
-    "rms_norm_f32": ("norm", "pppilf"),
-    "add_rms_norm_f32": ("norm", "ppppif"),
-    "silu_mul_f32": ("activation", "pppl"),
-    "add_f32": ("activation", "pppl"),
-    "rows_f32": ("activation", "pppi"),
-    "temper_f32": ("activation", "pppiif"),
-    "rope_table_f32": ("rope", "ppppi"),
-    "rope_f32": ("rope", "ppppill"),
-    "store": ("cache", "ppppii"),
-    "matmul_f32": ("matmul_vec", "pppiiiillllll"),
-    "matmul_vec_f32": ("matmul_vec", "pppiiiillllll"),
-    "experts_up_f32": ("matmul_experts", "pppppiiiiillll"),
-    "experts_down_f32": ("matmul_experts", "pppppiiiiiill"),
-    "route_f32": ("moe_route", "ppppiiiiiif"),
-    "mla_decode_split": ("mla_decode", "pppppf"),
-    "mla_combine_f32": ("mla_combine", "ppii"),
-}
+__all__ = ["Kernels", "signatures", "source"]
+
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CTYPES = {"p": ctypes.c_uint64, "i": ctypes.c_int, "l": ctypes.c_longlong, "f": ctypes.c_float}
 
 
@@ -59,62 +42,52 @@ class _Config(ctypes.Structure):
     )
 
 
-def source(name: str) -> str:
-    """kernels/<name>.cu with our own headers inlined, each once.
+@dataclass(slots=True)
+class _Function:
+    """A loaded kernel and the dynamic shared memory it may take."""
 
-    CuPy's disk cache keys on this text, so a changed header can't be missed.
-    """
-    root, seen = _kernel_folder(), set[str]()
-
-    def inlined(text: str) -> str:
-        def header(match: re.Match[str]) -> str:
-            if match[1] in seen:
-                return ""
-            seen.add(match[1])
-            return inlined(
-                root.joinpath("include", match[1]).read_text().replace("#pragma once", "")
-            )
-
-        return re.sub(r'#include "([\w.]+)"\n', header, text)
-
-    return inlined(root.joinpath(f"{name}.cu").read_text())
-
-
-def _kernel_folder() -> Traversable:
-    """The package mlacli.kernels; in a checkout that isn't installed, the folder it maps."""
-    try:
-        return files("mlacli.kernels")
-    except ModuleNotFoundError:
-        return Path(__file__).parents[2] / "kernels"
+    ptr: int
+    signature: str
+    shared: int = 48 << 10
 
 
 class Kernels:
-    """Compiles kernels for the current device on first use and launches them on its stream."""
+    """Kernels of the current device, compiled before their first launch, launched on a stream."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
+        device = int(cp.cuda.Device().compute_capability)
+        self.capability, self.target = capability(device), target(device)
+        self.n_launches = self.n_compiled = 0
+        self.compile_s = 0.0
+        self.trouble = ""  # why compiled kernels can't be kept on disk
         self._driver = ctypes.CDLL("libcuda.so.1")
         self._pdl = _Attribute(id=6)  # programmatic stream serialisation
         self._pdl.value[0] = 1
-        self._use_pdl = os.environ.get("MLACLI_PDL", "1") != "0" and _capability() >= 90
-        self._functions: dict[tuple[Any, ...], Any] = {}
-        self.n_launches = 0
+        self._use_pdl = os.environ.get("MLACLI_PDL", "1") != "0" and self.capability >= 90
+        self._modules: dict[Unit, int] = {}
+        self._functions: dict[tuple[Any, ...], _Function] = {}
+        self._noted: dict[tuple[Any, ...], None] | None = None
 
     def launch(
         self, name: str, grid: tuple[int, ...], block: int, *args: Any, shared: int = 0,
         **defines: Any,
     ) -> None:  # fmt: skip
-        """Run kernel `name`, compiled with -D of `defines`; args as SIGNATURES declares them.
+        """Run kernel `name`, compiled with -D of `defines`; args as its text declares them.
 
         `shared`: bytes of dynamic shared memory.
         """
         key = (name, *sorted(defines.items()))
-        function = self._functions.get(key)
-        if function is None:
-            function = self._functions[key] = self._compile(name, defines)
-        if shared > 48 << 10 and function.max_dynamic_shared_size_bytes < shared:
-            function.max_dynamic_shared_size_bytes = shared
-        signature = SIGNATURES[name][1]
+        if self._noted is not None:
+            self._noted[key] = None
+            return
+        if key not in self._functions:
+            self.prepare([(name, defines)])
+        function = self._functions[key]
+        if shared > function.shared:
+            cp.cuda.driver.funcSetAttribute(function.ptr, _MAX_DYNAMIC_SHARED, shared)
+            function.shared = shared
+        signature = function.signature
         assert len(args) == len(signature), f"{name}: {len(args)} arguments for {signature}"
         values: list[Any] = [
             _CTYPES[kind](_value(a, kind)) for a, kind in zip(args, signature, strict=True)
@@ -126,31 +99,56 @@ class Kernels:
             n_attributes=int(self._use_pdl),
         )  # fmt: skip
         code = self._driver.cuLaunchKernelEx(
-            ctypes.byref(config), ctypes.c_void_p(function.kernel.ptr), pointers, None
+            ctypes.byref(config), ctypes.c_void_p(function.ptr), pointers, None
         )
         if code:
             raise BackendError(f"launching {name} failed with CUDA error {code}")
         self.n_launches += 1
 
-    @staticmethod
-    def _compile(name: str, defines: dict[str, Any]) -> Any:
-        options = ("-std=c++17", *(f"-D{key}={value}" for key, value in sorted(defines.items())))
-        text = source(SIGNATURES[name][0])
+    @contextmanager
+    def prepared(self, report: Callable[[int, int], None] | None = None) -> Iterator[None]:
+        """Inside, launches are only noted; at the end, what they need is compiled all at once."""
+        assert self._noted is None, "one dry run at a time"
+        noted: dict[tuple[Any, ...], None] = {}
+        self._noted = noted
         try:
-            function = cp.RawModule(code=text, options=options).get_function(name)
-            _ = function.kernel  # compiles now
-        except cp.cuda.compiler.CompileException as e:
-            log = "\n".join(str(e).splitlines()[:20])
-            raise BackendError(f"kernels/{SIGNATURES[name][0]}.cu does not compile: {log}") from e
-        return function
+            yield
+        finally:
+            self._noted = None
+        self.prepare(((name, dict(defines)) for name, *defines in noted), report)
+
+    def prepare(
+        self, wanted: Iterable[tuple[str, Mapping[str, Any]]],
+        report: Callable[[int, int], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Compile, in parallel, and load what isn't there of kernels with their defines."""
+        units: dict[tuple[Any, ...], Unit] = {
+            (name, *sorted(defines.items())): Unit.of(signatures()[name][0], defines)
+            for name, defines in wanted
+        }
+        missing = [unit for unit in units.values() if unit not in self._modules]
+        done = binaries(missing, self.target, report)
+        self.n_compiled += done.n_compiled
+        self.compile_s += done.seconds
+        self.trouble = self.trouble or done.trouble
+        for unit, image in done.images.items():
+            self._modules[unit] = self._load(unit, image)
+        for key, unit in units.items():
+            if key not in self._functions:
+                ptr = cp.cuda.driver.moduleGetFunction(self._modules[unit], key[0])
+                self._functions[key] = _Function(ptr, signatures()[key[0]][1])
+
+    def _load(self, unit: Unit, image: bytes) -> int:
+        try:
+            return int(cp.cuda.driver.moduleLoadData(image))
+        except cp.cuda.driver.CUDADriverError as e:
+            raise BackendError(
+                f"the driver refuses kernels/{unit.file}.cu as {self.target}: {e}",
+                "the driver is older than the compiler: update it, or install mlacli[cuda12]",
+            ) from None
 
 
 def _value(arg: Any, kind: str) -> Any:
     if kind != "p":
         return float(arg) if kind == "f" else int(arg)
-    return 0 if arg is None else arg.data.ptr
-
-
-@cache
-def _capability() -> int:
-    return int(cp.cuda.Device().compute_capability)
+    return 0 if arg is None else arg.ptr

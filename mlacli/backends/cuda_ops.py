@@ -1,350 +1,327 @@
-"""The ops of one CUDA rank: shape check, pick kernel, launch. Float32 arithmetic throughout.
+"""The ops of one CUDA rank: which kernels compute each op, in which form, on which memory.
 
-A decode step is captured into a CUDA graph once and replayed: tokens, positions and wanted rows
-live in fixed device buffers, every other address comes from the arena.
+Few tokens take cuda_matvec, which folds norms into products and products into the residual stream;
+many take cuda_gemm on float16 activations; what neither takes, cuda_plain. Knows no CuPy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import cupy as cp
 import numpy as np
 
-from mlacli.attention_forms import AttentionForm
-from mlacli.backends.cuda_arena import Arena
-from mlacli.backends.cuda_kernels import Kernels
-from mlacli.loading.quant_types import QType
+from mlacli.backends import cuda_gemm as gemm
+from mlacli.backends import cuda_matvec as matvec
+from mlacli.backends import cuda_plain as plain
+from mlacli.backends import cuda_sampling, cuda_weights
+from mlacli.backends.cuda_acts import Act, Chosen
+from mlacli.backends.cuda_array import Array
+from mlacli.backends.cuda_device import Device, Host
+from mlacli.backends.cuda_mla import Attention
+from mlacli.backends.cuda_steps import FEW, Steps
+from mlacli.backends.cuda_weights import CudaWeight
 from mlacli.ops import LayerCache, LayerWeights, Ops, Step
 from mlacli.parallel.comm import Comm
 from mlacli.params import ContextParams
 
 if TYPE_CHECKING:
-    from mlacli.models.parts import Routing, Temperature
-    from mlacli.parallel.plan import RankPlan
+    from mlacli.models.indexer import Indexer
+    from mlacli.models.parts import Routing
     from mlacli.parallel.shards import Shard
+    from mlacli.params import SamplingParams
 
-Array = Any
-_CACHE_TYPES = {"f32": ("float", np.float32), "f16": ("__half", np.float16),
-                "bf16": ("__nv_bfloat16", np.uint16)}  # fmt: skip
-_SPLITS = 32  # ranges of the cache that one head's decode attention is cut into
-_COLS = 8  # tokens that one pass over a weight row serves
-_MOST_SHARED = 96 << 10  # bytes of shared memory that a CTA may take; two fit an SM
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class CudaWeight:
-    """GGUF bytes on the device [*leading, row bytes] of a shard of local `shape`."""
-
-    name: str
-    shape: tuple[int, ...]
-    qtype: QType
-    raw: Array
-    skip: int = 0
-    first: int = 0
-
-    @property
-    def row_bytes(self) -> int:
-        return int(self.raw.shape[-1])
-
-
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """Expert ids (int32) and weights [n, n_used] on the device."""
-
-    ids: Array
-    weights: Array
+Forward = Callable[[Step], "Act | None"]
 
 
 class CudaOps(Ops):
-    """Ops on the current CUDA device; all its memory is `arena`."""
+    """Ops on `device`, whose arena holds all their memory, for a model with `hp`."""
 
-    def __init__(self, comm: Comm, context: ContextParams, plan: RankPlan, n_shards: int) -> None:
-        self.comm, self.context, self.forms = comm, context, set()
-        self.stream = cp.cuda.Stream(non_blocking=True)
-        self.kernels = Kernels(self.stream)
-        padding = 256 * (n_shards + 1024)
-        self.arena = Arena(plan.device, plan.weights + plan.cache + plan.scratch + padding)
-        self._half = int(context.graph_attn_precision == "f16")
-        self._inputs: Array = None  # token, position and wanted row of a one-token step
-        self._frequencies: Array = None
-        self._base = 0  # where scratch begins
+    def __init__(self, comm: Comm, context: ContextParams, device: Device, hp: Any) -> None:
+        self.comm, self.context, self.device, self.hp = comm, context, device, hp
+        self.forms = set()
+        self.attention = Attention(self, hp)
+        self._steps: Steps | None = None
+        self._counter: Any = None  # of route's last CTA, see cuda_matvec.route
+        self.n_sm, self.capability = device.n_sm, device.capability
+        self.imposed_rows: Any = None  # instead of an indexer's choice: a test hook
         self._layer = 0  # where a half layer's temporaries begin
-        self._x: Array = None
-        self._graphs: dict[int, tuple[Any, Array | None, set[AttentionForm]]] = {}
+        self._pos: Any = None  # of the step under way
 
     # ---- steps ------------------------------------------------------------------------------
 
     def execute(
         self, tokens: Sequence[int], n_past: int, frequencies: Sequence[float],
-        out_rows: Sequence[int], forward: Callable[[Step], Array | None],
-    ) -> Array | None:  # fmt: skip
-        with self.stream:
-            if self._inputs is None:
-                self._frequencies = self._put(np.array(frequencies))
-                self._inputs = self.arena.take((3,), np.int32)
-                self._base = self.arena.mark()
-            if len(tokens) > 1:
-                self.arena.rewind(self._base)
-                return self._to_host(forward(self.step(tokens, n_past, frequencies, out_rows)))
-            self._inputs.set(np.array([tokens[0], n_past, 0], np.int32), stream=self.stream)
-            if len(out_rows) not in self._graphs:
-                self._graphs[len(out_rows)] = self._capture(n_past, len(out_rows), forward)
-            graph, logits, forms = self._graphs[len(out_rows)]
-            graph.launch(self.stream)
-            self.forms |= forms
-            return self._to_host(logits)
+        out_rows: Sequence[int], forward: Forward, capture: bool = True,
+    ) -> Host | None:  # fmt: skip
+        return self._own_steps(frequencies).run(tokens, n_past, out_rows, forward, capture)
 
-    def _capture(
-        self, n_past: int, n_out: int, forward: Callable[[Step], Array | None]
-    ) -> tuple[Any, Array | None, set[AttentionForm]]:
-        """The graph of a one-token step, where it leaves its logits, and its attention forms."""
+    def compile(
+        self, frequencies: Sequence[float], forward: Forward,
+        report: Callable[[int, int], None] | None = None,
+    ) -> int:  # fmt: skip
+        return self._own_steps(frequencies).compile(forward, self.context.n_ctx, report)
 
-        def once() -> Array | None:
-            self.arena.rewind(self._base)
-            tokens, pos, wanted = (self._inputs[i : i + 1] for i in range(3))
-            return forward(self._rotated(tokens, pos, 1, n_past + 1, wanted[:n_out]))
+    def can_sample(self, sampling: SamplingParams, banned: Iterable[int]) -> bool:
+        return cuda_sampling.can_run(sampling, len(list(banned)))
 
-        once()  # compiles what is new, outside of the capture
-        self.stream.synchronize()
-        self.stream.begin_capture()
-        logits = once()
-        return self.stream.end_capture(), logits, set(self.forms)
+    def execute_ahead(
+        self, token: int, n_past: int, n_steps: int, frequencies: Sequence[float],
+        sampling: SamplingParams, seed: int, banned: Iterable[int], forward: Forward,
+    ) -> list[int]:  # fmt: skip
+        steps, n_vocab = self._own_steps(frequencies), self.hp.n_vocab
+        n_steps = steps.n_ahead(n_past, n_steps)
+        return steps.run_ahead(token, n_past, n_steps, sampling, seed, banned, n_vocab, forward)
 
-    def _to_host(self, logits: Array | None) -> Array | None:
-        out = None if logits is None else logits.get(stream=self.stream)
-        self.stream.synchronize()
-        return out
+    def _own_steps(self, frequencies: Sequence[float]) -> Steps:
+        if self._steps is None:
+            self._counter = self.put(np.zeros(1, np.int32))
+            self.attention.take_buffers(self.context.n_ubatch)
+            most = self.context.n_ubatch
+            self._steps = Steps(self, self.device, most, np.array(frequencies))
+        return self._steps
 
-    def step(
-        self, tokens: Sequence[int], n_past: int, frequencies: Sequence[float],
-        out_rows: Sequence[int],
-    ) -> Step:  # fmt: skip
-        n = len(tokens)
-        pos = np.arange(n_past, n_past + n)
-        token_ids, pos, wanted = (self._put(np.asarray(a, np.int32)) for a in
-                                  (tokens, pos, list(out_rows)))  # fmt: skip
-        return self._rotated(token_ids, pos, n, n_past + n, wanted)
+    def begin_step(self, n: int, pos: Array) -> None:
+        """A step of `n` real tokens at `pos` follows."""
+        self._pos = pos
+        self.attention.begin_step(n)
 
-    def _rotated(self, tokens: Array, pos: Array, n: int, n_kv: int, wanted: Array) -> Step:
-        half = len(self._frequencies)
-        cos, sin = self._new(n, half), self._new(n, half)
-        block = min(512, half)
-        self._run("rope_table_f32", (n,), block, cos, sin, pos, self._frequencies, half)
-        return Step(tokens, pos, cos, sin, n, n_kv, wanted)
+    def step_kind(self, n: int, n_kv: int) -> tuple[Any, ...]:
+        """What a captured step depends on beside its size."""
+        return self.attention.step_kind(n, n_kv)
+
+    def host(self, x: Act) -> Host:
+        return self.device.get(self.f32(x))
 
     # ---- weights and cache ------------------------------------------------------------------
 
+    def begin_upload(self, shards: Sequence[Shard]) -> None:
+        cuda_weights.begin(self.device, shards)
+
     def upload(self, pieces: Any, shard: Shard) -> CudaWeight:
-        by_column = shard.axis == len(shard.shape) - 1
-        return CudaWeight(
-            shard.tensor, shard.shape, shard.qtype, self._put(pieces),
-            skip=shard.start % shard.qtype.block if by_column else 0,
-            first=shard.start if shard.axis == 0 else 0,
-        )  # fmt: skip
+        return cuda_weights.upload(self.device, pieces, shard, tiled=self.capability >= 80)
+
+    def end_upload(self) -> None:
+        self.device.end_sends()
 
     def download(self, w: CudaWeight) -> Any:
-        return self._to_host(w.raw)
+        return cuda_weights.download(self.device, w)
 
-    def new_rows(self, n_ctx: int, width: int, cache_type: str, transposed: bool = False) -> Array:
+    def new_rows(self, n_ctx: int, width: int, cache_type: str, transposed: bool = False) -> Any:
         assert not transposed, "-fa off is refused on GPUs"
-        return self.arena.take((n_ctx, width), _CACHE_TYPES[cache_type][1])
+        return self.attention.new_rows(n_ctx, width, cache_type)
+
+    def new_index_rows(self, n_ctx: int, width: int, cache_type: str) -> Any:
+        return self.attention.new_index_rows(n_ctx, width, cache_type)
+
+    # ---- the residual stream ----------------------------------------------------------------
+
+    def embed(self, tokens: Array, w: CudaWeight) -> Act:
+        n, d = len(tokens), w.shape[1]
+        residual = self.new((n, d))
+        self._layer = self.device.mark()
+        self.run("embed_f32", (n,), 128, residual, tokens, w.raw, d, w.row_bytes, WTYPE=w.qtype.id)
+        return Act((n, d), residual)
+
+    def rms_norm(self, x: Act, w: CudaWeight, eps: float) -> Act:
+        """Not taken yet: products of few tokens fold it in."""
+        return Act(x.shape, normed=(self.f32(x), w, eps))
+
+    def reduce_add_norm(
+        self, partial: Act | None, residual: Act, norm: CudaWeight | None, eps: float
+    ) -> tuple[Act, Act]:
+        stream = self.f32(residual)
+        if partial is not None and partial.run is not None:
+            partial.run(stream)
+        elif partial is not None:
+            plain.add(self, stream, self.f32(partial), into=stream)
+        self.device.rewind(self._layer)  # the next half layer reuses this one's temporaries
+        residual = Act(residual.shape, stream)
+        return residual, residual if norm is None else self.rms_norm(residual, norm, eps)
+
+    def rows(self, x: Act, wanted: Any) -> Act:
+        assert x.normed is not None, "the last norm is taken of the wanted rows alone"
+        stream, weight, eps = x.normed
+        y = self.new((len(wanted), x.shape[1]))
+        if len(wanted):
+            self.run("rows_f32", (len(wanted),), 256, y, stream, wanted, x.shape[1])
+        return Act(y.shape, normed=(y, weight, eps))
+
+    def logits(self, x: Act, output: CudaWeight | None) -> Act:
+        assert output is not None, "several GPUs are refused"
+        return self.matmul(x, output)
 
     # ---- products ---------------------------------------------------------------------------
 
-    def embed(self, tokens: Array, w: CudaWeight) -> Array:
-        n, d = len(tokens), w.shape[1]
-        residual, self._x = self._new(n, d), self._new(n, d)
-        self._layer = self.arena.mark()
-        self._run("embed_f32", (n,), 128, residual, tokens, w.raw, d, w.row_bytes, **_typed(w))
-        return residual
+    def matmul(self, x: Act, w: CudaWeight) -> Act:
+        """Pending: it may yet add into the residual stream."""
 
-    def matmul(self, x: Array, w: CudaWeight) -> Array:
-        y = self._new(len(x), w.shape[0])
-        self._matmul(y, w, x, 1, w.shape[0])
-        return y
+        def run(into: Array | None) -> Array:
+            y = self.new((len(x), w.shape[0])) if into is None else into
+            self.products(x, [(w, y)], add=into is not None)
+            return y
 
-    def heads_up(self, x: Array, w: CudaWeight) -> Array:
-        h, out, _ = w.shape
-        y = self._new(len(x), h, out)
-        self._matmul(y, w, x, h, out)
-        return y
+        return Act((len(x), w.shape[0]), run=run)
 
-    def _matmul(self, y: Array, w: CudaWeight, x: Array, batches: int, out: int) -> None:
-        n, shared = len(x), _staged(w.shape[-1])
-        if n == 0:  # a ubatch whose logits nobody wants
+    def project(self, x: Act, q: CudaWeight, kv_a: CudaWeight, r: int) -> tuple[Act, Act, Act]:
+        y, kv = self.new((len(x), q.shape[0])), self.new((len(x), kv_a.shape[0]))
+        self.products(x, [(q, y), (kv_a, kv)])
+        return _held(y), _held(kv[:, :r]), _held(kv[:, r:])
+
+    def products(
+        self, x: Act, pairs: Sequence[tuple[CudaWeight, Array]], add: bool = False
+    ) -> None:
+        """out = x w^T for each (w, out [n, rows]); `add`: added to it."""
+        if not len(x):  # a ubatch whose logits nobody wants
             return
-        args = (
-            y, w.raw, x, n, out, w.shape[-1], w.skip, w.row_bytes, _stride(x, 0), _stride(y, 0),
-            out * w.row_bytes, _stride(x, 1) if batches > 1 else 0, out,
-        )  # fmt: skip
-        if n <= 2 and shared <= _MOST_SHARED:
-            rows = 2 if out * batches >= 4096 else 1
-            grid = (-(-out // (8 * rows)), n, batches)
-            self._run("matmul_vec_f32", grid, 256, *args, shared=shared, ROWS=rows, **_typed(w))
-        else:
-            grid = (-(-out // 8), -(-n // _COLS), batches)
-            shared = _COLS * _staged(1024)
-            self._run("matmul_f32", grid, 256, *args, shared=shared, COLS=_COLS, **_typed(w))
+        tiled = [(w, out) for w, out in pairs if w.tiles is not None]
+        if tiled and len(x) <= FEW:
+            values, norm = self._unnormed(x)
+            matvec.products(self, tiled, values, norm, add)
+        elif tiled and gemm.fits(self, *(w for w, _ in tiled)):
+            gemm.products(self, tiled, self.f16(x), add=add)
+        elif tiled:
+            for pair in tiled:
+                gemm.products(self, [pair], self.f16(x), add=add)
+        for w, out in pairs:
+            if w.tiles is None:
+                plain.product(self, self.f32(x), w, out, add)
 
-    # ---- element-wise -----------------------------------------------------------------------
-
-    def rms_norm(self, x: Array, w: CudaWeight, eps: float) -> Array:
-        n, d = x.shape
-        y = self._new(n, d)
-        self._run("rms_norm_f32", (n,), 256, y, x, w.raw, d, _stride(x, 0), eps)
-        return y
-
-    def reduce_add_norm(
-        self, partial: Array | None, residual: Array, norm: CudaWeight | None, eps: float
-    ) -> tuple[Array, Array]:
-        n, d = residual.shape
-        whole = self.comm.all_reduce(partial)
-        weight = None if norm is None else norm.raw
-        self._run("add_rms_norm_f32", (n,), 256, residual, self._x, whole, weight, d, eps)
-        self.arena.rewind(self._layer)  # the next half layer reuses this one's temporaries
-        return residual, self._x
-
-    def rope(self, x: Array, step: Step) -> Array:
-        heads, half = x.shape[1] if x.ndim == 3 else 1, x.shape[-1] // 2
-        y = self._new(*x.shape)
-        self._run(
-            "rope_f32", (step.n, heads), 32, y, x, step.cos, step.sin, half, _stride(x, 0),
-            _stride(x, 1) if x.ndim == 3 else 0,
-        )  # fmt: skip
-        return y
-
-    def temper(self, q: Array, temperature: Temperature, step: Step) -> Array:
-        y = self._new(*q.shape)
-        self._run(
-            "temper_f32", (step.n,), 256, y, q, step.pos, q.shape[1], temperature.length,
-            temperature.scale,
-        )  # fmt: skip
-        return y
-
-    def silu_mul(self, gate: Array, up: Array) -> Array:
-        y = self._new(*gate.shape)
-        self._run("silu_mul_f32", (-(-y.size // 256),), 256, y, gate, up, y.size)
-        return y
-
-    def add(self, a: Array, b: Array) -> Array:
-        y = self._new(*a.shape)
-        self._run("add_f32", (-(-y.size // 256),), 256, y, a, b, y.size)
-        return y
-
-    def columns(self, x: Array, start: int, stop: int) -> Array:
-        return x[..., start:stop]
-
-    def rows(self, x: Array, wanted: Array) -> Array:
-        y = self._new(len(wanted), x.shape[1])
-        if len(wanted):
-            self._run("rows_f32", (len(wanted),), 256, y, x, wanted, x.shape[1])
-        return y
+    def gated(self, x: Act, gate: CudaWeight, up: CudaWeight) -> Act:
+        n, f = len(x), gate.shape[0]
+        if not matvec.takes(gate, up):
+            both = [self.new((n, f)), self.new((n, f))]
+            self.products(x, list(zip((gate, up), both, strict=True)))
+            return _held(plain.silu_mul(self, *both))
+        if n > FEW:
+            return Act((n, f), f16=gemm.gated(self, gate, up, self.f16(x)))
+        h = self.new((n, f))
+        values, norm = self._unnormed(x)
+        matvec.gated(self, gate, up, h, values, norm)
+        return _held(h)
 
     # ---- attention --------------------------------------------------------------------------
 
-    def store(self, rows: Array, c_kv: Array, k_pe: Array, step: Step) -> None:
-        r, p = c_kv.shape[1], k_pe.shape[1]
-        self._run("store", (step.n,), 256, rows, c_kv, k_pe, step.pos, r, p, CACHE=self._cached)
+    def latent_attention(
+        self, q: Act, c_kv: Act, k_pe: Act, w: LayerWeights, kv: LayerCache, step: Step, hp: Any,
+        chosen: Any = None,
+    ) -> Act:  # fmt: skip
+        return self.attention.attend(
+            self.f32(q), self.f32(c_kv), self.f32(k_pe), w, kv.rows, step, chosen
+        )
 
-    def split_heads(self, q: Array, k: int, p: int) -> tuple[Array, Array]:
-        q = q.reshape(len(q), -1, k + p)
-        return q[..., :k], q[..., k:]
-
-    def attend_absorbed(
-        self, q_lat: Array, q_pe: Array, kv: LayerCache, r: int, step: Step, scale: float,
-        blockwise: bool,
-    ) -> Array:  # fmt: skip
-        assert blockwise, "whole score matrices are refused on GPUs"
-        self.forms.add(AttentionForm("absorbed", True))
-        n, h, p = q_pe.shape
-        splits = max(1, min(_SPLITS, -(-256 // (n * h))))
-        part, o = self._new(n, h, splits, r + 2), self._new(n, h, r)
-        self._run(
-            "mla_decode_split", (splits, h, n), 256, part, q_lat, q_pe, kv.rows, step.pos, scale,
-            R=r, P=p, CACHE=self._cached, HALF=self._half,
-        )  # fmt: skip
-        self._run("mla_combine_f32", (n * h,), 256, o, part, splits, r)
-        return o
-
-    @property
-    def _cached(self) -> str:
-        return _CACHE_TYPES[self.context.cache_type_k][0]
+    def choose_rows(
+        self, x: Act, q_a: Act, w: LayerWeights, rows: Any, step: Step, indexer: Indexer
+    ) -> Any:
+        return self.attention.choose(x, q_a, w, rows, step, indexer)
 
     # ---- routed experts ---------------------------------------------------------------------
 
-    def route(
-        self, x: Array, gate: CudaWeight, bias: CudaWeight | None, routing: Routing
-    ) -> Chosen:
-        n = len(x)
-        scores = self.matmul(x, gate)
-        chosen = Chosen(
-            self.arena.take((n, routing.n_used), np.int32), self._new(n, routing.n_used)
-        )
-        self._run(
-            "route_f32", (n,), 32, chosen.ids, chosen.weights, scores,
-            None if bias is None else bias.raw, gate.shape[0], routing.n_used, routing.n_groups,
-            routing.n_groups_used, routing.sigmoid, routing.renormalise, routing.scale,
+    def route(self, x: Act, gate: CudaWeight, bias: CudaWeight | None, routing: Routing) -> Chosen:
+        n, n_experts = len(x), gate.shape[0]
+        if n > FEW or not matvec.routes(gate):
+            if gate.qtype.name == "F32":
+                scores = gemm.route_scores(self, self.f32(x), gate)
+            else:
+                scores = self.new((n, n_experts))
+                self.products(x, [(gate, scores)])
+            return plain.route(self, scores, bias, routing, self._pos)
+        chosen = Chosen(self.new((n, routing.n_used), np.int32), self.new((n, routing.n_used)))
+        values, norm = self._unnormed(x)
+        matvec.route(
+            self, chosen.ids, chosen.weights, self.new((n, n_experts)), self._counter, gate,
+            values, routing, norm, bias, self._pos,
         )  # fmt: skip
         return chosen
 
-    def moe_up(self, x: Array, chosen: Chosen, w: LayerWeights) -> Array:
-        (n, n_used), merged = chosen.ids.shape, w.ffn_gate_up_exps
-        gate = merged if merged is not None else w.ffn_gate_exps
-        held, f, d = gate.shape
-        expert_bytes, up, up_raw = f * gate.row_bytes, w.ffn_up_exps, None
-        if merged is not None:
-            f, up = f // 2, merged
-            up_raw = merged.raw.reshape(-1)[f * merged.row_bytes :]
-        h = self._new(n, n_used, f)
-        self._run(
-            "experts_up_f32", (-(-f // 8), n * n_used), 256, h, gate.raw,
-            up.raw if up_raw is None else up_raw, x, chosen.ids, n_used, f, d, gate.first, held,
-            gate.row_bytes, up.row_bytes, expert_bytes, expert_bytes // gate.row_bytes
-            * up.row_bytes, shared=_staged(d), WTYPE=gate.qtype.id, WTYPE_UP=up.qtype.id,
-        )  # fmt: skip
-        return h
+    def experts(self, x: Act, chosen: Chosen | None, w: LayerWeights) -> Act | None:
+        """Pending, as matmul()."""
+        if chosen is None and w.ffn_down_shexp is None:
+            return None
 
-    def moe_down(self, h: Array, chosen: Chosen, w: LayerWeights) -> Array:
-        down: CudaWeight = w.ffn_down_exps
-        (n, n_used), (held, d, f) = chosen.ids.shape, down.shape
-        y = self._new(n, d)
-        self._run(
-            "experts_down_f32", (-(-d // 8), n), 256, y, down.raw, h, chosen.ids, chosen.weights,
-            n_used, f, d, down.first, held, down.skip, down.row_bytes, d * down.row_bytes,
-            shared=n_used * _staged(f), WTYPE=down.qtype.id, WTYPE_UP=down.qtype.id,
-        )  # fmt: skip
-        return y
+        def run(into: Array | None) -> Array:
+            y = self.new(x.shape) if into is None else into
+            self._experts(x, chosen, w, y, into is not None)
+            return y
+
+        return Act(x.shape, run=run)
+
+    def _experts(self, x: Act, chosen: Chosen | None, w: LayerWeights, y: Array, add: bool) -> None:
+        """y [n, d] (+)= routed and shared experts."""
+        merged, down = w.ffn_gate_up_exps, w.ffn_down_exps
+        gate, up = (w.ffn_gate_exps, w.ffn_up_exps) if merged is None else (merged, None)
+        shared = None if w.ffn_down_shexp is None else (w.ffn_gate_shexp, w.ffn_up_shexp)
+        if chosen is not None and not matvec.takes(gate, up, down):
+            h = plain.experts_up(self, self.f32(x), chosen, gate, up)
+            plain.experts_down(self, h, chosen, down, y, add)
+        elif chosen is not None and len(x) > FEW:
+            gemm.experts(self, self.f16(x), chosen, gate, up, down, y, add)
+        elif chosen is not None:
+            beside = shared is not None and matvec.takes(*shared, w.ffn_down_shexp)
+            self._few_experts(x, chosen, w, (gate, up), shared if beside else None, y, add)
+            if beside:
+                return
+        if shared is not None:
+            gated = self.gated(x, *shared)
+            self.products(gated, [(w.ffn_down_shexp, y)], add=add or chosen is not None)
+
+    def _few_experts(
+        self, x: Act, chosen: Chosen, w: LayerWeights, routed: tuple[CudaWeight, CudaWeight | None],
+        shared: tuple[CudaWeight, CudaWeight] | None, y: Array, add: bool,
+    ) -> None:  # fmt: skip
+        (gate, up), (n, n_used), down = routed, chosen.ids.shape, w.ffn_down_exps
+        width = n_used * down.shape[2] + (0 if shared is None else shared[0].shape[0])
+        h = self.new((n, width))
+        values, norm = self._unnormed(x)
+        matvec.experts_up(self, h, chosen.ids, values, gate, up, shared, norm)
+        last = None if shared is None else w.ffn_down_shexp
+        matvec.experts_down(
+            self, y, h, chosen.ids, chosen.weights, down, last, add=add, after_up=True
+        )
 
     # ---- plumbing ---------------------------------------------------------------------------
 
-    def _new(self, *shape: int) -> Array:
-        return self.arena.take(shape, np.float32)
+    def f32(self, x: Act) -> Array:
+        """The float32 values of `x`, computed now if nobody asked before."""
+        if x.f32 is None and x.run is not None:
+            x.f32, x.run = x.run(None), None
+        elif x.f32 is None and x.normed is not None:
+            if len(x) > FEW and self.capability >= 80:
+                x.f32, x.f16 = gemm.norm16(self, *x.normed, keep=True)
+            else:
+                values, weight, eps = x.normed
+                x.f32 = plain.rms_norm(self, values, weight.raw, eps)
+        assert x.f32 is not None, "float16 alone goes to products of many tokens"
+        return x.f32
 
-    def _put(self, host: Any) -> Array:
-        device = self.arena.take(host.shape, host.dtype)
-        if host.size:
-            device.set(np.ascontiguousarray(host), stream=self.stream)
-            self.stream.synchronize()  # the host copy may go away
+    def f16(self, x: Act) -> Array:
+        """A sixteenth of `x` as float16, computed now if nobody asked before."""
+        if x.f16 is None and x.f32 is None and x.normed is not None:
+            _, x.f16 = gemm.norm16(self, *x.normed)
+        elif x.f16 is None:
+            x.f16 = gemm.to16(self, self.f32(x))
+        return x.f16
+
+    def _unnormed(self, x: Act) -> tuple[Array, matvec.Norm | None]:
+        """Values in float32, and the norm that is still to be taken of them."""
+        if x.f32 is None and x.normed is not None:
+            values, weight, eps = x.normed
+            return values, (weight, eps)
+        return self.f32(x), None
+
+    def new(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
+        """Scratch until the end of the half layer; its content is whatever was there."""
+        return self.device.take(shape, dtype)
+
+    def put(self, host: Host) -> Array:
+        """A device copy that stays where it is until the arena is rewound."""
+        device = self.device.take(host.shape, host.dtype)
+        self.device.copy_in(device, host)
         return device
 
-    def _run(
-        self, name: str, grid: tuple[int, ...], block: int, *args: Any, **defines: Any
-    ) -> None:
-        self.kernels.launch(name, grid, block, *args, **defines)
+    def run(self, name: str, grid: tuple[int, ...], block: int, *args: Any, **how: Any) -> None:
+        self.device.launch(name, grid, block, *args, **how)
 
 
-def _typed(w: CudaWeight) -> dict[str, int]:
-    return {"WTYPE": w.qtype.id}
-
-
-def _staged(n: int) -> int:
-    """Shared bytes of a staged vector of n floats (kernels/include/staged.cuh)."""
-    return 4 * 36 * -(-n // 32)
-
-
-def _stride(x: Array, axis: int) -> int:
-    """Elements between neighbours along `axis`."""
-    return int(x.strides[axis]) // 4
+def _held(array: Array) -> Act:
+    return Act(array.shape, array)

@@ -26,8 +26,9 @@ from mlacli.backends.numpy_attention import (
 )
 from mlacli.backends.numpy_cache import STORED, Ints, LatentRows
 from mlacli.backends.numpy_weights import DequantCache, Floats, NumpyWeight
+from mlacli.composed_ops import ComposedOps
 from mlacli.loading.weights import from_float32, to_float32
-from mlacli.ops import LayerCache, LayerWeights, Ops, Step
+from mlacli.ops import LayerCache, LayerWeights, Step
 from mlacli.parallel.comm import Comm
 from mlacli.params import ContextParams
 
@@ -44,7 +45,7 @@ class Chosen:
     weights: Floats
 
 
-class NumpyOps(Ops):
+class NumpyOps(ComposedOps):
     """The ops of one CPU rank; `dequant` bounds the float32 copies of its weights."""
 
     def __init__(self, comm: Comm, context: ContextParams, dequant: int) -> None:

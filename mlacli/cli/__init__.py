@@ -18,7 +18,7 @@ from click.shell_completion import CompletionItem, shell_complete
 
 from mlacli import __version__
 from mlacli.cli import console
-from mlacli.errors import MlacliError, UsageError
+from mlacli.errors import KernelCompileError, MlacliError, UsageError
 from mlacli.flag_values import nearest
 
 _COMMANDS = {
@@ -124,6 +124,8 @@ def _run(args: list[str]) -> int:
         _silence()
         return 0
     except MlacliError as e:
+        if isinstance(e, KernelCompileError):
+            console.log(e.log.rstrip(), 0)
         return _failed(e.message, e.hint, e.exit_code)
     except click.ClickException as e:
         return _failed(e.format_message(), "", 2)

@@ -5,6 +5,7 @@ stdout gets the text alone (ids for a file without tokenizer), stderr everything
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from mlacli.cli.prompts import (
     takes_turns,
     unescaped,
 )
-from mlacli.cli.start import prepared_model
+from mlacli.cli.start import open_engines, prepared_model
 from mlacli.cli.words import CommandLine
 from mlacli.errors import UnsupportedFeature, UsageError
 
@@ -50,7 +51,6 @@ def run(line: CommandLine) -> None:
     texts = settled_texts(line)
     if prompt is None:
         _refuse_without_template(line)
-    from mlacli.engine import Engine
     from mlacli.sampling import Sampler
 
     prepared = prepared_model(line, **texts)
@@ -67,9 +67,13 @@ def run(line: CommandLine) -> None:
         console.warning(message)
     if prepared.params.sampling.temp > 0:
         console.log(f"seed: {sampler.seed}")
-    with console.LoadProgress() as progress, Engine(prepared, progress) as engine:
-        progress.close()
-        _after_load(line, engine)
+    if any(rank.kind == "cuda" for rank in prepared.plan.ranks) and sampler.on_host:
+        console.note(f"tokens are chosen on the host, by {', '.join(sampler.on_host)}")
+    with ExitStack() as stack:
+        (engine,) = open_engines(stack, [prepared], warm=not line["no_warmup"])
+        if (problem := engine.page_lock.problem) is not None:
+            hint = "raise the limit, ulimit -l, or leave --mlock out"
+            console.warning(f"not all weights could be locked in memory: {problem}", hint)
         stops = [unescaped(line, text, "-r") for text in line["reverse_prompt"]]
         answerer = Answerer(engine, tokenizer, sampler, line["predict"], stops)
         try:
@@ -161,16 +165,6 @@ def _completion_ids(
     if prompt == "" and line["interactive_first"] and tokenizer and not tokenizer.add_bos:
         return []  # what is typed first is the prompt
     return prompt_ids(prompt, tokenizer)
-
-
-def _after_load(line: CommandLine, engine: Engine) -> None:
-    if engine.checked is not None:
-        console.checked(engine.checked)
-    if (problem := engine.page_lock.problem) is not None:
-        hint = "raise the limit, ulimit -l, or leave --mlock out"
-        console.warning(f"not all weights could be locked in memory: {problem}", hint)
-    if not line["no_warmup"]:
-        engine.warm_up()
 
 
 def _keep_prompt(

@@ -6,7 +6,9 @@ gate and up) is a copy, and the plan says so.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from mlacli.parallel.shards import Shard
 
 Bytes = NDArray[np.uint8]
+_THREADS = 8
 Floats = NDArray[np.float32]
 
 
@@ -38,7 +41,9 @@ def load_weights(
     """
     top: dict[str, Weight] = {}
     layers: dict[int, dict[str, Weight]] = {}
-    for shard in plan.of_rank(rank):
+    shards = list(plan.of_rank(rank))
+    ops.begin_upload(shards)
+    for shard in shards:
         raw = read_shard(file, shard, hp)
         assert raw.nbytes == shard.nbytes, f"{shard.tensor}: the plan and the bytes disagree"
         if copied:
@@ -49,6 +54,7 @@ def load_weights(
         held[short_name(shard.tensor)] = ops.upload(raw, shard)
         if progress is not None:
             progress(shard.nbytes)
+    ops.end_upload()
     return ModelWeights(
         top.get("token_embd"), top.get("output_norm"), top.get("output"),
         {il: LayerWeights(layers[il]) for il in sorted(layers)},
@@ -67,7 +73,7 @@ def read_shard(file: GgufFile, shard: Shard, hp: Any) -> Bytes:
     if shard.sources[0].endswith("attn_kv_b.weight"):
         return _from_kv_b(file, shard, hp)
     if len(shard.sources) > 1:
-        return np.concatenate([_rows(file, source) for source in shard.sources], axis=1)
+        return _joined([_rows(file, source) for source in shard.sources], 1)
     raw = _rows(file, shard.sources[0])
     if len(shard.shape) == 3 and raw.ndim == 2:  # per-head tensors folded into two dimensions
         raw = raw.reshape(-1, shard.shape[1], raw.shape[-1])
@@ -77,7 +83,22 @@ def read_shard(file: GgufFile, shard: Shard, hp: Any) -> Bytes:
         ((start, stop),) = shard.ranges
         return raw[..., slice(*_block_bytes(start, stop, shard.qtype))]
     pieces = [raw[(slice(None),) * shard.axis + (slice(*r),)] for r in shard.ranges]
-    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=shard.axis)
+    return pieces[0] if len(pieces) == 1 else _joined(pieces, shard.axis)
+
+
+def _joined(parts: list[Bytes], axis: int) -> Bytes:
+    """The parts one after another along `axis`.
+
+    Several threads copy: a layer's experts are gigabytes, and one thread is slower than the bus.
+    """
+    edges = np.cumsum([0, *(part.shape[axis] for part in parts)])
+    out = np.empty((*parts[0].shape[:axis], edges[-1], *parts[0].shape[axis + 1 :]), np.uint8)
+    before = (slice(None),) * axis
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        for part, stop in zip(parts, edges[1:], strict=True):
+            to = out[(*before, slice(stop - part.shape[axis], stop))]
+            list(pool.map(np.copyto, np.array_split(to, _THREADS), np.array_split(part, _THREADS)))
+    return out
 
 
 def _rows(file: GgufFile, name: str) -> Bytes:

@@ -18,7 +18,6 @@ from mlacli.models.tensor_table import TensorSpec
 
 if TYPE_CHECKING:
     from mlacli.latent_cache import LatentCache
-    from mlacli.models.indexer import Indexer
     from mlacli.ops import Act, LayerWeights, ModelWeights, Ops, Step
 
 __all__ = ["MODEL", "Hparams", "forward", "layer_tensors"]
@@ -82,36 +81,9 @@ def attention(
     if w.attn_output is None:
         return None, None
     q_a, c_kv, k_pe = ops.project(x, w.attn_q_a, w.attn_kv_a_mqa, hp.r)  # mirrored
-    c_kv = ops.rms_norm(c_kv, w.attn_kv_a_norm, hp.eps)
-    cache.store(ops, il, c_kv, ops.rope(k_pe, step), w.attn_k_b, w.attn_v_b, step)
     q_a = ops.rms_norm(q_a, w.attn_q_a_norm, hp.eps)
     if hp.sparse is not None and hp.sparse.full[il]:
-        chosen = choose(ops, hp.sparse, w, cache, il, x, q_a, step)
-    q_nope, q_pe = ops.split_heads(ops.matmul(q_a, w.attn_q_b), hp.k, hp.p)  # local heads
-    held = q_nope, ops.rope(q_pe, step), cache.rows[il], w.attn_k_b, w.attn_v_b
-    if chosen is None:
-        o = ops.mla_attention(*held, step, hp.softmax_scale)
-    else:
-        o = ops.sparse_attention(*held, chosen, step, hp.softmax_scale)
+        chosen = ops.choose_rows(x, q_a, w, cache.index_rows[il], step, hp.sparse)
+    q = ops.matmul(q_a, w.attn_q_b)
+    o = ops.latent_attention(q, c_kv, k_pe, w, cache.rows[il], step, hp, chosen)
     return ops.matmul(o, w.attn_output), chosen  # [n, h * v] -> [n, d]
-
-
-def choose(
-    ops: Ops, indexer: Indexer, w: LayerWeights, cache: LatentCache, il: int,
-    x: Act, q_a: Act, step: Step,
-) -> Act | None:  # fmt: skip
-    """The cache rows [n, top_k] that each token attends to; None while there are no more than that.
-
-    The tokens' index keys are stored either way: later steps will score them.
-    """
-    key = ops.layer_norm(
-        ops.matmul(x, w.indexer_attn_k), w.indexer_k_norm, w.indexer_k_norm_bias, indexer.eps
-    )
-    cache.store_index(ops, il, ops.rope_first(key, step), step)
-    if step.n_kv <= indexer.top_k:
-        return None
-    q = ops.heads(ops.matmul(q_a, w.indexer_attn_q_b), indexer.n_heads)  # [n, I, i]
-    weights = ops.matmul(x, w.indexer_proj)  # [n, I]
-    return ops.dsa_select(
-        ops.rope_first(q, step), weights, cache.index_rows[il], step, indexer.top_k
-    )

@@ -1,55 +1,9 @@
-"""mistral4: Mistral-Small-4. deepseek2's tensors; beyond the original context, queries grow.
+"""mistral4: Mistral-Small-4. deepseek2's tensors and layers; far out, queries grow.
 
-The growth is Llama 4's attention temperature, and comes with the metadata keys that describe it.
-Mistral-Large-3 files call themselves deepseek2, have these keys, and run the layers of this file.
+The growth is Llama 4's attention temperature, and comes with the metadata keys that describe it
+(Hparams.temperature). Mistral-Large-3 files have these keys too, and call themselves deepseek2.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
-from mlacli.models.hparams import Hparams
-from mlacli.models.mla_tensors import MODEL, layer_tensors
-from mlacli.models.parts import gated_mlp, query, routed_experts, through_layers
-
-if TYPE_CHECKING:
-    from mlacli.latent_cache import LatentCache
-    from mlacli.ops import Act, LayerWeights, ModelWeights, Ops, Step
+from mlacli.models.deepseek2 import MODEL, Hparams, forward, layer_tensors
 
 __all__ = ["MODEL", "Hparams", "forward", "layer_tensors"]
-
-
-def forward(ops: Ops, hp: Hparams, w: ModelWeights, cache: LatentCache, step: Step) -> Act | None:
-    """Logits [n_out, V] of the step's wanted rows; None on a pipeline stage that isn't the last."""
-    return through_layers(ops, hp, w, cache, step, layer)
-
-
-def layer(
-    ops: Ops, hp: Hparams, w: LayerWeights, cache: LatentCache, il: int,
-    residual: Act, x: Act, step: Step, next_norm: Any,
-) -> tuple[Act, Act]:  # fmt: skip
-    """The residual stream [n, d] after layer `il`, and its normed copy for what comes next."""
-    y = attention(ops, hp, w, cache, il, x, step)
-    residual, x = ops.reduce_add_norm(y, residual, w.ffn_norm, hp.eps)  # 1st reduction
-    y = gated_mlp(ops, x, w) if hp.is_dense(il) else routed_experts(ops, x, w, hp.routing)
-    return ops.reduce_add_norm(y, residual, next_norm, hp.eps)  # 2nd reduction
-
-
-def attention(
-    ops: Ops, hp: Hparams, w: LayerWeights, cache: LatentCache, il: int, x: Act, step: Step
-) -> Act | None:
-    """This rank's partial of the attention output [n, d]; None on a rank without heads."""
-    if w.attn_output is None:
-        return None
-    q_a, c_kv, k_pe = ops.project(x, w.attn_q_a, w.attn_kv_a_mqa, hp.r)  # mirrored
-    c_kv = ops.rms_norm(c_kv, w.attn_kv_a_norm, hp.eps)
-    cache.store(ops, il, c_kv, ops.rope(k_pe, step), w.attn_k_b, w.attn_v_b, step)
-    q = query(ops, hp, x, q_a, w)
-    if hp.temperature is not None:
-        q = ops.temper(q, hp.temperature, step)  # both parts; rotation commutes with it
-    q_nope, q_pe = ops.split_heads(q, hp.k, hp.p)  # [n, h, k], [n, h, p]: local heads
-    o = ops.mla_attention(
-        q_nope, ops.rope(q_pe, step), cache.rows[il], w.attn_k_b, w.attn_v_b,
-        step, hp.softmax_scale,
-    )  # fmt: skip
-    return ops.matmul(o, w.attn_output)  # [n, h * v] -> [n, d]

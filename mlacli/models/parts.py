@@ -133,11 +133,16 @@ def through_layers(
     return ops.logits(ops.rows(x, step.out_rows), w.output)
 
 
-def query(ops: Ops, hp: Any, x: Act, q_a: Act | None, w: Layer) -> Act:
-    """Queries of local heads [n, h * (k + p)], through the low rank where the model has one."""
-    if q_a is None:
-        return ops.matmul(x, w.attn_q)
-    return ops.matmul(ops.rms_norm(q_a, w.attn_q_a_norm, hp.eps), w.attn_q_b)
+def queries(ops: Ops, hp: Any, x: Act, w: Layer) -> tuple[Act, Act, Act]:
+    """(q, c_kv, k_pe): queries of local heads [n, h * (k + p)] and the latent row, unnormed.
+
+    Queries come through the low rank where the model has one.
+    """
+    first = w.attn_q if w.attn_q_a is None else w.attn_q_a
+    q, c_kv, k_pe = ops.project(x, first, w.attn_kv_a_mqa, hp.r)  # mirrored but for attn_q
+    if w.attn_q_a is not None:
+        q = ops.matmul(ops.rms_norm(q, w.attn_q_a_norm, hp.eps), w.attn_q_b)
+    return q, c_kv, k_pe
 
 
 def gated_mlp(ops: Ops, x: Act, w: Layer) -> Act | None:
@@ -149,11 +154,7 @@ def gated_mlp(ops: Ops, x: Act, w: Layer) -> Act | None:
 
 def routed_experts(ops: Ops, x: Act, w: Layer, routing: Routing) -> Act | None:
     """Sum over chosen experts plus the shared expert [n, d]: this rank's partial or None."""
-    y = None
+    chosen = None
     if w.ffn_down_exps is not None:
         chosen = ops.route(x, w.ffn_gate_inp, w.exp_probs_b, routing)
-        y = ops.moe_down(ops.moe_up(x, chosen, w), chosen, w)
-    if w.ffn_down_shexp is not None:
-        shared = ops.matmul(ops.gated(x, w.ffn_gate_shexp, w.ffn_up_shexp), w.ffn_down_shexp)
-        y = shared if y is None else ops.add(y, shared)
-    return y
+    return ops.experts(x, chosen, w)

@@ -43,7 +43,7 @@ class RankPlan:
     experts: str
     asked: float  # share
     achieved: float  # share of the bytes that are cut (of all bytes when nothing is)
-    weights: int
+    weights: int  # as they lie in the rank's memory: GPUs keep most in tiles
     mirrored: int  # of `weights`: whole tensors that other ranks hold too
     derived: int  # of `weights`: built at load, so not pages of the file
     cache: int
@@ -226,11 +226,12 @@ def _rank_plans(
     weights, mirrored, derived, float32 = ([0] * len(parts) for _ in range(4))
     holders = Counter(shard.tensor for shard in shards)
     for shard in shards:
-        weights[shard.rank] += shard.nbytes
-        derived[shard.rank] += shard.nbytes if shard.is_copy else 0
+        nbytes = shard.bytes_on(parts[shard.rank].device.kind)
+        weights[shard.rank] += nbytes
+        derived[shard.rank] += nbytes if shard.is_copy else 0
         float32[shard.rank] += 4 * math.prod(shard.shape) if shard.qtype != F32 else 0
         if shard.axis is None and holders[shard.tensor] > 1:
-            mirrored[shard.rank] += shard.nbytes
+            mirrored[shard.rank] += nbytes
     cut_bytes = [w - m for w, m in zip(weights, mirrored, strict=True)]
     out = []
     for part in parts:

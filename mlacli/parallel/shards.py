@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlacli.loading.quant_types import QType
+from mlacli.loading.tiles import device_bytes
 from mlacli.models.tensor_table import Split
 from mlacli.parallel.cuts import COLUMN_EDGE, Range, cut
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 class Shard:
     """A rank's slice of one tensor: `ranges` along `axis` (None = whole), in elements.
 
-    A column range that cuts a quant block carries the block whole; `nbytes` counts it whole.
+    A column range that cuts a quant block carries the block whole; `nbytes`, as GGUF stores it,
+    counts it whole.
     `sources` are the tensors in the file that it is cut from; more than one, or one of another
     name, means it is derived at load.
     """
@@ -45,6 +47,17 @@ class Shard:
     def start(self) -> int:
         """First index along `axis`."""
         return self.ranges[0][0] if self.ranges else 0
+
+    @property
+    def skip(self) -> int:
+        """Columns of a row's first block that are another rank's."""
+        return self.start % self.qtype.block if self.axis == len(self.shape) - 1 else 0
+
+    def bytes_on(self, kind: str) -> int:
+        """What it takes on a device of `kind`: GGUF's bytes on a CPU, tiles on a GPU."""
+        if kind == "cpu":
+            return self.nbytes
+        return device_bytes(self.tensor, self.shape, self.qtype, self.skip, self.nbytes)
 
 
 @dataclass(frozen=True, slots=True)

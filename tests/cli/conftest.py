@@ -100,6 +100,7 @@ class FakeModel:
     error: MlacliError | None = None
     metadata: dict = field(default_factory=dict)
     saved: dict = field(default_factory=dict)  # path -> what save_session was called at
+    kernels: int = 0  # that a load compiles
 
     @property
     def engine_class(self):
@@ -123,10 +124,14 @@ class FakeModel:
             check_memory=lambda: None,
         )
 
-    def engine(self, prepared, progress=None):
+    def engine(self, prepared, progress=None, compiling=None):
         self.weights_loaded = True
         progress(1, 2)
-        return FakeEngine(self, prepared)
+        engine = FakeEngine(self, prepared)
+        if self.kernels:
+            compiling(0, self.kernels)
+            engine.n_compiled = self.kernels
+        return engine
 
 
 class FakeEngine:
@@ -142,6 +147,7 @@ class FakeEngine:
         )  # fmt: skip
         self.page_lock = SimpleNamespace(problem=None)
         self.on_ubatch = None
+        self.n_compiled, self.compile_s = 0, 1.25
 
     def __enter__(self):
         return self
@@ -156,6 +162,9 @@ class FakeEngine:
 
     def memory(self):
         return {"cpu": 32 << 20}
+
+    def decode_ahead(self, token_id, n, sampler):
+        return []
 
     def warm_up(self):
         self.model.calls.append(("warm",))

@@ -16,15 +16,16 @@ from pathlib import Path
 from mlacli.timings import Timings
 
 class Engine:
-    n_ctx, checked = 64, None
+    n_ctx, checked, n_compiled = 64, None, 0
     context_full = False
     timings, page_lock = Timings(1, 1, 1, 1, 1, 1), SimpleNamespace(problem=None)
     on_ubatch = None
-    def __init__(self, prepared, progress): self.prepared = prepared
+    def __init__(self, prepared, progress, compiling): self.prepared = prepared
     def __enter__(self): return self
     def __exit__(self, *e): pass
     def peak_memory(self): return 0
     def warm_up(self): pass
+    def take_turn(self): pass
     def generate_ids(self, ids, n_predict, sampler):
         for i in range(10**9 if {endless} else 100):
             yield i % 50

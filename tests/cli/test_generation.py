@@ -183,7 +183,7 @@ def test_the_memory_table_of_gpus_adds_up():
 
 def test_warm_up_by_default_and_not(mlacli, fake_model):
     mlacli("run-model", "-p", "x")
-    assert fake_model.calls[0] == ("warm",)
+    assert fake_model.calls[:2] == [("turn", None), ("warm",)]
     fake_model.calls.clear()
     mlacli("run-model", "-p", "x", "--no-warmup")
     assert ("warm",) not in fake_model.calls

@@ -1,49 +1,74 @@
-"""Every kernel compiles for the oldest and the tuned architecture; needs NVRTC, not a GPU."""
+"""Every kernel compiles for the oldest and the tuned architecture; needs NVRTC, not a GPU.
+
+`-m slow` adds the architectures between and after. A kernel says in its header comment which
+variants there are, what it needs and whether it promises not to spill (kit/kernel_texts.py).
+"""
+
+import re
 
 import pytest
+from kit.kernel_texts import FILES, promises_no_spills, variants, waits
 
-cupy = pytest.importorskip("cupy", reason="needs CuPy's NVRTC (pip install 'mlacli[cuda13]')")
+from mlacli.backends.cuda_sources import signatures
+from mlacli.errors import KernelCompileError
 
-from cupy.cuda import nvrtc  # noqa: E402
+pytest.importorskip("cupy", reason="needs CuPy's NVRTC (pip install 'mlacli[cuda13]')")
 
-from mlacli.backends.cuda_kernels import SIGNATURES, source  # noqa: E402
+from mlacli.backends.cuda_compile import Unit, compiled
 
+TUNED, OTHERS = 90, (80, 86, 89, 100, 120)
+# Files whose headers don't name their variants yet.
 DEFINES = {
-    "cache": ("-DCACHE=__nv_bfloat16",),
-    "embed": ("-DWTYPE=12",),
-    "matmul_vec": ("-DWTYPE=14", "-DCOLS=8", "-DROWS=2"),
-    "matmul_experts": ("-DWTYPE=12", "-DWTYPE_UP=8"),
-    "mla_decode": ("-DR=512", "-DP=64", "-DHALF=1", "-DCACHE=__half"),
+    "cache": {"CACHE": "__nv_bfloat16"},
+    "embed": {"WTYPE": 12},
+    "matmul_vec": {"WTYPE": 14, "COLS": 8, "ROWS": 2},
+    "matmul_experts": {"WTYPE": 12, "WTYPE_UP": 8},
+    "mla_decode": {"R": 512, "P": 64, "HALF": 1, "CACHE": "__half"},
 }
 
 
-def include_path() -> str:
-    from cupy._environment import get_cuda_path
+def cases(archs: tuple[int, ...]) -> list[tuple[Unit, str]]:
+    """Every variant of every file for each of `archs` that it is for; 75 means its lowest."""
+    found = {}
+    for file in FILES:
+        for defines, (lowest, alone) in variants(file):
+            unit = Unit.of(file, defines or DEFINES.get(file, {}))
+            for arch in archs:
+                arch = lowest if arch == 75 else arch
+                if arch == lowest or (arch > lowest and not alone):
+                    found[unit, "sm_90a" if arch == TUNED else f"sm_{arch}"] = None
+    return list(found)
 
-    return f"-I{get_cuda_path()}/include"
+
+def names(part: object) -> str:
+    if isinstance(part, Unit):
+        return " ".join([part.file, *(f"{name}={value}" for name, value in part.defines)])
+    return str(part)
 
 
-@pytest.mark.parametrize("arch", ["sm_75", "sm_90a"])
-@pytest.mark.parametrize("name", sorted({file for file, _ in SIGNATURES.values()}))
-def test_kernel_compiles(name: str, arch: str) -> None:
-    program = nvrtc.createProgram(source(name), f"{name}.cu", (), ())
-    options = (f"-arch={arch}", "-std=c++17", include_path(), *DEFINES.get(name, ()))
+def check(unit: Unit, target: str) -> None:
     try:
-        nvrtc.compileProgram(program, options)
-    except nvrtc.NVRTCError:
-        pytest.fail(nvrtc.getProgramLog(program))
-    finally:
-        nvrtc.destroyProgram(program)
+        _, log = compiled(unit, target, "--ptxas-options=-v")
+    except KernelCompileError as e:
+        pytest.fail(f"{e.message}\n{e.log}")
+    if promises_no_spills(unit.file):
+        frames = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+        assert frames, log
+        assert set(frames) == {("0", "0")}, log
 
 
-def test_each_signature_has_as_many_parameters_as_its_kernel() -> None:
-    import re
+@pytest.mark.parametrize("unit, target", cases((75, TUNED)), ids=names)
+def test_kernel_compiles(unit: Unit, target: str) -> None:
+    check(unit, target)
 
-    for kernel, (file, signature) in SIGNATURES.items():
-        match = re.search(rf"{kernel}\((.*?)\)\s*{{", source(file), re.S)
-        assert match is not None, kernel
-        kinds = ""
-        for parameter in match[1].split(","):
-            words = parameter.replace("const", "").split()
-            kinds += "p" if "*" in parameter else {"int": "i", "float": "f"}.get(words[0], "l")
-        assert kinds == signature, kernel
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unit, target", cases(OTHERS), ids=names)
+def test_kernel_compiles_for_other_architectures(unit: Unit, target: str) -> None:
+    check(unit, target)
+
+
+@pytest.mark.parametrize("kernel", signatures())
+def test_every_kernel_waits_for_its_predecessor(kernel: str) -> None:
+    """A kernel without pdl_wait would let the one after it start before the one before it ends."""
+    assert waits(signatures()[kernel][0], kernel)

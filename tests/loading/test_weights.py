@@ -240,10 +240,18 @@ class Recorder:
 
     def __init__(self):
         self.held = {}
+        self.ended = False
+
+    def begin_upload(self, shards):
+        self.wanted = [shard.tensor for shard in shards]
 
     def upload(self, raw, shard):
+        assert not self.ended and shard.tensor in self.wanted
         self.held[shard.tensor] = raw.nbytes
         return shard.tensor
+
+    def end_upload(self):
+        self.ended = True
 
 
 def test_load_weights_reads_the_plan_and_nothing_else(tmp_path):
@@ -256,6 +264,7 @@ def test_load_weights_reads_the_plan_and_nothing_else(tmp_path):
             ops, told = Recorder(), []
             weights = load_weights(file, plan, rank.rank, hp, ops, told.append)
             assert sum(ops.held.values()) == rank.weights == sum(told)
+            assert ops.ended
             assert list(weights.layers) == list(range(*rank.layers))
             assert not any(name.startswith("blk.3.") for name in ops.held)
             last = weights.layers[rank.layers[1] - 1]

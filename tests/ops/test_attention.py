@@ -70,7 +70,7 @@ class Case:
             step = ops.step([0] * (stop - start), start, [1.0, 0.5], [])
             if step.n:
                 new = self.c[start:stop], self.k_pe[start:stop]
-                cache.store(ops, 0, *new, self.k_b, self.v_b, step)
+                ops.store_kv(cache.rows[0], *new, self.k_b, self.v_b, step)
         return ops, (self.q_nope, self.q_pe, cache.rows[0], self.k_b, self.v_b, step, SCALE)
 
     def run(self, context: ContextParams) -> np.ndarray:
@@ -200,7 +200,7 @@ def test_stale_rows_behind_n_kv_never_leak(mla: int, fa: bool) -> None:
 
     def store(c: np.ndarray, k_pe: np.ndarray, start: int) -> Any:
         step = ops.step([0] * len(c), start, [1.0, 0.5], [])
-        cache.store(ops, 0, c, k_pe, case.k_b, case.v_b, step)
+        ops.store_kv(cache.rows[0], c, k_pe, case.k_b, case.v_b, step)
         return step
 
     store(np.full((40, 16), 1e4, np.float32), np.full((40, 4), 1e4, np.float32), 60)

@@ -1,0 +1,61 @@
+// Op        rms_norm_f16: x += add, if there is add; then y = x / sqrt(mean(x^2) + eps) * w, as float32
+//           and as float16 of y / 16
+//           rows_f16: y16 = x / 16
+// Shapes    y16 [n, d] at row stride ldy, y [n, d] dense or null, x [n, d] at row stride ldx, add [n, d]
+//           dense or null, w [d]
+// Dtypes    float32; y16 float16, saturating
+// Grid      (n), 256 threads
+// Assumes   ldy a multiple of 8
+// Numerics  block_sum's fixed order; relative error about 1e-6, then one rounding to float16
+// Bound by  bytes: 4 d per float32 array and 2 d a token
+// Sources   own
+// Tested by tests/gpu/test_gemm.py, tests/kernels/test_gemm.py
+#include "pairs.cuh"
+#include "pdl.cuh"
+#include "reduce.cuh"
+
+// ---------------------------------------------------------------- device helpers ------------
+// float16 bits of two sixteenths, the largest finite number instead of infinity.
+__device__ __forceinline__ unsigned sixteenths(float lo, float hi) {
+    lo = fminf(fmaxf(lo * 0.0625f, -65504.f), 65504.f), hi = fminf(fmaxf(hi * 0.0625f, -65504.f), 65504.f);
+    return half2_of(lo, hi);
+}
+
+// f(i, value i of x) for this thread's columns, then y16 = what f gave.
+template <class F>
+__device__ __forceinline__ void store_rows(unsigned short* y16, int d, F f) {
+    for (int i = 2 * threadIdx.x; i < (d + 7) / 8 * 8; i += 512) {  // rows are padded with zeros
+        const float lo = i < d ? f(i) : 0.f, hi = i + 1 < d ? f(i + 1) : 0.f;
+        *(unsigned*)(y16 + i) = sixteenths(lo, hi);
+    }
+}
+
+// ---------------------------------------------------------------- kernels -------------------
+extern "C" __global__ void __launch_bounds__(256)
+rms_norm_f16(unsigned short* y16, float* y, float* x, const float* add, const float* w, int d,
+             long long ldy, long long ldx, float eps) {
+    pdl_launch();
+    pdl_wait();
+    x += blockIdx.x * ldx, y16 += blockIdx.x * ldy;
+    float sum = 0.f;
+    for (int i = threadIdx.x; i < d; i += 256) {
+        float v = x[i];
+        if (add) x[i] = v += add[(long long)blockIdx.x * d + i];
+        sum += v * v;
+    }
+    const float scale = rsqrtf(block_sum(sum) / d + eps);  // its barriers publish x too
+    float* out = y ? y + (long long)blockIdx.x * d : nullptr;
+    store_rows(y16, d, [&](int i) {
+        const float v = x[i] * scale * w[i];
+        if (out) out[i] = v;
+        return v;
+    });
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+rows_f16(unsigned short* y16, const float* x, int d, long long ldy, long long ldx) {
+    pdl_launch();
+    pdl_wait();
+    x += blockIdx.x * ldx;
+    store_rows(y16 + blockIdx.x * ldy, d, [&](int i) { return x[i]; });
+}

@@ -1,0 +1,193 @@
+// Op        repack_tiles: GGUF blocks of some row tiles of a weight -> tiles (tile_layout.cuh)
+// Shapes    buffer: the weight [lead, rows, n_in] in tiles; raw [rows of the piece, row bytes]
+// Dtypes    WTYPE, one of the types that have tiles
+// Grid      (row tiles of the piece * ceil(n_col_tiles / 4)), 128 threads: a warp per tile
+// Assumes   raw starts with the first row of row tile `first`, at a multiple of 16, its columns
+//           `skip` before the weight's; the first word of the buffer is 0 at the first piece
+// Numerics  exact: numbers and scales keep their bits; groups outside of the n_in columns, and
+//           padding, get scale 0
+// Bound by  bytes: each is read once and written once
+// Sources   own
+// Tested by tests/kernels/test_repack.py, tests/gpu/test_cuda_weights.py
+// Variants  WTYPE=1; WTYPE=30; WTYPE=2; WTYPE=3; WTYPE=6; WTYPE=7; WTYPE=8; WTYPE=20; WTYPE=39;
+//           WTYPE=12; WTYPE=13; WTYPE=14; WTYPE=23
+// Spills    none
+#include "pdl.cuh"
+#include "quants.cuh"
+#include "tile_layout.cuh"
+
+template <int QTYPE> struct Stored { typedef unsigned char Number; };
+template <> struct Stored<QT_F16> { typedef unsigned short Number; };
+template <> struct Stored<QT_BF16> { typedef unsigned short Number; };
+
+// Largest |number - zero|, or map value.
+template <int QTYPE>
+FORCE_INLINE float largest_number() {
+    using T = Tile<QTYPE>;
+    if (T::kind == TILE_MAP_SIGNED) return 127.f;
+    if (QTYPE == QT_MXFP4) return 12.f;
+    if (QTYPE == QT_Q8_0) return 128.f;
+    return T::zero ? (float)T::zero : T::h_bytes ? 31.f : 15.f;
+}
+
+// Group g (32 columns) of the block at b: numbers as stored, and what the planes s and m keep.
+// bound: raised to what no finite |value| of the group exceeds.
+template <int QTYPE>
+FORCE_INLINE void take_group(
+        const unsigned char* b, int g, unsigned (&q)[8], unsigned& s, unsigned& m, float& bound) {
+    using T = Tile<QTYPE>;
+    float scale[2], minimum[2] = {0.f, 0.f};
+    unpack<QTYPE>(b, g, q, scale, minimum);
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        const float most =
+            __fmaf_rn(fabsf(scale[k]), largest_number<QTYPE>(), fabsf(minimum[k]));
+        if (most < __uint_as_float(0x7F800000) && most > bound) bound = most;
+    }
+    if constexpr (QTYPE == QT_Q8_0) {
+#pragma unroll
+        for (int k = 0; k < 8; k++) q[k] ^= 0x80808080;  // two's complement again
+        s = load16(b);
+    } else if constexpr (QTYPE == QT_MXFP4) {
+        load_nibbles<1>(b + 1, q);
+        s = b[0] < 2 ? 0x20u << b[0] : (b[0] - 1u) << 7;  // bfloat16 of 2^(e - 128)
+    } else if constexpr (QTYPE == QT_IQ4_XS) {
+        load_nibbles<8>(b + 8 + 16 * g, q);
+        const unsigned low = b[4 + g / 2] >> 4 * (g & 1) & 15, high = load16(b + 2) >> 2 * g & 3;
+        s = ((low | high << 4) - 32) & 255;
+    } else if constexpr (QTYPE == QT_Q6_K) {
+        s = load16(b + 192 + 2 * g);
+    } else if constexpr (T::d_words == 2) {  // Q4_K, Q5_K: see k_scales() of quants.cuh
+        const unsigned a = b[4 + (g & 3)], c = b[8 + (g & 3)], e = b[12 + (g & 3)];
+        s = g < 4 ? a & 63 : (e & 15) | (a >> 2 & 48);
+        s |= (g < 4 ? c & 63 : e >> 4 | (c >> 2 & 48)) << 16;
+    } else {
+        if constexpr (QTYPE == QT_IQ4_NL) load_nibbles<2>(b + 2, q);
+        s = load16(b);
+        if constexpr (T::m_bytes != 0) m = load16(b + 2);
+    }
+}
+
+// The planes q and h of a tile whose numbers lie in shared memory.
+template <int QTYPE, class Number>
+FORCE_INLINE void write_numbers(
+        unsigned char* q, unsigned char* h, const Number (*tile)[TILE_COLS + 4], int lane) {
+    using T = Tile<QTYPE>;
+    unsigned words[T::q_words] = {}, high[2] = {};
+#pragma unroll
+    for (int j = 0; j < TILE_STEPS; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int row = (lane >> 2) + 8 * (i & 1);
+            const Number* p = tile[row] + 16 * j + 2 * (lane & 3) + 8 * (i >> 1);
+            const unsigned x = p[0] | (unsigned)p[1] << 16;
+            if constexpr (T::q_bytes == 2048) words[4 * j + i] = x;
+            if constexpr (T::q_bytes == 1024) words[2 * j + (i >> 1)] |= x << 8 * (i & 1);
+            if constexpr (T::q_bytes == 512) words[j] |= (x & 0x000F000F) << 4 * i;
+            if constexpr (T::h_words == 1) high[0] |= (x >> 4 & 0x00010001) << (4 * j + i);
+            if constexpr (T::h_words == 2)
+                high[j >> 1] |= (x >> 4 & 0x00030003) << (8 * (j & 1) + 2 * i);
+        }
+#pragma unroll
+    for (int u = 0; u < T::q_words / 4; u++) {
+        uint4 piece;
+        piece.x = words[4 * u], piece.y = words[4 * u + 1];
+        piece.z = words[4 * u + 2], piece.w = words[4 * u + 3];
+        *(uint4*)(q + 512 * u + 16 * lane) = piece;
+    }
+#pragma unroll
+    for (int u = 0; u < T::h_words; u++)
+        *(piece32*)(h + 4 * T::h_words * lane + 4 * u) = high[u];
+}
+
+// Values of a 16-bit type: columns c .. c + 31 of a row of n_in.
+template <int QTYPE>
+FORCE_INLINE void take_values(
+        const unsigned char* row, int c, int n_in, unsigned short* numbers, float& bound) {
+    for (int k = 0; k < 32; k++) {
+        const unsigned bits = c + k < n_in ? load16(row + 2 * (c + k)) : 0;
+        const float size = fabsf(QTYPE == QT_F16 ? half_bits_to_float(bits)
+                                                 : bf16_bits_to_float(bits));
+        numbers[k] = (unsigned short)bits;
+        if (size < __uint_as_float(0x7F800000) && size > bound) bound = size;
+    }
+}
+
+template <int QTYPE>
+FORCE_INLINE void repack(
+        unsigned char* buffer, const unsigned char* raw, int first, int rows, int n_row_tiles,
+        int n_in, int skip, int n_col_tiles, int row_bytes, int piece) {
+    using T = Tile<QTYPE>;
+    using Number = typename Stored<QTYPE>::Number;
+    __align__(16) __shared__ Number numbers[4][TILE_ROWS][TILE_COLS + 4];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, r = lane & 15;
+    const int col_blocks = (n_col_tiles + 3) >> 2, per_lead = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    const int row_tile = first + piece / col_blocks, col_tile = piece % col_blocks * 4 + warp;
+    const int row = row_tile % per_lead * TILE_ROWS + r;  // of its leading index
+    const long long first_row =
+        (long long)(first / per_lead) * rows + first % per_lead * TILE_ROWS;
+    const unsigned char* in =
+        raw + ((long long)(row_tile / per_lead) * rows + row - first_row) * row_bytes;
+    if (col_tile >= n_col_tiles) return;  // the whole warp
+
+    const int c = TILE_COLS * col_tile + 32 * (lane >> 4);  // of the packed columns
+    Number* mine = numbers[warp][r] + 32 * (lane >> 4);
+    unsigned s = 0, m = 0;
+    float bound = 0.f;
+    if constexpr (T::q_bytes == 2048) {
+        take_values<QTYPE>(in, c, row < rows ? n_in : 0, mine, bound);
+    } else {
+        constexpr int block = QuantTraits<QTYPE>::block, nbytes = QuantTraits<QTYPE>::nbytes;
+        unsigned q[8] = {};
+        if (row < rows && c / block * nbytes < row_bytes) {
+            float size = 0.f;
+            take_group<QTYPE>(in + c / block * nbytes, c % block / 32, q, s, m, size);
+            if (c >= skip && c < skip + n_in)
+                bound = size;
+            else
+                s = 0, m = 0;  // of another rank
+        }
+#pragma unroll
+        for (int k = 0; k < 8; k++) ((piece32*)mine)[k] = q[k];
+    }
+    __syncwarp();
+
+    const TileView<QTYPE> view = tile_view<QTYPE>(buffer, n_row_tiles, n_col_tiles);
+    const long long tile = (long long)row_tile * n_col_tiles + col_tile;
+    auto at = [&](const unsigned char* plane, long long offset) {
+        return buffer + (plane - buffer) + offset;
+    };
+    write_numbers<QTYPE>(at(view.q, tile * T::q_bytes), at(view.h, tile * T::h_bytes),
+                         numbers[warp], lane);
+    // The second group's scale goes beside the first's.
+    constexpr int shift = T::d_words == 0 || QTYPE == QT_Q6_K ? 16 : 8;
+    s |= __shfl_xor_sync(~0u, s, 16) << shift;
+    m |= __shfl_xor_sync(~0u, m, 16) << shift;
+    const int word = 2 * (r & 7) + (r >> 3);
+    if (lane < 16) {
+        if constexpr (T::s_bytes != 0) *(piece32*)at(view.s, tile * T::s_bytes + 4 * word) = s;
+        if constexpr (T::m_bytes != 0) *(piece32*)at(view.m, tile * T::m_bytes + 4 * word) = m;
+        if constexpr (T::d_words != 0) {
+            const long long block = (long long)row_tile * (n_col_tiles >> 2) + (col_tile >> 2);
+            const unsigned char* b = in + (col_tile >> 2) * QuantTraits<QTYPE>::nbytes;
+            if (warp == 0 && T::d_words == 2)
+                *(piece32*)at(view.d, block * 64 + 4 * word) = row < rows ? load32<4>(b) : 0;
+            if (warp == 0 && T::d_words == 1)
+                *(piece16*)at(view.d, block * 32 + 2 * word) =
+                    row < rows ? load16(b + (QTYPE == QT_Q6_K ? 208 : 0)) : 0;
+        }
+    }
+#pragma unroll
+    for (int offset = 16; offset; offset >>= 1)
+        bound = fmaxf(bound, __shfl_xor_sync(~0u, bound, offset));
+    if (lane == 0) atomicMax((unsigned*)buffer, __float_as_uint(bound));  // of positive floats
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+repack_tiles(unsigned char* buffer, const unsigned char* raw, int first, int rows, int n_row_tiles,
+             int n_in, int skip, int n_col_tiles, int row_bytes) {
+    pdl_launch();
+    pdl_wait();
+    repack<WTYPE>(buffer, raw, first, rows, n_row_tiles, n_in, skip, n_col_tiles, row_bytes,
+                  blockIdx.x);
+}

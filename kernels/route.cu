@@ -1,0 +1,209 @@
+// Op        route_few: gate scores of few tokens, their chosen experts and weights; ties go to the lower
+//           id. scores[t][e] = s_t gate[e] . (x[t] norm), s_t = 1 / sqrt(mean of x[t]^2 + eps)
+//           route_chosen: the choice alone, from scores that are there
+// Shapes    ids, weights [n, K], scores [n, E], gate [E, d], x [n, d], norm [d], bias [E] or null, pos [n]
+//           or null, imposed [n, K] or null: ids to take instead of choosing
+// Dtypes    float32; ids, pos, imposed int32; counter one unsigned, 0 before the first launch and after each
+// Grid      route_few (E), route_chosen (1); 256 threads
+// Assumes   n <= 8, d a multiple of 4, E = N_EXPERTS <= 1024 a multiple of groups <= 64, K <= 32;
+//           norm null: neither norm nor s
+// Numerics  softmax (max subtracted) or sigmoid per expert; group score = its maximum (softmax) or its
+//           best two (sigmoid); weights from unbiased scores; pos -1: ids -1, weights 0. The last CTA to
+//           finish chooses: scores don't depend on which that is
+// Bound by  latency
+// Sources   own
+// Tested by tests/kernels/test_matvec.py, tests/gpu/test_cuda_matvec.py
+#include "pdl.cuh"
+#include "reduce.cuh"
+
+#define NONE __int_as_float(0xff800000)  // -inf
+constexpr int WARPS = 8, PER_LANE = (N_EXPERTS + 31) / 32;
+
+// ---------------------------------------------------------------- device helpers ------------
+// Floats as integers of the same order.
+__device__ __forceinline__ unsigned ordered(float x) {
+    const unsigned u = __float_as_uint(x);
+    return u & 0x80000000 ? ~u : u | 0x80000000;
+}
+
+__device__ __forceinline__ unsigned warp_max(unsigned x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(~0u, x);
+#else
+    for (int offset = 16; offset; offset >>= 1) x = max(x, __shfl_xor_sync(~0u, x, offset));
+    return x;
+#endif
+}
+
+struct Choice {
+    int n_used, n_groups, n_groups_used, sigmoid, renormalise;
+    float scale;
+};
+
+// One warp chooses for one token. score: E floats of shared memory; group: 64.
+__device__ __forceinline__ void choose(
+        int* ids, float* weights, const float* in, const float* bias, const int* imposed,
+        bool padded, const Choice& how, float* score, float* group) {
+    const int lane = threadIdx.x & 31;
+    float own[PER_LANE];
+    unsigned key[PER_LANE], top = 0;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+        const int e = lane + 32 * i;
+        own[i] = e < N_EXPERTS ? *(const volatile float*)(in + e) : NONE;
+        top = max(top, ordered(own[i]));
+    }
+    if (how.sigmoid) {
+#pragma unroll
+        for (int i = 0; i < PER_LANE; i++) own[i] = 1.f / (1.f + expf(-own[i]));
+    } else {
+        top = warp_max(top);
+        const float most = __uint_as_float(top & 0x80000000 ? top ^ 0x80000000 : ~top);
+        float sum = 0.f;
+#pragma unroll
+        for (int i = 0; i < PER_LANE; i++) sum += own[i] = expf(own[i] - most);
+        sum = warp_sum(sum);
+#pragma unroll
+        for (int i = 0; i < PER_LANE; i++) own[i] /= sum;
+    }
+    const int size = N_EXPERTS / how.n_groups;
+    if (how.n_groups > 1) {
+#pragma unroll
+        for (int i = 0; i < PER_LANE; i++) {
+            const int e = lane + 32 * i;
+            if (e < N_EXPERTS) score[e] = own[i] + (bias ? bias[e] : 0.f);
+        }
+        __syncwarp();
+        for (int g = lane; g < how.n_groups; g += 32) {
+            float best = NONE, second = NONE;
+            for (int i = g * size; i < (g + 1) * size; i++) {
+                second = fmaxf(second, fminf(best, score[i]));
+                best = fmaxf(best, score[i]);
+            }
+            group[g] = how.sigmoid && size > 1 ? best + second : best;
+        }
+        __syncwarp();
+    }
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+        const int e = lane + 32 * i;
+        if (e >= N_EXPERTS) {
+            key[i] = 0;
+            continue;
+        }
+        key[i] = ordered(own[i] + (bias ? bias[e] : 0.f));
+        if (how.n_groups > 1) {  // it stays if fewer than n_groups_used groups are better than its own
+            const int g = e / size;
+            int better = 0;
+            for (int o = 0; o < how.n_groups; o++)
+                better += group[o] > group[g] || (group[o] == group[g] && o < g);
+            if (better >= how.n_groups_used) key[i] = ordered(NONE);
+        }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++)
+        if (lane + 32 * i < N_EXPERTS) score[lane + 32 * i] = own[i];
+    int mine = 0;  // lane k: the k-th choice
+    for (int k = 0; k < how.n_used; k++) {
+        unsigned best = 0;
+#pragma unroll
+        for (int i = 0; i < PER_LANE; i++) best = max(best, key[i]);
+        best = warp_max(best);
+        unsigned first = 0;  // ~ the lowest id with that key
+#pragma unroll
+        for (int i = 0; i < PER_LANE; i++)
+            if (key[i] == best) first = max(first, ~(unsigned)(lane + 32 * i));
+        const int e = (int)~warp_max(first);
+        if (lane == k) mine = e;
+#pragma unroll
+        for (int i = 0; i < PER_LANE; i++)
+            if (e == lane + 32 * i) key[i] = 0;
+    }
+    __syncwarp();
+    if (lane < how.n_used && imposed) mine = imposed[lane];
+    const float weight = lane < how.n_used && mine >= 0 ? score[mine] : 0.f;
+    const float total = warp_sum(weight);
+    const float factor = how.renormalise ? how.scale / fmaxf(total, 1e-20f) : how.scale;
+    if (lane < how.n_used) {
+        ids[lane] = padded ? -1 : mine;
+        weights[lane] = padded ? 0.f : weight * factor;
+    }
+}
+
+// ---------------------------------------------------------------- kernels -------------------
+extern "C" __global__ void __launch_bounds__(256)
+route_few(int* ids, float* weights, float* scores, int* counter, const float* gate, const float* x,
+          const float* norm, const float* bias, const int* pos, const int* imposed, int n, int d,
+          int n_used, int n_groups, int n_groups_used, int sigmoid, int renormalise, long long ldx,
+          float scale, float eps) {
+    constexpr int AHEAD = 2;
+    __shared__ float score[WARPS][N_EXPERTS], group[WARPS][64], part[WARPS], squares[WARPS];
+    __shared__ int last;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const float4* row = (const float4*)(gate + (long long)blockIdx.x * d);
+    const float4* norms = (const float4*)norm;
+    const auto at = [&](const float4* p, int i) {
+        return p && 4 * i < d ? __ldg(p + i) : float4{1.f, 1.f, 1.f, 1.f};
+    };
+    pdl_launch();
+    float4 w[AHEAD];
+#pragma unroll
+    for (int k = 0; k < AHEAD; k++) {
+        const int i = threadIdx.x + 256 * k;
+        const float4 a = at(row, i), b = at(norms, i);
+        w[k] = {a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w};
+    }
+    pdl_wait();
+    for (int token = 0; token < n; token++) {
+        const float* in = x + token * ldx;
+        float sum = 0.f, square = 0.f;
+        const auto add = [&](int i, const float4& w) {
+            if (4 * i >= d) return;
+            const float2 lo = *(const float2*)(in + 4 * i), hi = *(const float2*)(in + 4 * i + 2);
+            sum += w.x * lo.x + w.y * lo.y + (w.z * hi.x + w.w * hi.y);
+            square += lo.x * lo.x + lo.y * lo.y + (hi.x * hi.x + hi.y * hi.y);
+        };
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) add(threadIdx.x + 256 * k, w[k]);
+        for (int i = threadIdx.x + 256 * AHEAD; 4 * i < d; i += 256) {
+            const float4 a = at(row, i), b = at(norms, i);
+            add(i, {a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w});
+        }
+        sum = warp_sum(sum), square = warp_sum(square);
+        if (lane == 0) part[warp] = sum, squares[warp] = square;
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            sum = square = 0.f;
+            for (int k = 0; k < WARPS; k++) sum += part[k], square += squares[k];
+            scores[token * N_EXPERTS + blockIdx.x] = norm ? sum * rsqrtf(square / d + eps) : sum;
+        }
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) {
+        __threadfence();
+        last = atomicInc((unsigned*)counter, gridDim.x - 1) == gridDim.x - 1;
+        __threadfence();
+    }
+    __syncthreads();
+    if (!last || warp >= n) return;
+    const Choice how = {n_used, n_groups, n_groups_used, sigmoid, renormalise, scale};
+    choose(ids + warp * n_used, weights + warp * n_used, scores + warp * N_EXPERTS, bias,
+           imposed ? imposed + warp * n_used : nullptr, pos && pos[warp] < 0, how, score[warp],
+           group[warp]);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+route_chosen(int* ids, float* weights, const float* scores, const float* bias, const int* pos,
+             const int* imposed, int n, int n_used, int n_groups, int n_groups_used, int sigmoid,
+             int renormalise, float scale) {
+    __shared__ float score[WARPS][N_EXPERTS], group[WARPS][64];
+    const int warp = threadIdx.x >> 5;
+    pdl_launch();
+    pdl_wait();
+    if (warp >= n) return;
+    const Choice how = {n_used, n_groups, n_groups_used, sigmoid, renormalise, scale};
+    choose(ids + warp * n_used, weights + warp * n_used, scores + warp * N_EXPERTS, bias,
+           imposed ? imposed + warp * n_used : nullptr, pos && pos[warp] < 0, how, score[warp],
+           group[warp]);
+}

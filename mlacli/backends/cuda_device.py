@@ -1,0 +1,172 @@
+"""One rank's GPU: its memory, stream, kernels and graphs. The only way for ops to reach CuPy.
+
+Ops see the `Device` protocol alone, so that they also run on a recorder that has no GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlacli.backends.cuda_array import Array
+
+Host = NDArray[Any]
+_PAGE = 4 << 20  # bytes of page-locked memory for small copies
+
+
+class Device(Protocol):
+    """What ops need of a GPU."""
+
+    n_sm: int
+    capability: int  # 90 for compute capability 9.0
+
+    @property
+    def n_compiled(self) -> int:
+        """Kernel variants that weren't on disk so far."""
+        ...
+
+    def take(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Memory at the next free address of the arena; its content is whatever was there."""
+        ...
+
+    def mark(self) -> int:
+        """Where the next `take` will be."""
+        ...
+
+    def rewind(self, mark: int) -> None:
+        """Everything taken since `mark` may be overwritten."""
+        ...
+
+    def launch(self, name: str, grid: tuple[int, ...], block: int, *args: Any, **how: Any) -> None:
+        """Run a kernel; `how` holds shared bytes and -D defines (backends/cuda_kernels.py)."""
+        ...
+
+    def copy_in(self, array: Array, host: Host) -> None:
+        """Fill `array` from `host`, which the caller may change once this returns."""
+        ...
+
+    def get(self, array: Array) -> Host:
+        """A host copy, once everything launched before is done."""
+        ...
+
+    def spare(self, most: int) -> Array:
+        """At most `most` bytes that nothing uses until the arena is nearly full."""
+        ...
+
+    def send(self, array: Array, host: Host) -> None:
+        """As copy_in for a piece of a weight, of any strides: see backends/cuda_staging.py."""
+        ...
+
+    def end_sends(self) -> None:
+        """Wait for what was sent, and free the buffers that it went through."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until everything launched before is done."""
+        ...
+
+    def prepared(
+        self, report: Callable[[int, int], None] | None = None
+    ) -> AbstractContextManager[None]:
+        """Inside, launches only name their kernels; at the end those are compiled together.
+
+        `report` is told how many are done, of how many, unless none is missing.
+        """
+        ...
+
+    def capture(self, launches: Callable[[], Any]) -> Callable[[], None]:
+        """What `launches` would run, as a graph: call the result to run it."""
+        ...
+
+
+class CudaDevice:
+    """The current CUDA device with an arena of `nbytes`."""
+
+    def __init__(self, name: str, nbytes: int) -> None:
+        import cupy as cp
+
+        from mlacli.backends.cuda_arena import Arena
+        from mlacli.backends.cuda_kernels import Kernels
+
+        self._runtime = cp.cuda.runtime
+        self._page = np.frombuffer(cp.cuda.alloc_pinned_memory(_PAGE), np.uint8, _PAGE)
+        self._page_in_use = False  # by a copy to the device that may be under way
+        self.stream = cp.cuda.Stream(non_blocking=True)
+        self.kernels = Kernels(self.stream)
+        self.arena = Arena(name, nbytes)
+        self.take, self.mark, self.rewind = self.arena.take, self.arena.mark, self.arena.rewind
+        self.spare = self.arena.spare
+        self._staging: Any = None
+        self.launch, self.prepared = self.kernels.launch, self.kernels.prepared
+        device = cp.cuda.Device()
+        self.n_sm = int(device.attributes["MultiProcessorCount"])
+        self.capability = self.kernels.capability
+
+    @property
+    def n_compiled(self) -> int:
+        return self.kernels.n_compiled
+
+    def copy_in(self, array: Array, host: Host) -> None:
+        host = np.ascontiguousarray(host)
+        assert host.nbytes == array.nbytes, "a copy changes no sizes"
+        if host.nbytes > _PAGE:
+            self._copy(array.ptr, host.ctypes.data, host.nbytes)
+            self.stream.synchronize()
+        elif host.nbytes:
+            if self._page_in_use:
+                self.synchronize()
+            self._page[: host.nbytes] = host.reshape(-1).view(np.uint8)
+            self._copy(array.ptr, self._page.ctypes.data, host.nbytes)
+            self._page_in_use = True
+
+    def get(self, array: Array) -> Host:
+        host = np.empty(array.shape, array.dtype)
+        if 0 < host.nbytes <= _PAGE:  # page-locked memory is copied to at full speed
+            self._copy(self._page.ctypes.data, array.ptr, host.nbytes)
+            self.synchronize()
+            host.reshape(-1).view(np.uint8)[:] = self._page[: host.nbytes]
+        else:
+            if host.nbytes:
+                self._copy(host.ctypes.data, array.ptr, host.nbytes)
+            self.synchronize()
+        return host
+
+    def send(self, array: Array, host: Host) -> None:
+        assert host.nbytes == array.nbytes, "a copy changes no sizes"
+        if self._staging is None:
+            from mlacli.backends.cuda_staging import Staging
+
+            self._staging = Staging(self.stream)
+        if host.nbytes:
+            self._staging.send(array.ptr, host)
+
+    def end_sends(self) -> None:
+        if self._staging is not None:
+            self._staging.close()
+            self._staging = None
+
+    def synchronize(self) -> None:
+        self.stream.synchronize()
+        self._page_in_use = False
+
+    def capture(self, launches: Callable[[], Any]) -> Callable[[], None]:
+        with self.stream:
+            self.stream.synchronize()
+            self.stream.begin_capture()
+            try:
+                launches()
+            finally:
+                graph = self.stream.end_capture()
+
+        def replay() -> None:
+            graph.launch(self.stream)
+
+        return replay
+
+    def _copy(self, target: int, source: int, nbytes: int) -> None:
+        kind = self._runtime.memcpyDefault
+        self._runtime.memcpyAsync(target, source, nbytes, kind, self.stream.ptr)

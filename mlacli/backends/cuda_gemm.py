@@ -1,0 +1,264 @@
+"""Products of tiled weights with many tokens (prefill), and what goes with them.
+
+Activations are float16 of value / 16, in rows that begin at multiples of 8 (`rows16`). Sums are
+float32. Each function launches kernels and returns; counts stay on the device.
+- rows16: memory for them; to16: float32 rows as such; norm16: a norm as float32 and float16
+- products: up to three weights with one input, stored, or added to float32 rows
+- heads: one product per head; gated: SwiGLU; route_scores: the router's product
+- sort, experts: routed experts, grouped by expert
+- fits: whether a weight's type and the device allow it; else use the plain kernels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlacli.backends.cuda_array import Array
+
+if TYPE_CHECKING:
+    from mlacli.backends.cuda_acts import Chosen
+    from mlacli.backends.cuda_weights import CudaWeight
+
+_THREADS = 256
+_ROWS = 256  # weight rows of a work item; half of them when gated
+_WIDTHS = (32, 64, 96, 128)  # tokens of a work item
+_X_BYTES = 128 * 128  # of a stage: activations
+_MOST_STAGES = 8
+# Bytes of shared memory that a CTA may have, by compute capability.
+_SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+_STORE, _ADD, _HALF = range(3)  # OUT of gemm.cu
+SIXTEENTH = 16.0  # what a product of such activations is to be multiplied with
+
+
+@dataclass(frozen=True, slots=True)
+class Sorted:
+    """Slots in order of their expert and tiles of them: kernels/moe_sort.cu."""
+
+    slots: Array
+    tiles: Array
+    ends: Array
+    first: int
+    held: int
+
+
+def fits(ops: Any, *weights: CudaWeight) -> bool:
+    """Whether these functions take the weights on this device, together in one launch."""
+    if ops.device.capability < 80 or any(w.layout is None for w in weights):
+        return False
+    return _stages(ops, weights) >= _least(ops)
+
+
+# ---- activations ----------------------------------------------------------------------------
+
+
+def rows16(ops: Any, n: int, width: int) -> Array:
+    """Room for [n, width] float16 activations."""
+    padded: Array = ops.new((n, -(-width // 8) * 8), "f2")
+    return padded[:, :width]
+
+
+def to16(ops: Any, x: Array) -> Array:
+    """float32 rows [n, width] as float16 of value / 16."""
+    (n, width), y = x.shape, rows16(ops, *x.shape)
+    ops.run("rows_f16", (n,), _THREADS, y, x, width, y.stride(0), x.stride(0))
+    return y
+
+
+def norm16(
+    ops: Any, x: Array, w: CudaWeight, eps: float, add: Array | None = None,
+    keep: bool = False,
+) -> tuple[Array | None, Array]:  # fmt: skip
+    """(y as float32 if `keep`, y as float16): rms_norm of x [n, d], times w.
+
+    With `add`, x += add first.
+    """
+    (n, d), y16 = x.shape, rows16(ops, *x.shape)
+    y = ops.new((n, d)) if keep else None
+    ops.run(
+        "rms_norm_f16", (n,), _THREADS, y16, y, x, add, w.raw, d,
+        y16.stride(0), x.stride(0), eps,
+    )  # fmt: skip
+    return y, y16
+
+
+# ---- dense products -------------------------------------------------------------------------
+
+
+def products(
+    ops: Any, pairs: Sequence[tuple[CudaWeight, Array]], x16: Array, scale: float = SIXTEENTH,
+    add: bool = False,
+) -> None:  # fmt: skip
+    """y = scale * w x16^T for up to three (w [out, in], y [n, out]) of the same `in`.
+
+    y float32 (`add`: added to) or float16. A 3-D w counts as its heads' rows one after another.
+    """
+    types = {w.qtype.id for w, _ in pairs}
+    together = [pairs] if len(types) <= 2 else [[pair] for pair in pairs]  # three would spill
+    for part in together:
+        _dense(ops, [(w, y, 1, 0) for w, y in part], x16, 0, 1, scale, add)
+
+
+def heads(ops: Any, w: CudaWeight, y: Array, x16: Array, scale: float = SIXTEENTH) -> None:
+    """y[:, h] = scale * w[h] x16[:, h]^T: w [h, out, in], y [n, h, out], x16 [n, h, in]."""
+    h = w.shape[0]
+    _dense(ops, [(w, y, h, y.stride(1))], x16, x16.stride(1), h, scale, False)
+
+
+def _dense(
+    ops: Any, pairs: Sequence[tuple[CudaWeight, Array, int, int]], x16: Array, xb: int,
+    batches: int, scale: float, add: bool,
+) -> None:  # fmt: skip
+    n, cols, weights = len(x16), x16.shape[-1], [pair[0] for pair in pairs]
+    assert x16.ptr % 16 == 0 and x16.stride(0) % 8 == 0 and xb % 8 == 0, "unaligned activations"
+    assert all(w.shape[-1] == cols for w in weights), "weights and input differ in columns"
+    assert len({y.dtype for _, y, *_ in pairs}) == 1 <= len(pairs) <= 3
+    args: list[Any] = []
+    row_items = 0
+    for w, y, lead, yb in pairs:
+        shape = w.layout
+        assert shape is not None
+        rows = w.shape[-2] if lead > 1 else int(np.prod(w.shape[:-1]))
+        assert lead > 1 or len(w.shape) == 2 or w.shape[-2] % 16 == 0, "heads are padded"
+        tiles = shape.all_row_tiles // lead
+        args += [y, w.tiles, rows, tiles, shape.n_col_tiles, w.skip, y.stride(0), yb]
+        row_items += -(-rows // _ROWS)
+    for _ in range(3 - len(pairs)):
+        args += [None, None, 0, 1, 1, 0, 0, 0]
+    types = [w.qtype.id for w in weights] + [-1] * (3 - len(weights))
+    out = _HALF if pairs[0][1].dtype == np.float16 else _ADD if add else _STORE
+    tokens = _width(ops, n, row_items * batches)
+    n_items = row_items * batches * -(-n // tokens)
+    _launch(
+        ops, "gemm", n_items, weights, *args, x16, n, cols, batches, x16.stride(0), xb, scale,
+        Q0=types[0], Q1=types[1], Q2=types[2], OUT=out, TOKENS=tokens,
+    )  # fmt: skip
+
+
+def gated(ops: Any, gate: CudaWeight, up: CudaWeight, x16: Array) -> Array:
+    """silu(gate x) * up x as float16 activations [n, out]."""
+    (n, cols), rows, shape = x16.shape, gate.shape[0], gate.layout
+    assert shape is not None and up.layout is not None and gate.shape == up.shape
+    assert shape.n_col_tiles == up.layout.n_col_tiles, "gate and up are cut alike"
+    h, row_items = rows16(ops, n, rows), -(-rows // (_ROWS // 2))
+    tokens = _width(ops, n, row_items)
+    _launch(
+        ops, "gemm_gated", row_items * -(-n // tokens), (gate, up), h, gate.tiles, up.tiles, x16,
+        n, rows, shape.n_row_tiles, shape.n_col_tiles, cols, gate.skip, h.stride(0),
+        x16.stride(0), Q0=gate.qtype.id, Q1=up.qtype.id, TOKENS=tokens,
+    )  # fmt: skip
+    return h
+
+
+# ---- routed experts -------------------------------------------------------------------------
+
+
+def route_scores(ops: Any, x: Array, gate: CudaWeight) -> Array:
+    """The router's product x gate^T [n, E] in float32; gate a float32 weight [E, d]."""
+    (n, d), n_experts = x.shape, gate.shape[0]
+    y: Array = ops.new((n, n_experts))
+    ring = 3 if _shared(ops) > 128 << 10 else 2
+    ops.run(
+        "route_scores_f32", (-(-n // 16), -(-n_experts // 64)), 512, y, gate.raw, x, n, n_experts,
+        d, x.stride(0), shared=4 * ring * (16 + 64) * 132, RING=ring,
+    )  # fmt: skip
+    return y
+
+
+def sort(ops: Any, ids: Array, first: int, held: int) -> Sorted:
+    """Where each chosen slot stands among its expert's; experts first .. first + held - 1."""
+    n_slots = ids.size
+    most = n_slots // 128 + held
+    slots, tiles = ops.new((n_slots,), "i4"), ops.new((most, 4), "i4")
+    ends = ops.new((4,), "i4")
+    ops.run(
+        "moe_sort", (1,), 1024, slots, tiles, ends, ids, n_slots, first, held,
+        shared=132 * held + 4 * n_slots,
+    )  # fmt: skip
+    return Sorted(slots, tiles, ends, first, held)
+
+
+def experts(
+    ops: Any, x16: Array, chosen: Chosen, gate: CudaWeight, up: CudaWeight | None,
+    down: CudaWeight, y: Array, add: bool,
+) -> None:  # fmt: skip
+    """y [n, d] (+)= sum over a token's chosen experts of weight * down silu(gate x) * up x.
+
+    `up` None: gate holds the rows of gate and up. Experts that aren't held add nothing.
+    """
+    (n, n_used), (held, rows, d), shape = chosen.ids.shape, gate.shape, gate.layout
+    f, other = (rows, up) if up is not None else (rows // 2, gate)
+    assert shape is not None and other.layout is not None and down.layout is not None
+    assert shape.n_col_tiles == other.layout.n_col_tiles, "gate and up are cut alike"
+    assert up is not None or f % 16 == 0, "merged gate and up rows share a tile"
+    order = sort(ops, chosen.ids, gate.first, held)
+    most_tiles = min(n * n_used, len(order.tiles))
+    h = rows16(ops, n * n_used, f)
+    _launch(
+        ops, "gemm_experts_up", most_tiles * -(-f // (_ROWS // 2)), (gate, other), h, gate.tiles,
+        other.tiles, x16, order.slots, order.tiles, order.ends, n_used, f, shape.n_row_tiles,
+        0 if up is not None else f // 16, shape.n_col_tiles, held, d, gate.skip, h.stride(0),
+        x16.stride(0), Q0=gate.qtype.id, Q1=other.qtype.id, GATED=1,
+    )  # fmt: skip
+    part = rows16(ops, n * n_used, down.shape[1])
+    _launch(
+        ops, "gemm_experts_down", most_tiles * -(-down.shape[1] // _ROWS), (down,), part,
+        down.tiles, h, order.slots, order.tiles, order.ends, down.shape[1],
+        down.layout.n_row_tiles, down.layout.n_col_tiles, held, f, down.skip, part.stride(0),
+        h.stride(0), Q0=down.qtype.id, Q1=-1,
+    )  # fmt: skip
+    ops.run(
+        "moe_combine", (n,), 256, y, part, chosen.ids, chosen.weights, n_used, down.shape[1],
+        gate.first, held, int(add), part.stride(0),
+    )  # fmt: skip
+
+
+# ---- launches -------------------------------------------------------------------------------
+
+
+def _tile_bytes(w: CudaWeight) -> int:
+    """Bytes of one tile of a weight in a stage (StagedTile in kernels/include/gemm.cuh)."""
+    shape = w.layout
+    assert shape is not None
+    n = shape.all_row_tiles * shape.n_col_tiles
+    each = sum(nbytes for name, (_, nbytes) in shape.planes.items() if name != "d") // n
+    return each + shape.planes["d"][1] * 4 // n
+
+
+def _least(ops: Any) -> int:
+    return 4 if ops.device.capability == 90 else 2
+
+
+def _shared(ops: Any) -> int:
+    return _SHARED.get(ops.device.capability, 99) << 10
+
+
+def _stages(ops: Any, weights: Sequence[CudaWeight]) -> int:
+    room = _shared(ops) - 2048  # alignment and more
+    return min(_MOST_STAGES, room // (_X_BYTES + 16 * max(_tile_bytes(w) for w in weights)))
+
+
+def _width(ops: Any, n: int, row_items: int) -> int:
+    """Tokens of a work item: the width with the least time, in cycles for 64 columns."""
+
+    def cycles(width: int) -> int:
+        waves: int = -(-row_items * -(-n // width) // ops.device.n_sm)
+        return waves * max(8 * width, 480)  # tensor cores, or unpacking the weights
+
+    return min(_WIDTHS, key=cycles)
+
+
+def _launch(
+    ops: Any, name: str, n_items: int, weights: Sequence[CudaWeight], *args: Any, **defines: int
+) -> None:
+    stages = _stages(ops, weights)
+    assert stages >= _least(ops), "see fits()"
+    threads = _THREADS + (128 if ops.device.capability == 90 else 0)  # that copy, for wgmma
+    ops.run(
+        name, (min(ops.device.n_sm, n_items),), threads, *args,
+        shared=1024 + 16 * stages + stages * (_X_BYTES + 16 * max(_tile_bytes(w) for w in weights)),
+        STAGES=stages, **defines,
+    )  # fmt: skip

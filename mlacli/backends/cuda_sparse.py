@@ -1,0 +1,200 @@
+"""The lightning indexer of sparse attention (DSA) on a CUDA device: launches of kernels/dsa.cu.
+
+A layer calls `index` once its products are there: it stores the tokens' keys and, where the step is
+sparse (step.n_kv > top_k, known on the host: two graphs), prepares their queries, which `select`
+turns into chosen rows [n, top_k] (int32, ascending, -1 where a token may see fewer). Two or three
+launches in decode: prepare, scores, select. Knows no weights' layout and no attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlacli.backends.cuda_array import Array
+
+if TYPE_CHECKING:
+    from mlacli.ops import Step
+
+_KEYS: dict[str, tuple[int, Any]] = {
+    "f32": (0, np.float32), "f16": (1, np.float16), "bf16": (2, np.uint16), "q8_0": (3, np.int8),
+}  # fmt: skip
+_PARTS = {"f16": 2, "bf16": 3}  # 16-bit pieces of a query; other key types take float32 products
+_BLOCK = 32  # columns of a q8_0 scale
+_FEW = 3  # tokens whose queries fit shared memory together, twice an SM
+_TOKENS_AT_ONCE = 16  # kernels/dsa.cu
+_PLAIN_ROWS = 64  # kernels/dsa.cu
+_SCORES = 64 << 20  # bytes of scores held at once; fewer tokens go together where rows are many
+_MOST_WIDTH, _MOST_PLAIN_WIDTH = 128, 1024  # of tensor kernels: registers; of all: shared memory
+_MOST_SHARED = 200 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class IndexRows:
+    """One layer's index keys [n_ctx, width]; q8_0 keeps int8 and float16 scales apart."""
+
+    keys: Array
+    scales: Array | None
+    cache_type: str
+    width: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """A step's index queries as the score kernels take them, with the weights of their heads."""
+
+    parts: Array
+    weights: Array  # [n, I]
+    n_parts: int  # 0: float32 [n, I, i]
+    slabs: bool = False  # in the order of dsa_scores_wgmma
+
+
+def new_index_rows(
+    take: Callable[[tuple[int, ...], Any], Array], n_ctx: int, width: int, cache_type: str
+) -> IndexRows:
+    """Rows from `take(shape, dtype)`, for example Arena.take."""
+    assert width <= _MOST_PLAIN_WIDTH, "an index key fits a CTA's shared memory"
+    if cache_type != "q8_0":
+        return IndexRows(take((n_ctx, width), _KEYS[cache_type][1]), None, cache_type, width)
+    blocks = -(-width // _BLOCK)
+    keys, scales = take((n_ctx, blocks * _BLOCK), np.int8), take((n_ctx, blocks), np.float16)
+    return IndexRows(keys, scales, cache_type, width)
+
+
+def index(
+    ops: Any, rows: IndexRows, key: Array, norm: Array, bias: Array, eps: float, step: Step,
+    q: Array | None = None, weights: Array | None = None,
+) -> Queries | None:  # fmt: skip
+    """Stores layer_norm(key), rotated, at step.pos; with q also this step's queries. One launch.
+
+    key [n, i], q [n, I * i] and weights [n, I] are products as they come, float32, rows may be
+    strided; norm and bias [i] float32.
+    """
+    half, width = step.cos.shape[-1], rows.width
+    heads = 0 if weights is None else weights.shape[1]
+    n_parts = _n_parts(ops, rows, heads)
+    slabs = _has_slabs(ops, rows, heads, step.n)
+    prepared = None
+    if q is not None and weights is not None:
+        parts = ops.new((step.n, (n_parts or 2) * heads * width), "u2")
+        prepared = Queries(parts, ops.new((step.n, heads), "f4"), n_parts, slabs)
+    ops.run(
+        "dsa_prepare", (step.n, 1 + -(-heads // 8)), 256, rows.keys, rows.scales,
+        None if prepared is None else prepared.parts,
+        None if prepared is None else prepared.weights, key, norm, bias, q, weights, step.pos,
+        step.cos, step.sin, width, half, heads, key.stride(0), 0 if q is None else q.stride(0),
+        0 if weights is None else weights.stride(0), eps, float(np.float32(np.sqrt(heads * width))),
+        KEYS=_KEYS[rows.cache_type][0], PARTS=n_parts, **({"SLABS": 1} if slabs else {}),
+    )  # fmt: skip
+    return prepared
+
+
+def select(
+    ops: Any, queries: Queries | None, rows: IndexRows, step: Step, top_k: int,
+    imposed: Any = None, into: Array | None = None,
+) -> Array:  # fmt: skip
+    """The top_k best rows of each token, ascending [n, top_k], ties to the lower row, -1 = none.
+
+    `imposed` host rows [n, top_k] are taken instead (a test hook; not in a captured step).
+    """
+    if imposed is not None:
+        taken: Array = ops.put(np.sort(imposed, axis=1).astype(np.int32))
+        return taken
+    assert queries is not None, "index() had no queries"
+    chosen: Array = ops.new((step.n, top_k), "i4") if into is None else into
+    ld = score_stride(len(rows.keys))
+    at_once = tokens_at_once(step.n, len(rows.keys))
+    scores = ops.new((at_once, ld), "f4")
+    for start in range(0, step.n, at_once):
+        stop = min(step.n, start + at_once)
+        pos, n = step.pos[start:stop], stop - start
+        _scores(ops, scores, queries, rows, pos, start, n)
+        cluster = clusters(ops, n)
+        ops.run(
+            "dsa_select", (cluster, n), 1024, chosen[start:stop], scores, pos, top_k, ld,
+            CLUSTER=cluster,
+        )  # fmt: skip
+    return chosen
+
+
+def clusters(ops: Any, n: int) -> int:
+    """CTAs that share one token's row: as many as leave no SM idle, one CTA an SM."""
+    if ops.capability < 90:
+        return 1
+    return next((c for c in (8, 4, 2) if n * c <= ops.n_sm), 1)
+
+
+def score_stride(n_ctx: int) -> int:
+    """Values between the scores of neighbouring tokens: read four at a time."""
+    return -(-n_ctx // 4) * 4
+
+
+def tokens_at_once(n: int, n_ctx: int) -> int:
+    """Tokens whose scores are held together: what _SCORES bounds, whole groups if it can be."""
+    most = max(1, _SCORES // (4 * score_stride(n_ctx)))
+    if n <= most:
+        return n
+    return most // _TOKENS_AT_ONCE * _TOKENS_AT_ONCE or most
+
+
+def scratch_bytes(n: int, n_ctx: int, heads: int, width: int, top_k: int) -> int:
+    """What `index` and `select` take of the arena for n tokens, for the plan; 256 a buffer more."""
+    queries = n * heads * (3 * 2 * width + 4)
+    return queries + 4 * (n * top_k + tokens_at_once(n, n_ctx) * score_stride(n_ctx)) + 4 * 256
+
+
+def _n_parts(ops: Any, rows: IndexRows, heads: int) -> int:
+    """16-bit pieces of a query for tensor cores; 0 where sizes or the device leave them out."""
+    n_parts = _PARTS.get(rows.cache_type, 0) if ops.capability >= 80 else 0
+    fits = heads % 8 == 0 and rows.width % 32 == 0 and rows.width <= _MOST_WIDTH
+    return n_parts if fits and 3 * _token_bytes(n_parts, heads, rows.width) <= _MOST_SHARED else 0
+
+
+def _has_slabs(ops: Any, rows: IndexRows, heads: int, n: int) -> bool:
+    """Whether n tokens take Hopper's warpgroup products."""
+    fits = heads in ((32, 64, 128) if n <= _FEW else (8, 16, 32, 64, 128)) and rows.width % 64 == 0
+    fits = fits and rows.width <= _MOST_WIDTH
+    return fits and rows.cache_type == "f16" and bool(ops.capability == 90)
+
+
+def _token_bytes(n_parts: int, heads: int, width: int) -> int:
+    """Shared memory of one token's queries and weights."""
+    return 2 * n_parts * heads * width + 4 * heads
+
+
+def _scores(
+    ops: Any, scores: Array, queries: Queries, rows: IndexRows, pos: Array, start: int, n: int
+) -> None:
+    heads, width, ld = queries.weights.shape[1], rows.width, scores.shape[1]
+    parts, weights = queries.parts[start : start + n], queries.weights[start : start + n]
+    key_type = _KEYS[rows.cache_type][0]
+    if not queries.n_parts:
+        columns, heads4 = -(-width // 4) * 4, -(-heads // 4) * 4
+        shared = 4 * (heads4 * (columns + 1) + _PLAIN_ROWS * (columns + 1))
+        assert shared <= _MOST_SHARED, "index queries of one token fit shared memory"
+        grid = (max(1, 2 * ops.n_sm // n), n)
+        ops.run(
+            "dsa_scores_plain", grid, 256, scores, parts, weights, rows.keys, rows.scales, pos,
+            width, heads, ld, shared=shared, KEYS=key_type, PARTS=0,
+        )  # fmt: skip
+        return
+    few, token = len(queries.parts) <= _FEW, _token_bytes(queries.n_parts, heads, width)
+    if queries.slabs:
+        name, block = ("dsa_scores_wgmma_few", 512) if few else ("dsa_scores_wgmma", 384)
+        ops.run(
+            name, (ops.n_sm,), block, scores, parts, weights, rows.keys, pos, n, ld,
+            shared=n * token if few else 2 * (512 * width + 512), HEADS=heads, WIDTH=width,
+        )  # fmt: skip
+        return
+    ops.run(
+        "dsa_scores_few" if few else "dsa_scores_many", (2 * ops.n_sm if few else ops.n_sm,), 256,
+        scores, parts, weights, rows.keys, pos, n, ld, shared=(n if few else 3) * token,
+        KEYS=key_type, PARTS=queries.n_parts, HEADS=heads, WIDTH=width,
+    )  # fmt: skip

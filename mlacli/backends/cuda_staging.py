@@ -1,0 +1,60 @@
+"""Page-locked buffers through which weights reach a GPU while the next ones are being read."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import cupy as cp
+import numpy as np
+from numpy.typing import NDArray
+
+from mlacli.backends.cuda_weights import PIECE
+
+Host = NDArray[Any]
+_SLOTS = 3  # one being filled, one on its way, one that keeps the copy engine busy
+_MOST_THREADS = 8  # more readers than this gain nothing: memory's own bandwidth is the limit
+
+
+class Staging:
+    """Copies host arrays to the device in the stream's order; returns before they are there."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._turn = stream, 0
+        n_threads = max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)) - 1))
+        self._readers = ThreadPoolExecutor(n_threads, "mlacli-read")
+        self._n_threads = n_threads
+        pinned = (cp.cuda.PinnedMemoryPointer(cp.cuda.PinnedMemory(PIECE), 0)
+                  for _ in range(_SLOTS))  # fmt: skip
+        self._slots = [np.frombuffer(p, np.uint8, PIECE) for p in pinned]
+        self._sent = [cp.cuda.Event(block=True, disable_timing=True) for _ in range(_SLOTS)]
+
+    def send(self, target: int, host: Host) -> None:
+        """Copy at most PIECE bytes, of any strides, to device address `target`.
+
+        `host` has been read when this returns. Several threads read it: one alone can't follow
+        the bus, be it for page faults of a mapped file or for reading from disk.
+        """
+        turn = self._turn % _SLOTS
+        self._turn += 1
+        slot = self._slots[turn][: host.nbytes].view(host.dtype).reshape(host.shape)
+        self._sent[turn].synchronize()  # at once for an event that was never recorded
+        for done in [self._readers.submit(np.copyto, to, part) for to, part in
+                     zip(self._parts(slot), self._parts(host), strict=True)]:  # fmt: skip
+            done.result()
+        kind = cp.cuda.runtime.memcpyHostToDevice
+        cp.cuda.runtime.memcpyAsync(target, slot.ctypes.data, slot.nbytes, kind, self._stream.ptr)
+        self._sent[turn].record(self._stream)
+
+    def _parts(self, array: Host) -> list[Host]:
+        """About equal slices along the longer of the first two axes, one per thread."""
+        axis = 1 if array.ndim > 1 and array.shape[1] > array.shape[0] else 0
+        n = min(self._n_threads, max(1, array.nbytes >> 18), max(1, array.shape[axis]))
+        return np.array_split(array, n, axis)
+
+    def close(self) -> None:
+        """Wait for the copies, and let go of the buffers."""
+        self._stream.synchronize()
+        self._readers.shutdown()
+        self._slots = []

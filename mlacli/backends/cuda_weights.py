@@ -1,0 +1,138 @@
+"""A CUDA rank's weights: tiles for products, GGUF bytes for the rest; upload and download.
+
+A weight travels in pieces of whole row tiles: into page-locked memory, to a staging area on the
+device, and from there repacked to its place, so that its GGUF bytes are never there as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlacli.backends.cuda_array import Array
+from mlacli.loading.quant_types import QType
+from mlacli.loading.tiles import HEADER, ROWS, TiledShape, is_tiled, tiled_shape
+from mlacli.loading.untile import edge_blocks, has_foreign_groups, untile
+
+if TYPE_CHECKING:
+    from mlacli.backends.cuda_device import Device
+    from mlacli.parallel.shards import Shard
+
+Bytes = NDArray[np.uint8]
+PIECE = 32 << 20  # most bytes that travel at once
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CudaWeight:
+    """A shard of local `shape` on the device: in `tiles`, or as GGUF bytes where that is None."""
+
+    name: str
+    shape: tuple[int, ...]
+    qtype: QType
+    held: Array
+    layout: TiledShape | None = None  # None = GGUF bytes [*leading, bytes of a row]
+    skip: int = 0  # columns of the first block that are another rank's
+    first: int = 0  # of its indices along the leading axis, where that is cut
+    edges: Bytes | None = None  # blocks shared with other ranks, as the file has them
+
+    @property
+    def tiles(self) -> Array | None:
+        return None if self.layout is None else self.held
+
+    @property
+    def raw(self) -> Array:
+        assert self.layout is None, f"{self.name} lies in tiles"
+        return self.held
+
+    @property
+    def row_bytes(self) -> int:
+        return self.qtype.row_bytes(self.skip + self.shape[-1])
+
+
+def begin(device: Device, shards: Sequence[Shard]) -> None:
+    """Compiles what uploading `shards` launches, all at once."""
+    types = {s.qtype.id for s in shards if is_tiled(s.tensor, s.shape, s.qtype)}
+    with device.prepared():
+        for qtype in sorted(types):
+            device.launch("repack_tiles", (1,), 128, WTYPE=qtype)
+
+
+def upload(device: Device, raw: Bytes, shard: Shard, tiled: bool = True) -> CudaWeight:
+    """Sends `raw` [..., bytes of a row] to the device; returns before it is there.
+
+    Launches on the device's stream find it. With `tiled` false nothing is repacked.
+    """
+    skip, first = shard.skip, shard.start if shard.axis == 0 else 0
+    if not (tiled and is_tiled(shard.tensor, shard.shape, shard.qtype)):
+        held = device.take(raw.shape, np.uint8)
+        at = 0
+        for piece in _pieces(_three_axes(raw), PIECE):
+            device.send(_bytes_at(held.ptr + at, piece.raw.nbytes), piece.raw)
+            at += piece.raw.nbytes
+        return CudaWeight(shard.tensor, shard.shape, shard.qtype, held, None, skip, first)
+    layout = tiled_shape(shard.shape, shard.qtype, skip)
+    tiles = device.take((layout.nbytes,), np.uint8)
+    _repack(device, tiles, _three_axes(raw), layout, shard, skip)
+    foreign = has_foreign_groups(shard.shape[-1], shard.qtype, skip)
+    edges = edge_blocks(raw, shard.qtype) if foreign else None
+    return CudaWeight(shard.tensor, shard.shape, shard.qtype, tiles, layout, skip, first, edges)
+
+
+def download(device: Device, w: CudaWeight) -> Bytes:
+    """The bytes that were uploaded, out of what the device holds."""
+    held: Bytes = device.get(w.held)
+    return held if w.layout is None else untile(held, w.shape, w.qtype, w.skip, w.edges)
+
+
+def _repack(
+    device: Device, tiles: Array, raw: Bytes, layout: TiledShape, shard: Shard, skip: int
+) -> None:
+    device.send(tiles[:HEADER], np.zeros(HEADER, np.uint8))
+    staging = device.spare(PIECE)
+    for piece in _pieces(raw, staging.nbytes):
+        device.send(staging[: piece.raw.nbytes], piece.raw)
+        first = piece.lead * layout.n_row_tiles + piece.row // ROWS
+        n_row_tiles = piece.raw.shape[0] * -(-piece.raw.shape[1] // ROWS)
+        device.launch(
+            "repack_tiles", (n_row_tiles * -(-layout.n_col_tiles // 4),), 128, tiles, staging,
+            first, raw.shape[1], layout.all_row_tiles, shard.shape[-1], skip, layout.n_col_tiles,
+            raw.shape[2], WTYPE=shard.qtype.id,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Whole leading indices from `lead` on, or rows of one from `row` on, a multiple of 16."""
+
+    lead: int
+    row: int
+    raw: Bytes  # [leading, rows, bytes]
+
+
+def _pieces(raw: Bytes, most: int) -> Iterator[_Piece]:
+    """`raw` [leading, rows, bytes] in pieces of at most `most` bytes."""
+    lead, rows, row_bytes = raw.shape
+    at_once = most // max(1, rows * row_bytes)
+    if at_once:
+        for i in range(0, lead, at_once):
+            yield _Piece(i, 0, raw[i : i + at_once])
+        return
+    step = most // (ROWS * row_bytes) * ROWS
+    assert step, "the plan leaves no room for a row of tiles"
+    for i in range(lead):
+        for row in range(0, rows, step):
+            yield _Piece(i, row, raw[i : i + 1, row : row + step])
+
+
+def _three_axes(raw: Bytes) -> Bytes:
+    """[leading, rows, bytes] without a copy: only vectors and matrices lack axes."""
+    assert raw.ndim <= 3
+    return raw[(None,) * (3 - raw.ndim)]
+
+
+def _bytes_at(ptr: int, nbytes: int) -> Array:
+    return Array.dense(ptr, (nbytes,), np.uint8)

@@ -1,0 +1,74 @@
+"""Prefill's products run on the CPU in their mma.sync form (kit/simt.h) against NumPy.
+
+Weakest link: kit/tiled.py's rounding, which test_tiles.py holds against the unpacking.
+"""
+
+import numpy as np
+import pytest
+from kit import gemm_cases as cases
+from kit.simt_device import Launcher, SimtDevice, why_not
+
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+
+
+@pytest.fixture
+def ops():
+    return Launcher(SimtDevice())
+
+
+def held(reports, rounded: float = 1e-10, exact: float = 1e-6) -> None:
+    for case, near, far, where in reports:
+        assert near <= rounded and far <= exact, f"{case}: {near:.2g}, {far:.2g}, {where}"
+
+
+@pytest.mark.parametrize(
+    ("types", "rows", "cols", "n", "skip"),
+    [
+        (("Q4_K",), (300,), 256, 33, 0),
+        (("Q6_K", "Q8_0"), (40, 272), 256, 9, 0),
+        (("Q5_K",), (16,), 160, 33, 32),
+        (("F16", "Q5_1", "BF16"), (8, 40, 16), 72, 9, 0),
+    ],
+)
+def test_dense(ops, types, rows, cols, n, skip) -> None:
+    held(cases.dense(ops, types, rows, cols, n, skip, 1))
+
+
+def test_heads(ops) -> None:
+    held(cases.per_head(ops, "Q8_0", 3, 24, 64, 9, 2))
+
+
+def test_gated(ops) -> None:
+    held(cases.swiglu(ops, ("Q4_K", "Q6_K"), 136, 256, 40, 3), rounded=1e-8)
+
+
+@pytest.mark.parametrize(("held_experts", "merged"), [(None, False), ((1, 2), True)])
+def test_experts(ops, held_experts, merged) -> None:
+    types = ("Q4_0", "Q4_0" if merged else "IQ4_NL", "Q8_0")
+    held(cases.routed(ops, types, 40, 2, 4, 64, 32, 4, held_experts, merged), rounded=1e-8)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sorting(ops, seed) -> None:
+    cases.sorting(ops, 300, 6, 20, 3, 11, seed)
+    cases.sorting(ops, 7, 1, 64, 0, 64, seed)
+
+
+def test_rows(ops) -> None:
+    held(cases.rows(ops, 3, 77, 5), rounded=1e-12)
+
+
+def test_scores(ops) -> None:
+    held(cases.scores(ops, 19, 70, 132, 6), rounded=1e-12)
+
+
+def test_a_changed_weight_is_seen(ops) -> None:
+    """The bars would catch one wrong weight row of many."""
+    rng = np.random.default_rng(7)
+    w = cases.Weight(ops, "Q8_0", (64, 64), rng)
+    x = rng.standard_normal((9, 64), np.float32)
+    y = ops.put(np.zeros((9, 64), np.float32))
+    cases.gemm.products(ops, [(w.held, y)], cases.put16(ops, x))
+    w.rounded[5] *= 1.001
+    got, want = ops.get(y), cases.rounded16(x) @ w.rounded.T
+    assert cases.nmse(got, want) > 1e-10

@@ -1,0 +1,47 @@
+"""The line that says whether a GPU run has seen the sources as they are."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kit import gpu_proof
+
+RUN = {"device": "NVIDIA H200", "date": "2026-11-22", "passed": 57}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for name in ("kernels/a.cu", "kernels/include/b.cuh", "mlacli/backends/c.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "mlacli" / "engine.py").write_text("")
+    (tmp_path / "kernels" / "README.md").write_text("proves nothing")
+    return tmp_path
+
+
+def test_yes_and_no_since_which_files(root: Path) -> None:
+    report = RUN | {"files": gpu_proof.hashes(root)}
+    assert len(report["files"]) == 4
+    assert gpu_proof.verdict(report, root) == "GPU-proven: yes (NVIDIA H200, 2026-11-22, 57 tests)"
+    (root / "kernels" / "README.md").write_text("still nothing")
+    (root / "mlacli" / "flags.py").write_text("not proven either")
+    assert gpu_proof.changed(report, root) == []
+    (root / "kernels" / "include" / "b.cuh").write_text("changed")
+    (root / "kernels" / "new.cu").write_text("new")
+    (root / "mlacli" / "engine.py").unlink()
+    assert gpu_proof.verdict(report, root) == (
+        "GPU-proven: no since kernels/include/b.cuh, kernels/new.cu, mlacli/engine.py "
+        "(last run: NVIDIA H200, 2026-11-22, 57 tests)"
+    )
+
+
+def test_a_report_without_hashes_proves_nothing(root: Path) -> None:
+    assert gpu_proof.verdict(RUN, root).startswith("GPU-proven: no since kernels/a.cu, ")
+    assert gpu_proof.verdict(None, root).startswith("GPU-proven: no")
+
+
+def test_it_runs_as_ci_does() -> None:
+    words = [sys.executable, gpu_proof.__file__]
+    line = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert line.startswith(("GPU-proven: yes (", "GPU-proven: no since ")) and line.count("\n") == 1
