@@ -13,7 +13,8 @@
 //           mla_combine_many (h ceil(v / 128), ceil(n / 16)), 256: merges 16 tokens, then a warp a row
 //           tile; mla_combine_f32 (n h), 256
 // Assumes   R = r, a multiple of 32, V = v; at most 256 splits; SLICE a multiple of 4,
-//           at most 256, divides r; pos is complete when this kernel starts (rope.cu sees to it). mla_combine needs clusters: compute capability 9.0
+//           at most 256, divides r; pos is complete when this kernel starts (rope.cu sees to it);
+//           mla_combine needs clusters: compute capability 9.0; mla_combine_many 8.0
 // Numerics  splits in a fixed order, groups of them summed side by side; v_b as in matvec.cuh, of
 //           mla_combine_many as in heads_many.cuh (1e-7); no live split gives 0
 // Bound by  bytes of v_b and of part that live splits wrote: r * live * 4 a row
@@ -40,10 +41,14 @@ constexpr int TILES = (R + EDGE - 1) / EDGE * EDGE / 64, USED = (R + 63) / 64;  
 constexpr int SHARE = R / 8, OWN = (ROW_TILES + 7) / 8;  // columns merged; row tiles of a CTA
 constexpr int DEPTH = (USED + 7) / 8;                    // column tiles of a warp
 
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 
-extern "C" __global__ void __cluster_dims__(8, 1, 1) __launch_bounds__(256)
+extern "C" __global__ void __cluster_dims__(8, 1, 1) __launch_bounds__(256, 3)
 mla_combine(float* o, const float* part, const float* stat, const unsigned char* v_b, const int* pos,
             int n, int h, int splits, int top_k) {
     __align__(16) __shared__ float x[8 * SHARE];
