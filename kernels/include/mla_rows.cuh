@@ -32,6 +32,7 @@ constexpr int CHAINS = MT == 1 ? 2 : 1;       // sums of a score, to shorten wha
 constexpr int BLOCKS = (W + 31) / 32;         // of a q8_0 row
 constexpr int ROW_BYTES = CACHE_KIND == 2 ? 4 * W : CACHE_KIND == 3 ? 32 * BLOCKS : 2 * W;
 constexpr int CHUNKS = ROW_BYTES / 16;        // of a row
+static_assert(CHUNKS <= 256, "a thread keeps its column");
 constexpr int STAGE_ROW = RAW ? ROW_BYTES : 2 * LD;
 constexpr int STAGE_BYTES = TILE * STAGE_ROW;
 constexpr int N_SCALES = CACHE_KIND == 3 ? (TILE * BLOCKS + 255) / 256 : 1;  // of a thread
@@ -94,13 +95,17 @@ __device__ __forceinline__ void fetch(const Shared& s, const char* cache, int st
         publish_shared();  // a later copy may come to the same place
     }
 #else
+    // a thread keeps its column: whole rows at a time, so that addresses are one addition apart
+    constexpr int AT_ONCE = 256 / CHUNKS < TILE ? 256 / CHUNKS : TILE;
+    const int own = threadIdx.x / CHUNKS, col = threadIdx.x % CHUNKS * 16;
+    if (own >= AT_ONCE) return;
 #pragma unroll
-    for (int i = 0; i < (TILE * CHUNKS + 255) / 256; i++) {
-        const int chunk = i * 256 + threadIdx.x, slot = chunk / CHUNKS, col = chunk % CHUNKS;
-        if (TILE * CHUNKS % 256 && chunk >= TILE * CHUNKS) break;
+    for (int i = 0; i < (TILE + AT_ONCE - 1) / AT_ONCE; i++) {
+        const int slot = i * AT_ONCE + own;
+        if (TILE % AT_ONCE && slot >= TILE) break;
         const int row = row_of(s, first + slot, start, stop);
-        cp_async16(to + slot * STAGE_ROW + 16 * col,
-                   cache + (long long)max(row, 0) * ROW_BYTES + 16 * col, row >= 0);
+        cp_async16(to + slot * STAGE_ROW + col,
+                   cache + (long long)max(row, 0) * ROW_BYTES + col, row >= 0);
     }
 #endif
 }
