@@ -8,6 +8,11 @@ from mlacli.backends import cuda_sparse, cuda_sampling
 from mlacli.backends.cuda_device import CudaDevice
 from mlacli.params import SamplingParams
 dev=CudaDevice("cuda0", 6<<30); ops=Launcher(dev)
+EXTRA={}; _run=ops.run
+def run2(name,*a,**k):
+    if name.startswith('dsa_scores'): k.update(EXTRA)
+    return _run(name,*a,**k)
+ops.run=run2
 def timed(f, per, reps=5):
     f(); g=dev.capture(f)
     for _ in range(2): g()
@@ -54,6 +59,9 @@ if len(sys.argv)<2 or 'decode' in sys.argv:
         g=chain((p,)); g.q=qs; us[p]=timed(g,L)
     for c in (1,2,4):
         g=chain(('select',)); g.c=c; us[f'select{c}']=timed(g,L)
+    for name,extra in (('loose',dict(LOOSE=1)),('tiles4',dict(FEW_TILES=4)),('both',dict(FEW_TILES=4,LOOSE=1))):
+        EXTRA.update(extra)
+        g=chain(('scores',)); g.q=qs; us['scores '+name]=timed(g,L); EXTRA.clear()
     print(n_kv,{k:round(v,2) for k,v in us.items()},flush=True); dev.rewind(m)
 if len(sys.argv)<2 or 'prefill' in sys.argv:
   L=2
@@ -64,7 +72,11 @@ if len(sys.argv)<2 or 'prefill' in sys.argv:
     sc=ops.new((n,cuda_sparse.score_stride(n_ctx))); ch=ops.new((n,2048),'i4')
     def sco():
         for r in layers: cuda_sparse._scores(ops,sc,qs,r,step.pos,0,n)
-    us=timed(sco,L); print('prefill',n,n_kv,'scores us',round(us,1),'TF/s',round(tflops(n,n_kv,us)),flush=True)
+    if qs.slabs:
+        us=timed(sco,L); print('wgmma',n,n_kv,round(us,1),'us',round(tflops(n,n_kv,us)),'TF/s',flush=True)
+        real=cuda_sparse._has_slabs; cuda_sparse._has_slabs=lambda *a: False
+        qs=cuda_sparse.index(ops,layers[0],key,norm,bias,1e-6,step,q,w); cuda_sparse._has_slabs=real
+    us=timed(sco,L); EXTRA.update(LOOSE=1); us2=timed(sco,L); EXTRA.clear(); print(round(tflops(n,n_kv,us2)),'loose;','prefill',n,n_kv,'scores us',round(us,1),'TF/s',round(tflops(n,n_kv,us)),flush=True)
     for c in (1,2,4,8):
         def sel():
             for _ in range(2): ops.run('dsa_select',(c,n),1024,ch,sc,step.pos,2048,sc.shape[1],CLUSTER=c)

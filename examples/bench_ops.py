@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,11 +29,13 @@ from mlacli.prepare import prepare
 FLUSH = 256 << 20  # bytes that are written to empty the L2 cache
 COLD = 160 << 20  # bytes of a kernel's launches from which on they push each other out of it
 REPLAYS = 7
+LEAST = 100_000  # bytes of weights or cache from which on a rate says something
+WRITERS = ("latent", "store", "dsa_prepare")  # kernels that only add rows to the cache
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One launch as ops asked for it, what weights it reads and how many bytes pass."""
+    """One launch as ops asked for it, and what it reads of weights and cache."""
 
     name: str
     args: tuple[Any, ...]  # grid, block and the kernel's own
@@ -43,7 +46,8 @@ class Launch:
     @property
     def kind(self) -> tuple[str, str]:
         """Kernel and tensors, without their layer."""
-        return self.name, " + ".join(dict.fromkeys(t.split(".", 2)[-1] for t in self.tensors))
+        names = (re.sub(r"^blk\.\d+\.|\.weight$", "", tensor) for tensor in self.tensors)
+        return self.name, " + ".join(dict.fromkeys(names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,7 @@ class Owners:
 
     def __init__(self, engine: Engine, n: int, n_kv: int) -> None:
         hp, plan = engine.prepared.hparams, engine.prepared.plan
+        self._written = n / (n_kv + n)  # share of the rows in use that are new
         self._spans: list[tuple[int, int, str, float]] = []  # start, stop, tensor, bytes read
         weights, cache = engine._weights[0], engine._caches[0]
         found = [weights.token_embd, weights.output_norm, weights.output]
@@ -83,18 +88,19 @@ class Owners:
                 read = array.nbytes * min(1.0, (n_kv + n) / plan.n_ctx)
                 self._spans.append((array.ptr, array.ptr + array.nbytes, name, read))
 
-    def of(self, args: Sequence[Any]) -> tuple[tuple[str, ...], int]:
-        """Tensors among the arguments, and the bytes of all of them, activations included."""
+    def of(self, kernel: str, args: Sequence[Any]) -> tuple[tuple[str, ...], int]:
+        """Tensors among the arguments, and the bytes of them that a launch must read.
+
+        Activations aren't counted: their buffers are larger than what is used of them.
+        """
         tensors: dict[str, float] = {}
-        others: dict[int, int] = {}
         for array in args:
             if isinstance(array, Array):
                 span = next((s for s in self._spans if s[0] <= array.ptr < s[1]), None)
-                if span is None:
-                    others[array.ptr] = max(others.get(array.ptr, 0), array.nbytes)
-                else:
-                    tensors[span[2]] = span[3]
-        return tuple(tensors), int(sum(tensors.values()) + sum(others.values()))
+                if span is not None:
+                    new = span[2] in ("cache", "index keys") and kernel in WRITERS
+                    tensors[span[2]] = span[3] * (self._written if new else 1)
+        return tuple(tensors), int(sum(tensors.values()))
 
 
 def _arrays(part: Any) -> list[Array]:
@@ -120,12 +126,20 @@ def recorded_step(engine: Engine, n: int, n_kv: int, arena: Any) -> list[Launch]
     """The launches of a step of `n` tokens after `n_kv`, which has run; scratch from `arena`."""
     ops, hp, model = engine._ops(0), engine.prepared.hparams, engine.prepared.model
     device, owners, found = ops.device, Owners(engine, n, n_kv), []
-    launch = device.launch
+    launch, prepared = device.launch, device.prepared
 
     def noted(name: str, grid: Any, block: int, *args: Any, **how: Any) -> None:
-        tensors, nbytes = owners.of(args)
+        tensors, nbytes = owners.of(name, args)
         found.append(Launch(name, (grid, block, *args), how, tensors, nbytes))
         launch(name, grid, block, *args, **how)
+
+    @contextmanager
+    def unnoted(*args: Any) -> Iterator[None]:
+        """What only names its kernels is not part of the step."""
+        before = len(found)
+        with prepared(*args):
+            yield
+        del found[before:]
 
     def step() -> None:
         ops.execute(
@@ -136,11 +150,11 @@ def recorded_step(engine: Engine, n: int, n_kv: int, arena: Any) -> list[Launch]
 
     step()  # compiles, and leaves what belongs to the engine where it is
     with kept_apart(device, arena):
-        device.launch = noted
+        device.launch, device.prepared = noted, unnoted
         try:
             step()
         finally:
-            device.launch = launch
+            device.launch, device.prepared = launch, prepared
     return found
 
 
@@ -163,6 +177,7 @@ def fits(found: Sequence[Row]) -> dict[str, tuple[float, float]]:
     lines = {}
     for kernel in dict.fromkeys(row.kernel for row in found):
         own = [row for row in found if row.kernel == kernel]
+        own = [row for row in own if row.nbytes >= LEAST]
         sizes = np.array([row.nbytes for row in own])
         if len(own) > 1 and sizes.max() > 1.5 * sizes.min():
             slope, a = np.polyfit(sizes, [row.us for row in own], 1, w=1 / np.sqrt(sizes))
@@ -173,16 +188,15 @@ def fits(found: Sequence[Row]) -> dict[str, tuple[float, float]]:
 
 def markdown(found: Sequence[Row], copy_rate: float) -> str:
     """The table; `copy_rate` in bytes per microsecond."""
-    lines = ["| kernel | tensors | launches | MB | us | TB/s | of a copy |"]
+    lines = ["| kernel | tensors | launches | us | MB | TB/s | of a copy |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for row in found:
-        rate = row.nbytes / row.us
-        lines.append(
-            f"| {row.kernel} | {row.what} | {row.count} | {row.nbytes / 1e6:.3f} | {row.us:.2f} "
-            f"| {rate / 1e6:.2f} | {rate / copy_rate:.0%} |"
-        )
+        rate, shown = row.nbytes / row.us, "| - | - | - |"
+        if row.nbytes >= LEAST:
+            shown = f"| {row.nbytes / 1e6:.2f} | {rate / 1e6:.2f} | {rate / copy_rate:.0%} |"
+        lines.append(f"| {row.kernel} | {row.what} | {row.count} | {row.us:.2f} {shown}")
     total = sum(row.us * row.count for row in found)
-    lines.append(f"| all | | {sum(row.count for row in found)} | | {total:.0f} | | |")
+    lines.append(f"| all | | {sum(row.count for row in found)} | {total:.0f} | | | |")
     lines += [
         f"\n{kernel}: {a:.2f} us + bytes / {rate / 1e6:.2f} TB/s"
         for kernel, (a, rate) in fits(found).items()
@@ -208,10 +222,12 @@ class Clock:
         return (both - self._graph(lambda: [self._empty() for _ in few])) / len(few)
 
     def copy_rate(self) -> float:
-        """Bytes per microsecond, read and written, of a copy of a gigabyte."""
-        a, b = (self._cp.cuda.alloc(1 << 30) for _ in range(2))
-        us = self._graph(lambda: b.copy_from_device_async(a, 1 << 30, self._device.stream))
-        return (2 << 30) / us
+        """Bytes per microsecond, read and written, of a kernel that copies two gigabytes."""
+        a, b = (self._cp.zeros(1 << 28, self._cp.float64) for _ in range(2))
+        with self._device.stream:
+            self._cp.negative(a, out=b)  # compiles
+            us = self._graph(lambda: self._cp.negative(a, out=b))
+        return 2 * a.nbytes / us
 
     def step(self, launches: Sequence[Launch]) -> float:
         """Microseconds of all of them as one graph."""

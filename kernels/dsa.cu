@@ -1,19 +1,17 @@
-// Op        lightning indexer of sparse attention (DSA):
+// Op        lightning indexer of sparse attention (DSA); dsa_select.cu chooses by its scores:
 //           dsa_prepare: key = layer_norm(key) with its first 2 half columns rotated, stored at row
 //           pos[t]; queries rotated alike, split and scaled for the score kernels
 //           dsa_scores_*: score[t][j] = sum_I w[t][I] max(0, q[t][I] . key_j) / root, j <= pos[t]
-//           dsa_select: the top_k best rows of each token, ascending, ties to the lower row
 // Shapes    keys [n_ctx, i] (q8_0: int8, and scales [n_ctx, i / 32]); q parts as `part_at` says
-//           (PARTS 0: [n, I, i]); head_weights [n, I]; scores [n, ld]; chosen [n, top_k], -1 = none;
+//           (PARTS 0: [n, I, i]); head_weights [n, I]; scores [n, ld];
 //           key [n, i], q [n, I * i], w [n, I] with row strides; norm, bias [i]; cos, sin [n, half]
-// Dtypes    KEYS = 0 float32, 1 float16, 2 bfloat16, 3 q8_0; sums float32; chosen int32
+// Dtypes    KEYS = 0 float32, 1 float16, 2 bfloat16, 3 q8_0; sums float32
 // Grid      dsa_prepare (n, 1 + I / 8), 256 threads: y 0 the key, then a warp a head; dsa_scores_few
-//           and _many (persistent), 256; dsa_scores_plain (persistent, n), 256; dsa_select
-//           (CLUSTER, n), 1024
+//           and _many (persistent), 256; dsa_scores_plain (persistent, n), 256
 // Shared    dsa_scores_few: n tokens' parts and weights; _many: 3 tokens'; _plain: 64 keys and a
 //           token's queries in float32
 // Assumes   tensor kernels: HEADS = I a multiple of 8, WIDTH = i a multiple of 32, at most 128, KEYS
-//           1 or 2; ld a multiple of 4; i <= 1024; a token with pos -1 stores no key, chooses nothing
+//           1 or 2; ld a multiple of 4; i <= 1024; a token with pos -1 stores no key
 // Numerics  queries are scaled by a power of two and split into 2 float16 (22 bits) or 3 bfloat16
 //           (24 bits), so scores are float32 sums of nearly exact products; a row beyond pos[t] has
 //           no score. Rotation and layer norm as NumPy, without fused multiply-add
@@ -25,7 +23,7 @@
 
 #include "mma.cuh"
 #include "pdl.cuh"
-#include "select.cuh"
+#include "reduce.cuh"
 
 #ifndef KEYS
 #define KEYS 1
@@ -44,6 +42,9 @@
 #endif
 #endif
 #define TOKENS_AT_ONCE 16  // of dsa_scores_many, for one load of its keys
+#ifndef FEW_TILES
+#define FEW_TILES 2  // 16 keys each that a warp of dsa_scores_few takes at once
+#endif
 #define PLAIN_ROWS 64
 
 #if KEYS == 0
@@ -118,12 +119,23 @@ __device__ __forceinline__ void prepare_key(void* keys, __half* scales, const fl
 }
 
 #if PARTS
-// The 16-bit words of a query lie as the score kernels' B fragments: a lane's 16 bytes are 8
-// neighbouring columns of its head, two steps of an mma whose k order is permuted alike for keys.
+// Where a column's 16-bit word of a query lies. A lane of the score kernels takes 16 bytes, 8
+// neighbouring columns, of a key as two steps in depth; so queries' columns are permuted alike.
+#ifdef SLABS
+// As dsa_scores_wgmma's slabs: [part][64 columns][head], 16-byte pieces swizzled.
+__device__ __forceinline__ int part_at(int part, int head, int column, int heads, int width) {
+    const int t = column % 32 / 8, r = column % 8;
+    const int depth = column / 32 * 32 + r / 4 * 16 + r % 4 / 2 * 8 + 2 * t + r % 2;
+    const int row = (part * (width / 64) + depth / 64) * heads + head;
+    return row * 64 + ((depth % 64 / 8) ^ (head & 7)) * 8 + depth % 8;
+}
+#else
+// As the B fragments of mma: [part][8 heads][32 columns][lane].
 __device__ __forceinline__ int part_at(int part, int head, int column, int heads, int width) {
     const int block = (part * (heads / 8) + head / 8) * (width / 32) + column / 32;
     return (block * 32 + head % 8 * 4 + column % 32 / 8) * 8 + column % 8;
 }
+#endif
 
 // One warp a head: rotated, scaled so that the largest is in [256, 512), split in PARTS.
 __device__ __forceinline__ void prepare_head(unsigned short* parts, float* head_weight,
@@ -212,6 +224,11 @@ extern __shared__ uint4 staged[];
 __device__ __forceinline__ void product(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
 #if KEYS == 2
     mma_bf16(d, a, b);
+#elif defined(LOOSE)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
     mma_f16(d, a, b);
 #endif
@@ -240,35 +257,42 @@ struct WarpKeys {
     __device__ __forceinline__ void score(float* scores, const uint4* q, int row0, int pos) const {
         const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
         const float2* weights = (const float2*)(q + TOKEN_WORDS);
+        constexpr int BOTH = HEADS % 16 ? 1 : 2;  // tiles of 8 heads side by side: more sums under way
         float sum[TILES][2] = {};
-#pragma unroll 2
-        for (int tile = 0; tile < HEADS / 8; tile++) {
-            float d[TILES][4] = {};
+#pragma unroll 1
+        for (int tile = 0; tile < HEADS / 8; tile += BOTH) {
+            float d[BOTH][TILES][4] = {};
 #pragma unroll
             for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
                 for (int part = 0; part < PARTS; part++) {
-                    const uint4 b = q[((part * (HEADS / 8) + tile) * CHUNKS + c) * 32 + lane];
-                    const unsigned b0[2] = {b.x, b.y}, b1[2] = {b.z, b.w};
+                    unsigned b[BOTH][2][2];
 #pragma unroll
-                    for (int m = 0; m < TILES; m++) {
-                        const uint4 &u = a[m][c][0], &v = a[m][c][1];
-                        const unsigned a0[4] = {u.x, v.x, u.y, v.y};
-                        product(d[m], a0, b0);
+                    for (int o = 0; o < BOTH; o++) {
+                        const uint4 v = q[((part * (HEADS / 8) + tile + o) * CHUNKS + c) * 32 + lane];
+                        b[o][0][0] = v.x, b[o][0][1] = v.y, b[o][1][0] = v.z, b[o][1][1] = v.w;
                     }
 #pragma unroll
-                    for (int m = 0; m < TILES; m++) {
-                        const uint4 &u = a[m][c][0], &v = a[m][c][1];
-                        const unsigned a1[4] = {u.z, v.z, u.w, v.w};
-                        product(d[m], a1, b1);
-                    }
+                    for (int half = 0; half < 2; half++)
+#pragma unroll
+                        for (int m = 0; m < TILES; m++) {
+                            const uint4 &u = a[m][c][0], &v = a[m][c][1];
+                            const unsigned four[4] = {half ? u.z : u.x, half ? v.z : v.x,
+                                                      half ? u.w : u.y, half ? v.w : v.y};
+#pragma unroll
+                            for (int o = 0; o < BOTH; o++) product(d[o][m], four, b[o][half]);
+                        }
                 }
-            const float2 w = weights[tile * 4 + t];  // heads 8 tile + 2t, + 1
 #pragma unroll
-            for (int m = 0; m < TILES; m++)
+            for (int o = 0; o < BOTH; o++) {
+                const float2 w = weights[(tile + o) * 4 + t];  // heads 8 (tile + o) + 2t, + 1
 #pragma unroll
-                for (int side = 0; side < 2; side++)
-                    sum[m][side] += w.x * fmaxf(d[m][2 * side], 0.f) + w.y * fmaxf(d[m][2 * side + 1], 0.f);
+                for (int m = 0; m < TILES; m++)
+#pragma unroll
+                    for (int side = 0; side < 2; side++)
+                        sum[m][side] += w.x * fmaxf(d[o][m][2 * side], 0.f)
+                            + w.y * fmaxf(d[o][m][2 * side + 1], 0.f);
+            }
         }
 #pragma unroll
         for (int m = 0; m < TILES; m++)
@@ -291,16 +315,17 @@ __device__ __forceinline__ int largest(const int* pos, int n) {
     return last;
 }
 
-// Few tokens: all of them staged, each warp takes 32 keys at a time.
-extern "C" __global__ void __launch_bounds__(256, 2)
+// Few tokens: all of them staged, each warp takes 16 FEW_TILES keys at a time.
+extern "C" __global__ void __launch_bounds__(256, FEW_TILES == 2 ? 2 : 1)
 dsa_scores_few(float* scores, const void* parts, const float* head_weights, const void* keys,
                const int* pos, int n, long long ld) {
     pdl_launch();
     pdl_wait();
-    const int last = largest(pos, n), tiles = (last + 32) / 32;
+    const int last = largest(pos, n), rows = 16 * FEW_TILES;
+    const int tiles = (last + rows) / rows;
     int tile = blockIdx.x + gridDim.x * (threadIdx.x >> 5);
-    WarpKeys<2> held;
-    if (tile < tiles) held.load(keys, tile * 32, last);  // under way while queries are staged
+    WarpKeys<FEW_TILES> held;
+    if (tile < tiles) held.load(keys, tile * rows, last);  // under way while queries are staged
     for (int t = 0; t < n; t++) {
         const uint4* in = (const uint4*)parts + (long long)t * TOKEN_WORDS;
         for (int i = threadIdx.x; i < TOKEN_WORDS; i += 256) staged[t * STAGED_WORDS + i] = in[i];
@@ -310,9 +335,9 @@ dsa_scores_few(float* scores, const void* parts, const float* head_weights, cons
     __syncthreads();
     while (tile < tiles) {
         for (int t = 0; t < n; t++)
-            held.score(scores + t * ld, staged + t * STAGED_WORDS, tile * 32, pos[t]);
+            held.score(scores + t * ld, staged + t * STAGED_WORDS, tile * rows, pos[t]);
         tile += gridDim.x * 8;
-        if (tile < tiles) held.load(keys, tile * 32, last);
+        if (tile < tiles) held.load(keys, tile * rows, last);
     }
 }
 
@@ -409,22 +434,4 @@ dsa_scores_plain(float* scores, const float* q, const float* head_weights, const
             scores[t * ld + row0 + row] =
                 (partial[0][row] + partial[1][row]) + (partial[2][row] + partial[3][row]);
     }
-}
-
-// ---------------------------------------------------------------- dsa_select ----------------
-extern "C" __global__ void __select_bounds__(SELECT_THREADS)
-dsa_select(int* chosen, const float* scores, const int* pos, int top_k, long long ld) {
-    __shared__ SelectShared s;
-    pdl_launch();
-    pdl_wait();
-    const int row = blockIdx.y, n = pos[row] + 1;
-    int* out = chosen + (long long)row * top_k;
-    if (n <= top_k) {
-        for (int i = blockIdx.x * SELECT_THREADS + threadIdx.x; i < top_k; i += CLUSTER * SELECT_THREADS)
-            out[i] = i < n ? i : -1;
-        return;
-    }
-    RowShare share(scores + row * ld, n);
-    const Threshold t = threshold(share, top_k, s);
-    collect(share, t, s, [&](int place, int at, float) { out[place] = at; });
 }

@@ -4,15 +4,19 @@
 // Dtypes    weights any tiled type (Q0, Q1, Q2; -1: none), as float16 times their boost; x float16 of
 //           value / 16 (scale 16) or of the value (scale 1); sums float32; y by OUT: 0 float32, 1 added
 //           to float32, 2 float16
-// Grid      any number of CTAs (one fits an SM), which share the work items; 256 threads; shared
-//           bytes: 1024 + STAGES * (16384 + 16 * bytes of a staged row tile)
+// Grid      any number of CTAs (one fits an SM), which share the work items; 256 threads and with wgmma
+//           128 more; shared bytes: 1024 + STAGES * (16400 + 16 * bytes of a staged row tile)
 // Assumes   x 16-byte aligned, ldx and xb multiples of 8, its rows finite up to a multiple of 8;
-//           float16 outputs with ldy and yb multiples of
-//           8 that leave room for rows rounded up to 8; TOKENS of an item: 32, 64, 96 or 128
+//           float16 outputs with ldy and yb multiples of 8 that leave room for rows rounded up to 8;
+//           TOKENS of an item: 32, 64, 96 or 128
 // Numerics  a weight is rounded to float16 once (its scale before), x once; sums in the order of the
 //           tensor cores. NMSE 1e-11 against the same rounding in float64, 2e-7 against none
 // Bound by  tensor cores: 2 n rows cols operations; few tokens: bytes of the weights
 // Sources   see include/gemm.cuh
+// Variants  Q0=12 Q1=-1 Q2=-1 OUT=0 TOKENS=128 STAGES=4; Q0=14 Q1=8 Q2=-1 OUT=0 TOKENS=128 STAGES=4;
+//           Q0=12 Q1=-1 Q2=-1 OUT=1 TOKENS=64 STAGES=4; Q0=1 Q1=-1 Q2=-1 OUT=2 TOKENS=96 STAGES=4;
+//           Q0=30 Q1=30 Q2=30 OUT=0 TOKENS=32 STAGES=4; Q0=39 Q1=20 Q2=39 OUT=0 TOKENS=32 STAGES=4
+// Needs     8.0
 // Tested by tests/gpu/test_gemm.py, tests/kernels/test_gemm.py
 #include "gemm.cuh"
 #include "gemm_store.cuh"
@@ -57,12 +61,9 @@ struct Items {
     template <int QTYPE>
     __device__ __forceinline__ void set_tiles(
             GemmSource& from, const Segment& s, int rows, int batch) const {
-#pragma unroll
-        for (int p = 0; p < 2; p++) {
-            const int row_tile = min(rows * 16 + 8 * p + (int)(threadIdx.x >> 5), s.row_tiles - 1);
-            from.part[p] = tile_source<QTYPE>(s.w, batches * s.row_tiles, s.col_tiles,
-                                              batch * s.row_tiles + row_tile, threadIdx.x & 31);
-        }
+        const int row_tile = rows * 16 + 8 * gemm_own_part() + gemm_own_tile();
+        from.tiles = tile_source<QTYPE>(s.w, batches * s.row_tiles, s.col_tiles,
+                                        batch * s.row_tiles + row_tile, s.row_tiles - row_tile);
     }
     __device__ __forceinline__ void open(int item, GemmSource& from) const {
         int rows, token, batch;
@@ -106,7 +107,8 @@ gemm(void* y0, const unsigned char* w0, int rows0, int row_tiles0, int col_tiles
     items.n_token_items = (n + TOKENS - 1) / TOKENS;
     items.n = items.n_row_items * items.n_token_items * batches;
     __syncthreads();  // every thread wrote the same
-    Gemm<Items, TILE_BYTES> ring(items, ring_of(shared));
+    Gemm<Items, TILE_BYTES> ring(items, shared);
+    if (ring.copies()) return;
     for (int item = blockIdx.x; item < items.n; item += gridDim.x) {
         int rows, token, batch;
         const int i = items.where(item, rows, token, batch);

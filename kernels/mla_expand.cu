@@ -1,12 +1,14 @@
 // Op        keys and values of each head from latent rows row0 .. row0 + n_rows of the cache:
 //           key = c_kv k_b[head] beside the shared k_pe, value = v_b[head] c_kv
-// Shapes    keys, values, rope, up as slabs.cuh has them; unboost [2] (mla_up.cu);
+// Shapes    keys, values, rope, up as slabs.cuh has them; unboost [2] (mla_prefill_inputs.cu);
 //           cache [n_ctx, r + p]; pos [n]
-// Dtypes    cache CACHE_KIND 0 float16, 1 bfloat16, 2 float32, 3 int8 [n_ctx, 32 blocks] with float16
-//           scales [n_ctx, blocks], rounded to float16; up, keys, values float16, unboost float32
-// Variants  R=512 K=128 P=64 V=128 TILE=128 CACHE_KIND=0; R=512 K=192 P=64 V=256 TILE=64 CACHE_KIND=0;
-//           R=256 K=64 P=64 V=128 TILE=128 CACHE_KIND=3; R=512 K=128 P=64 V=128 TILE=128 CACHE_KIND=1;
-//           R=32 K=16 P=8 V=16 TILE=128 CACHE_KIND=2
+// Dtypes    cache CACHE_KIND 0 float16, 1 bfloat16, 2 float32, 3 int8 [n_ctx, 32 blocks] with
+//           float16 scales [n_ctx, blocks], rounded to float16; up, keys, values float16, unboost
+//           float32
+// Variants  R=512 K=128 P=64 V=128 TILE=128 CACHE_KIND=0;
+//           R=512 K=192 P=64 V=256 TILE=64 CACHE_KIND=0;
+//           R=256 K=64 P=64 V=128 TILE=128 CACHE_KIND=3;
+//           R=512 K=128 P=64 V=128 TILE=128 CACHE_KIND=1; R=32 K=16 P=8 V=16 TILE=128 CACHE_KIND=2
 // Needs     9.0a
 // Spills    none
 // Grid      any number of CTAs >= n_rows / 128, best one per SM; 384 threads; shared: RS slabs of
@@ -128,12 +130,14 @@ mla_expand(unsigned char* keys, unsigned char* values, unsigned char* rope,
                 const int row = i >> 3, column = 64 * slab + 8 * (i & 7);
                 const int valid = row < n_rows_here && column < R;
                 unsigned char* to = latent + slab * SLAB + piece_at(row, i & 7);
-                if constexpr (CACHE_KIND == 0)
-                    copy16(shared_address(to), cache + (valid ? (row_here + row) * PITCH + column : 0),
-                           valid);
-                else
-                    *reinterpret_cast<uint4*>(to) =
-                        valid ? piece(cache, scales, row_here + row, column) : make_uint4(0, 0, 0, 0);
+                const Cell* from = cache + (valid ? (row_here + row) * PITCH + column : 0);
+                uint4 v = make_uint4(0, 0, 0, 0);
+                if constexpr (CACHE_KIND == 0) {
+                    copy16(shared_address(to), from, valid);
+                } else {
+                    if (valid) v = piece(cache, scales, row_here + row, column);
+                    *reinterpret_cast<uint4*>(to) = v;
+                }
             }
             copies_commit();
         }
@@ -183,10 +187,12 @@ mla_expand(unsigned char* keys, unsigned char* values, unsigned char* rope,
 #pragma unroll
             for (int c = 0; c < 8; c += 2) {
                 const float* s = sum + 32 * slab + 4 * c;
-                store_matrices(
-                    shared_address(out + slab * (SLAB / 2) + piece_at(row, c + (lane >> 4))),
-                    pack_halves(s[0] * scale, s[1] * scale), pack_halves(s[2] * scale, s[3] * scale),
-                    pack_halves(s[4] * scale, s[5] * scale), pack_halves(s[6] * scale, s[7] * scale));
+                unsigned pairs[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    pairs[i] = pack_halves(s[2 * i] * scale, s[2 * i + 1] * scale);
+                unsigned char* to = out + slab * (SLAB / 2) + piece_at(row, c + (lane >> 4));
+                store_matrices(shared_address(to), pairs[0], pairs[1], pairs[2], pairs[3]);
             }
         }
         publish_shared();

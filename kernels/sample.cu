@@ -15,6 +15,7 @@
 //           NumPy's use of it; the rest own
 // Tested by tests/gpu/test_cuda_sampling.py, tests/kernels/test_sample.py
 #include "pdl.cuh"
+#define SELECT_BYTES 8192  // shared memory is for the candidates
 #include "select.cuh"
 
 #define MOST 1024  // candidates
@@ -22,7 +23,7 @@
 
 struct Candidates {
     unsigned id[MOST], value[MOST];
-    float sorted[MOST];
+    bool kept[MOST];
     double sums[SELECT_WARPS];
     unsigned best[2][16];
     int first, last;
@@ -47,23 +48,45 @@ __device__ __forceinline__ double uniform(unsigned long long seed, long long pos
     return (double)(long long)(c[0] >> 11) * 0x1p-53;
 }
 
-// Inclusive sum over the CTA's threads up to this one; `all` becomes the sum of all.
-__device__ __forceinline__ double block_scan(double x, double* sums, double& all) {
+// Inclusive sum over the first k threads of the CTA up to this one; `all` becomes the sum of all.
+__device__ __forceinline__ double block_scan(double x, int k, double* sums, double& all) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    for (int offset = 1; offset < 32; offset <<= 1) {
-        const double below = __shfl_up_sync(~0u, x, offset);
-        if (lane >= offset) x += below;
+    if (warp * 32 < k) {
+        for (int offset = 1; offset < 32; offset <<= 1) {
+            const double below = __shfl_up_sync(~0u, x, offset);
+            if (lane >= offset) x += below;
+        }
+        if (lane == 31) sums[warp] = x;
     }
     __syncthreads();
-    if (lane == 31) sums[warp] = x;
-    __syncthreads();
-    double before = 0;
-    all = 0;
-    for (int i = 0; i < SELECT_WARPS; i++) {
+    double before = all = 0;
+    for (int i = 0; i * 32 < k; i++) {
         if (i == warp) before = all;
         all += sums[i];
     }
+    __syncthreads();
     return before + x;
+}
+
+// Thread i gets the i-th largest of the first `size` threads' x (a power of two, at least 32).
+__device__ __forceinline__ unsigned long long sorted(unsigned long long x, int size,
+                                                     unsigned long long* shared) {
+    const int i = threadIdx.x;
+    for (int run = 2; run <= size; run <<= 1)
+        for (int apart = run >> 1; apart; apart >>= 1) {
+            unsigned long long other = x;
+            if (apart >= 32) {
+                __syncthreads();
+                shared[i] = x;
+                __syncthreads();
+                other = shared[i ^ apart];
+            } else if (i < size) {
+                other = __shfl_xor_sync(~0u, x, apart);
+            }
+            const bool larger = ((i & apart) == 0) == ((i & run) == 0);
+            x = larger == (x > other) ? x : other;
+        }
+    return x;
 }
 
 // Largest (key, lowest id) of the row over the cluster, in CTA 0.
@@ -101,34 +124,31 @@ __device__ __forceinline__ void argmax(RowShare& share, Candidates& c) {
 }
 
 // The place among k candidates (ascending ids) that the chain and the random number u lead to; all
-// threads of a CTA. `top` is their largest value.
-__device__ __forceinline__ int drawn(Candidates& c, int k, float top, double temp, double top_p,
-                                     double log_min_p, double u) {
+// threads of a CTA. `top` is their largest value, `space` holds 1024 words.
+__device__ __forceinline__ int drawn(Candidates& c, unsigned long long* space, int k, float top,
+                                     double temp, double top_p, double log_min_p, double u) {
     const int i = threadIdx.x;
     const bool there = i < k;
     const float value = there ? __uint_as_float(c.value[i]) : NONE;
     bool kept = there;
     double all;
     if (top_p < 1) {
-        int rank = 0;  // among the values in falling order, equals by id
-        if (there) {
-            for (int j = 0; j < k; j++) {
-                const float other = __uint_as_float(c.value[j]);
-                rank += other > value || (other == value && j < i);
-            }
-            c.sorted[rank] = value;
-        }
-        __syncthreads();
-        const double weight = there ? exp((double)c.sorted[i] - top) : 0;
-        block_scan(weight, c.sums, all);
-        const double reached = block_scan(weight / all, c.sums, all);
+        // By falling value, equals by id: the low word undoes the candidate's number.
+        const unsigned long long mine =
+            there ? (unsigned long long)ordered(value) << 32 | (unsigned)(MOST - i) : 0;
+        const unsigned long long one = sorted(mine, k > 32 ? 1 << (32 - __clz(k - 1)) : 32, space);
+        const double weight = there ? exp((double)unordered((unsigned)(one >> 32)) - top) : 0;
+        block_scan(weight, k, c.sums, all);
+        const double reached = block_scan(weight / all, k, c.sums, all);
         const int short_of_it = __syncthreads_count(there && reached < top_p);
-        kept = there && rank <= short_of_it;
+        if (there) c.kept[MOST - (unsigned)one] = i <= short_of_it;
+        __syncthreads();
+        kept = there && c.kept[i];
     }
     kept = kept && (value >= top + log_min_p || value == top);
     const double weight = kept ? exp(value / temp - top / temp) : 0;
-    block_scan(weight, c.sums, all);
-    const double reached = block_scan(weight / all, c.sums, all);
+    block_scan(weight, k, c.sums, all);
+    const double reached = block_scan(weight / all, k, c.sums, all);
     if (i == 0) c.first = MOST, c.last = 0;
     __syncthreads();
     if (kept) {
@@ -145,12 +165,14 @@ sample(int* token, int* pos, int* ring, float* logits, const long long* chain, i
     __shared__ SelectShared s;
     __shared__ Candidates c;
     pdl_launch();
+    select_clear(s);
     pdl_wait();
     const double temp = __longlong_as_double(chain[0]), top_p = __longlong_as_double(chain[1]);
     const int k = (int)chain[4], n_banned = (int)chain[5];
     for (int i = threadIdx.x; i < n_banned; i += SELECT_THREADS) logits[chain[6 + i]] = NONE;
     __syncthreads();  // every CTA of the cluster bans for itself
     RowShare share(logits, n_vocab);
+    cluster_wait();
     int id;
     float top;
     if (temp <= 0) {
@@ -158,20 +180,19 @@ sample(int* token, int* pos, int* ring, float* logits, const long long* chain, i
         if (cluster_rank()) return;
         id = c.first, top = logits[id];
     } else {
-        const Threshold t = threshold(share, k, s);
-        collect(share, t, s, [&](int place, int at, float value) {
+        select(share, k, s, [&](int place, int at) {
             peer_store(&c.id[place], 0, (unsigned)at);
-            peer_store(&c.value[place], 0, __float_as_uint(value));
+            peer_store(&c.value[place], 0, __float_as_uint(logits[at]));
         });
         cluster_sync();
         if (cluster_rank()) return;
         unsigned key = 0;
-        for (int i = threadIdx.x & 31; i < k; i += 32) key = max(key, ordered(__uint_as_float(c.value[i])));
-        for (int offset = 16; offset; offset >>= 1) key = max(key, __shfl_xor_sync(~0u, key, offset));
-        top = key == ~0u ? __int_as_float(0x7fffffff)
-                         : __uint_as_float(key ^ ((int)key < 0 ? 0x80000000u : ~0u));
+        for (int i = threadIdx.x & 31; i < k; i += 32)
+            key = max(key, ordered(__uint_as_float(c.value[i])));
+        top = unordered(warp_max(key));
         const double u = uniform((unsigned long long)chain[3], pos[0] + 1);
-        const int place = drawn(c, k, top, temp, top_p, __longlong_as_double(chain[2]), u);
+        const int place = drawn(c, (unsigned long long*)s.count, k, top, temp, top_p,
+                                __longlong_as_double(chain[2]), u);
         id = (int)c.id[place];
     }
     if (threadIdx.x) return;

@@ -242,6 +242,36 @@ class Engine:
         row: Floats = self._forward("decode", [token_id], [0])[0]
         return row
 
+    def decode_ahead(self, token_id: int, n: int, sampler: Sampler) -> list[int]:
+        """Append one token, and each that `sampler` draws after it but the last; those drawn.
+
+        At least one and at most `n` of them, at one go on the device; empty where the sampler's
+        chain, or the backend, samples on the host: use decode().
+        """
+        self._check([token_id])
+        n = min(n, self.n_ctx - self.n_kv)
+        if not all(ops.can_sample(sampler.params, sampler.banned) for ops in self._ranks.ops):
+            return []
+        hp, model, n_past = self.prepared.hparams, self.prepared.model, self.n_kv
+        frequencies = hp.rope.frequencies(hp.p)
+
+        def one_rank(rank: int) -> list[int]:
+            ops, weights, cache = self._ops(rank), self._weights[rank], self._caches[rank]
+            return ops.execute_ahead(
+                token_id, n_past, n, frequencies, sampler.params, sampler.seed, sampler.banned,
+                lambda step: model.forward(ops, hp, weights, cache, step),
+            )  # fmt: skip
+
+        ids = self._ranks.group.run(one_rank)[0]
+        self._note_forms("decode")
+        self.n_kv = n_past + len(ids)
+        return ids
+
+    def _note_forms(self, phase: Phase) -> None:
+        for ops in self._ranks.ops:
+            self.forms[phase] |= ops.forms
+            ops.forms.clear()
+
     def rewind(self, n_kv: int) -> None:
         """Forget all tokens from position `n_kv` on."""
         if not 0 <= n_kv <= self.n_kv:
@@ -291,9 +321,7 @@ class Engine:
                 )  # fmt: skip
 
         results = self._ranks.group.run(one_rank)
-        for ops in self._ranks.ops:
-            self.forms[phase] |= ops.forms
-            ops.forms.clear()
+        self._note_forms(phase)
         self.n_kv = n_past + len(ids)
         logits: Floats = first_result(results)
         return logits

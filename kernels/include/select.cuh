@@ -1,108 +1,29 @@
-// The k largest of a row of floats by radix select: 11 + 11 + 10 bits of order-preserving keys,
-// counted by a cluster of CLUSTER CTAs in shared memory. Equals go to the lower position, and the
-// chosen come out in order of their positions; integer counts only, so two runs are alike.
-// Sources: radix select as in arXiv 2306.12566 (AIR top-k); one cluster instead of the whole grid: own
+// The k largest of a row of floats, by a cluster of CLUSTER CTAs that count in shared memory. Equals
+// go to the lower position, the chosen come out in order of their positions, and counts are
+// integers, so two runs are alike. Two ways, the second where the first gives up:
+// - select_linear: one count in 2047 equal steps between the largest value and a lower bound of the
+//   k-th, where values hardly ever meet (the top bits of a float do, and equal addresses in shared
+//   memory wait for each other); the few values of the last step are compared with each other.
+// - threshold and collect: radix select by 11 + 11 + 10 bits, for rows of any kind.
+// Sources: radix select as in arXiv 2306.12566 (AIR top-k); one cluster for the grid, linear steps: own
 #pragma once
 
-#include "reduce.cuh"
+#include "row_share.cuh"
 
-#ifndef CLUSTER
-#define CLUSTER 1  // CTAs that share a row: 1 needs no cluster launch
-#endif
-#define SELECT_THREADS 1024
-#define SELECT_WARPS (SELECT_THREADS / 32)
-#define HELD 5  // float4 a thread keeps in registers: 163840 values in a cluster of 8
-
-// ---------------------------------------------------------------- cluster -------------------
-#if CLUSTER > 1
-#define __select_bounds__(threads) __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(threads)
-
-__device__ __forceinline__ unsigned cluster_rank() {
-    unsigned rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
-}
-__device__ __forceinline__ unsigned peer_address(const void* mine, unsigned rank) {
-    unsigned at;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-                 : "=r"(at) : "r"((unsigned)__cvta_generic_to_shared(mine)), "r"(rank));
-    return at;
-}
-// The word where CTA `rank` of the cluster has its `mine`.
-__device__ __forceinline__ unsigned peer_load(const unsigned* mine, unsigned rank) {
-    unsigned v;
-    asm volatile("ld.shared::cluster.u32 %0, [%1];"
-                 : "=r"(v) : "r"(peer_address(mine, rank)) : "memory");
-    return v;
-}
-__device__ __forceinline__ void peer_store(unsigned* mine, unsigned rank, unsigned v) {
-    asm volatile("st.shared::cluster.u32 [%0], %1;"
-                 :: "r"(peer_address(mine, rank)), "r"(v) : "memory");
-}
-#else
-#define __select_bounds__(threads) __launch_bounds__(threads)
-__device__ __forceinline__ unsigned cluster_rank() { return 0; }
-__device__ __forceinline__ void cluster_sync() { __syncthreads(); }
-__device__ __forceinline__ unsigned peer_load(const unsigned* mine, unsigned) { return *mine; }
-__device__ __forceinline__ void peer_store(unsigned* mine, unsigned, unsigned v) { *mine = v; }
+#define LISTED 128  // values that select_linear compares with each other
+#ifndef SELECT_BYTES
+#define SELECT_BYTES 16384  // of a CTA's bitmap of its values: 131072
 #endif
 
-// ---------------------------------------------------------------- keys and rows -------------
-// Keys compare as the floats do; -0 equals 0, and NaN is the largest, so that it can't hide.
-__device__ __forceinline__ unsigned ordered(float x) {
-    unsigned bits = __float_as_uint(x);
-    if ((bits << 1) > 0xFF000000u) return ~0u;
-    if (bits == 0x80000000u) bits = 0;
-    return bits ^ ((int)bits < 0 ? ~0u : 0x80000000u);
-}
-
-// This CTA's share of a row. A warp's values are contiguous: its groups of 128, a float4 a lane.
-struct RowShare {
-    const float* row;
-    int n, first, groups;
-    float4 held[HELD];
-
-    __device__ __forceinline__ RowShare(const float* values, int count) : row(values), n(count) {
-        const int warp = cluster_rank() * SELECT_WARPS + (threadIdx.x >> 5);
-        groups = (n + 128 * SELECT_WARPS * CLUSTER - 1) / (128 * SELECT_WARPS * CLUSTER);
-        first = warp * groups * 128 + (threadIdx.x & 31) * 4;
-        load(0);
-    }
-    __device__ __forceinline__ void load(int from) {
-#pragma unroll
-        for (int i = 0; i < HELD; i++) {
-            const int at = first + (from + i) * 128;
-            if (from + i >= groups || at >= n) continue;
-            if (at + 4 <= n) {
-                held[i] = *reinterpret_cast<const float4*>(row + at);
-            } else {
-                held[i].x = row[at];
-                if (at + 1 < n) held[i].y = row[at + 1];
-                if (at + 2 < n) held[i].z = row[at + 2];
-            }
-        }
-    }
-    // f(four values, position of the first) for all groups, by whole warps; positions may pass n.
-    template <class F>
-    __device__ __forceinline__ void each(F f) {
-        for (int from = 0; from < groups; from += HELD) {
-            if (groups > HELD) load(from);
-#pragma unroll
-            for (int i = 0; i < HELD; i++)
-                if (from + i < groups) f(held[i], first + (from + i) * 128);
-        }
-    }
-};
-
-// ---------------------------------------------------------------- select --------------------
 struct SelectShared {
-    unsigned count[2048], total[2048];
+    alignas(16) unsigned count[2048];
+    unsigned total[2048];
     unsigned warp[2][SELECT_WARPS];
     unsigned cta[2][16];
     unsigned digit, level, size;
+    unsigned listed, above, extra[16];  // select_linear's, with the values of its last step
+    unsigned key[CLUSTER][LISTED], at[CLUSTER][LISTED];
+    unsigned bitmap[SELECT_BYTES / 4];
 };
 
 // Chosen are the keys with key >> shift above prefix, and the first `level` with it equal.
@@ -111,22 +32,161 @@ struct Threshold {
     int shift, level;
 };
 
-// Inclusive sum over the lanes up to this one.
-__device__ __forceinline__ unsigned warp_scan(unsigned x) {
+// The cluster's counts of all bins: each CTA adds up a slice of them and tells all.
+__device__ __forceinline__ const unsigned* add_up(int bins, SelectShared& s) {
+    if (CLUSTER == 1) return s.count;
+    const int slice = bins / CLUSTER;
+    for (int i = threadIdx.x; i < slice; i += SELECT_THREADS) {
+        const int bin = cluster_rank() * slice + i;
+        unsigned sum = 0;
 #pragma unroll
-    for (int offset = 1; offset < 32; offset <<= 1) {
-        const unsigned below = __shfl_up_sync(~0u, x, offset);
-        if ((threadIdx.x & 31) >= offset) x += below;
+        for (int c = 0; c < CLUSTER; c++) sum += peer_load(&s.count[bin], c);
+#pragma unroll
+        for (int c = 0; c < CLUSTER; c++) peer_store(&s.total[bin], c, sum);
     }
-    return x;
+    cluster_sync();
+    return s.total;
 }
 
-// Sum of the warps' entries before this thread's warp; `all` becomes the sum of all.
-__device__ __forceinline__ unsigned before_warp(const unsigned* entries, unsigned& all) {
-    const unsigned sums = warp_scan(entries[threadIdx.x & 31]), warp = threadIdx.x >> 5;
-    all = __shfl_sync(~0u, sums, 31);
-    const unsigned below = __shfl_sync(~0u, sums, warp ? warp - 1 : 0);
-    return warp ? below : 0;
+// Before select(); touches this CTA's shared memory alone, so it can come before pdl_wait().
+__device__ __forceinline__ void select_clear(SelectShared& s) {
+    for (int i = threadIdx.x; i < 2048; i += SELECT_THREADS) s.count[i] = 0;
+    if (threadIdx.x < 16) s.extra[threadIdx.x] = 0;
+    if (threadIdx.x == 0) s.digit = ~0u, s.listed = s.above = 0;
+    cluster_arrive();
+}
+
+// Largest value of the row, and a lower bound of its k-th largest (mostly): the smallest of many
+// maxima, of warps or of lanes' batches, if those are at least k, else the smallest value. As keys.
+__device__ __forceinline__ void bounds(RowShare& share, int k, SelectShared& s, unsigned& peak,
+                                       unsigned& low) {
+    const int full = share.n / (share.groups * 128), lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const bool by_warp = k <= full, by_lane = k <= full * 32 * ((share.groups + HELD - 1) / HELD);
+    const float most_possible = __int_as_float(0x7f800000);
+    float most = LOWEST, batch = LOWEST, least = most_possible;
+    share.each(
+        [&](const float4& v, int) {
+            const float x[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                batch = larger(batch, x[e]);
+                if (!by_lane && x[e] > LOWEST) least = fminf(least, x[e]);
+            }
+        },
+        [&] {
+            most = larger(most, batch);
+            if (by_lane && batch > LOWEST) least = fminf(least, batch);
+            batch = LOWEST;
+        });
+    peak = warp_max(ordered(most));
+    low = by_warp ? (peak == ordered(LOWEST) ? ~0u : peak) : warp_min(ordered(least));
+    if (lane == 0) s.warp[0][warp] = peak, s.warp[1][warp] = low;
+    __syncthreads();
+    peak = warp_max(s.warp[0][lane]), low = warp_min(s.warp[1][lane]);
+    if (CLUSTER > 1) {
+        if (threadIdx.x < CLUSTER) {
+            peer_store(&s.cta[0][cluster_rank()], threadIdx.x, peak);
+            peer_store(&s.cta[1][cluster_rank()], threadIdx.x, low);
+        }
+        cluster_sync();
+        for (int c = 0; c < CLUSTER; c++) peak = max(peak, s.cta[0][c]), low = min(low, s.cta[1][c]);
+    }
+}
+
+// Puts the k largest, 1 <= k <= n, as collect() does; false, alike in all CTAs, where values that
+// aren't finite, lie too close or are too many for the bitmap make it give up. After select_clear().
+template <class F>
+__device__ __forceinline__ bool select_linear(RowShare& share, int k, SelectShared& s, F put) {
+    const int tid = threadIdx.x, lane = tid & 31, rank = cluster_rank();
+    if (share.groups * 512 > SELECT_BYTES) return false;
+    unsigned peak_key, low_key;
+    bounds(share, k, s, peak_key, low_key);
+    const float peak = unordered(peak_key), low = unordered(low_key), scale = 2047.f / (peak - low);
+    if (!(scale > 0.f && scale < __int_as_float(0x7f800000))) return false;
+    // 2^23 + step: steps grow as values fall, and rounding keeps that order.
+    const auto step = [&](float x) { return __fmaf_rn(peak - x, scale, 8388608.f); };
+    share.each([&](const float4& v, int) {
+        const float x[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            if (x[e] >= low) atomicAdd(&s.count[__float_as_uint(step(x[e])) - 0x4B000000u], 1u);
+    });
+    cluster_sync();
+    const unsigned* totals = add_up(2048, s);
+    {  // two steps a thread: the one in which the k-th largest lies
+        const unsigned a = totals[2 * tid], b = totals[2 * tid + 1], inclusive = warp_scan(a + b);
+        if (lane == 31) s.warp[0][tid >> 5] = inclusive;
+        __syncthreads();
+        unsigned all;
+        const unsigned upto = before_warp(s.warp[0], all) + inclusive, before = upto - a - b;
+        if (before < k && k <= upto) {
+            const bool second = k > before + a;
+            s.digit = 2 * tid + second, s.level = k - before - (second ? a : 0);
+            s.size = second ? b : a;
+        }
+        __syncthreads();
+    }
+    if (s.digit == ~0u || s.size > LISTED) return false;
+    // Values of earlier steps into the bitmap, those of the last one into everybody's list.
+    const float last = 8388608.f + s.digit;
+    const int first = rank * SELECT_WARPS * share.groups * 128;
+    unsigned n_above = 0;
+    share.each([&](const float4& v, int at) {
+        const float x[4] = {v.x, v.y, v.z, v.w};
+        unsigned above = 0;
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const float t = step(x[e]);
+            above |= (t < last ? 1u : 0u) << e;
+            if (t == last && x[e] >= low) {
+                const unsigned slot = atomicAdd(&s.listed, 1u);
+                for (int c = 0; c < CLUSTER; c++) {
+                    peer_store(&s.key[rank][slot], c, ordered(x[e]));
+                    peer_store(&s.at[rank][slot], c, at + e);
+                }
+            }
+        }
+        n_above += __popc(above);
+        const unsigned right = __shfl_xor_sync(~0u, above, 1);
+        if (!(lane & 1)) ((unsigned char*)s.bitmap)[(at - first) >> 3] = above | right << 4;
+    });
+    n_above = warp_scan(n_above);
+    if (lane == 31) atomicAdd(&s.above, n_above);
+    __syncthreads();
+    if (tid < CLUSTER) {
+        peer_store(&s.cta[0][rank], tid, s.above);
+        peer_store(&s.cta[1][rank], tid, s.listed);
+    }
+    cluster_sync();
+    // Of the list, the `level` first by value, then by position.
+    int c = 0, slot = tid;
+    while (c < CLUSTER && slot >= (int)s.cta[1][c]) slot -= s.cta[1][c++];
+    if (c < CLUSTER) {
+        const unsigned key = s.key[c][slot], at = s.at[c][slot];
+        unsigned better = 0;
+        for (int o = 0; o < CLUSTER; o++)
+            for (unsigned i = 0; i < s.cta[1][o]; i++)
+                better += s.key[o][i] > key || (s.key[o][i] == key && s.at[o][i] < at);
+        if (better < s.level) {
+            atomicAdd(&s.extra[c], 1u);
+            if (c == rank) atomicOr(&s.bitmap[(at - first) >> 5], 1u << (at & 31));
+        }
+    }
+    __syncthreads();
+    unsigned place = 0, all;
+    for (int o = 0; o < rank; o++) place += s.cta[0][o] + s.extra[o];
+    const int words = share.groups * SELECT_WARPS * 4, per = (words + SELECT_THREADS - 1) / SELECT_THREADS;
+    const int from = tid * per, stop = min(words, from + per);
+    unsigned mine = 0;
+    for (int w = from; w < stop; w++) mine += __popc(s.bitmap[w]);
+    const unsigned upto = warp_scan(mine);
+    if (lane == 31) s.warp[0][tid >> 5] = upto;
+    __syncthreads();
+    place += before_warp(s.warp[0], all) + upto - mine;
+    for (int w = from; w < stop; w++)
+        for (unsigned bits = s.bitmap[w]; bits; bits &= bits - 1)
+            put((int)place++, first + w * 32 + __ffs(bits) - 1);
+    return true;
 }
 
 // Where the k largest of a row end; 1 <= k <= n. All CTAs of the cluster, all threads.
@@ -148,18 +208,7 @@ __device__ __forceinline__ Threshold threshold(RowShare& share, int k, SelectSha
             }
         });
         cluster_sync();
-        const unsigned* totals = s.count;
-        if (CLUSTER > 1) {  // each CTA adds up a slice of the bins and tells all
-            totals = s.total;
-            const int slice = bins / CLUSTER;
-            for (int i = tid; i < slice; i += SELECT_THREADS) {
-                const int bin = cluster_rank() * slice + i;
-                unsigned sum = 0;
-                for (int c = 0; c < CLUSTER; c++) sum += peer_load(&s.count[bin], c);
-                for (int c = 0; c < CLUSTER; c++) peer_store(&s.total[bin], c, sum);
-            }
-            cluster_sync();
-        }
+        const unsigned* totals = add_up(bins, s);
         // Bins from the top, two or one a thread: the one in which the k-th largest lies.
         const int per = bins / SELECT_THREADS, top = bins - 1 - tid * per;
         const unsigned a = totals[top], b = per > 1 ? totals[top - 1] : 0;
@@ -182,7 +231,7 @@ __device__ __forceinline__ Threshold threshold(RowShare& share, int k, SelectSha
     return t;
 }
 
-// put(place, position, value) for the chosen; places ascend with positions. After threshold().
+// put(place, position) for the chosen; places ascend with positions. After threshold().
 template <class F>
 __device__ __forceinline__ void collect(RowShare& share, Threshold t, SelectShared& s, F put) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -227,17 +276,24 @@ __device__ __forceinline__ void collect(RowShare& share, Threshold t, SelectShar
         if (!__any_sync(~0u, above | level)) return;
         const unsigned mine = __popc(above) << 16 | __popc(level), upto = warp_scan(mine);
         unsigned a = base_above + ((upto - mine) >> 16), b = base_level + ((upto - mine) & 0xFFFF);
-        const float x[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             if (above >> e & 1) {
-                put((int)(a++ + min(b, wanted)), at + e, x[e]);
+                put((int)(a++ + min(b, wanted)), at + e);
             } else if (level >> e & 1) {
-                if (b < wanted) put((int)(a + b), at + e, x[e]);
+                if (b < wanted) put((int)(a + b), at + e);
                 b++;
             }
         }
         const unsigned whole = __shfl_sync(~0u, upto, 31);
         base_above += whole >> 16, base_level += whole & 0xFFFF;
     });
+}
+
+// put(place, position) for the k largest of a row; all threads of the cluster. After select_clear()
+// and cluster_wait().
+template <class F>
+__device__ __forceinline__ void select(RowShare& share, int k, SelectShared& s, F put) {
+    if (select_linear(share, k, s, put)) return;
+    collect(share, threshold(share, k, s), s, put);
 }

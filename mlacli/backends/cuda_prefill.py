@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mlacli.ops import Step
 
 _CHUNK = 8192  # most cache rows that are expanded at a time
-_CHUNK_BYTES = 128 << 20  # what their keys and values may take, but for _LEAST_CHUNK rows
+_CHUNK_BYTES = 160 << 20  # what their keys and values may take, but for _LEAST_CHUNK rows
 _LEAST_CHUNK = 1024
 _MOST_SHARED = 227 << 10  # bytes of shared memory of a CTA
 _SLAB = 128 * 128  # bytes of 128 rows of 64 float16
@@ -92,10 +92,14 @@ def takes(capability: int, sizes: Sizes) -> bool:
 
 
 def chunk_rows(sizes: Sizes, n_ctx: int) -> int:
-    """Cache rows that are expanded at a time."""
+    """Cache rows that are expanded at a time: a power of two, unless it holds all n_ctx.
+
+    So a step over n_kv and one over more rows that have as many chunks for all heads have as many
+    for some of them, and all ranks' steps can be told apart alike.
+    """
     a_row = 128 * sizes.h * (_slabs(sizes.k) + _slabs(sizes.v))
     fitting = max(_LEAST_CHUNK, min(_CHUNK, _CHUNK_BYTES // a_row))
-    return min(fitting, n_ctx + 127) // 128 * 128
+    return min(1 << (fitting.bit_length() - 1), -(-n_ctx // 128) * 128)
 
 
 def chunks(sizes: Sizes, n_ctx: int, n_kv: int) -> int:
@@ -130,17 +134,11 @@ def attend_expanded(
     as many.
     """
     h, n = sizes.h, step.n
-    blocks, chunk = -(-n // _BLOCK), chunk_rows(sizes, kv.values.shape[0])
+    chunk = chunk_rows(sizes, kv.values.shape[0])
     n_k, n_p, n_v = _slabs(sizes.k), _slabs(sizes.p), _slabs(sizes.v)
     attending = {"K": sizes.k, "P": sizes.p, "V": sizes.v, "TILE": sizes.tile}
     factor = scale * math.log2(math.e)
-    queries = ops.new((h * blocks * (n_k + n_p) * _SLAB,), np.uint8)
-    ops.run(
-        "mla_prefill_query", (blocks * _BLOCK,), 128, queries, q, step.cos, step.sin, step.pos, n,
-        h, q.strides[0] // 4, temperature.length if temperature else 1,
-        temperature.scale if temperature else 0.0, **attending,
-    )  # fmt: skip
-    up, unboost = _weights(ops, k_b, v_b, sizes)
+    queries, up, unboost = _inputs(ops, q, k_b, v_b, step, sizes, temperature)
     keys, values = (ops.new((h * chunk * size * 128,), np.uint8) for size in (n_k, n_v))
     rope = ops.new((chunk * n_p * 128,), np.uint8)
     n_chunks = chunks(sizes, kv.values.shape[0], step.n_kv)
@@ -167,18 +165,26 @@ def attend_expanded(
     return o
 
 
-def _weights(ops: Launcher, k_b: Weight, v_b: Weight, sizes: Sizes) -> tuple[Array, Array]:
-    """k_b and v_b as mla_expand reads them, and what its sums of keys and values are scaled by."""
-    columns, depth = sizes.h * (_slabs(sizes.k) + _slabs(sizes.v)), _slabs(sizes.r)
+def _inputs(
+    ops: Launcher, q: Array, k_b: Weight, v_b: Weight, step: Step, sizes: Sizes,
+    temperature: Temperature | None,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """Queries as mla_prefill reads them, k_b and v_b as mla_expand does, what scales its sums."""
+    tokens, depth = -(-step.n // _BLOCK) * _BLOCK, _slabs(sizes.r)
+    columns = sizes.h * (_slabs(sizes.k) + _slabs(sizes.v))
+    width = sizes.h * (_slabs(sizes.k) + _slabs(sizes.p))
+    queries = ops.new((tokens * width * 128,), np.uint8)
     up, unboost = ops.new((-(-columns // 2) * depth * _SLAB,), np.uint8), ops.new((2,))
     held = [(w.raw, w.row_bytes, 0) if w.tiles is None else (w.tiles, 0, 1) for w in (k_b, v_b)]
     (k, k_row, k_tiled), (v, v_row, v_tiled) = held
     ops.run(
-        "mla_up", (depth, columns), 128, up, unboost, k, v, sizes.h, k_row, v_row,
+        "mla_prefill_inputs", (depth * columns + tokens,), 128, up, unboost, queries, k, v, q,
+        step.cos, step.sin, step.pos, step.n, sizes.h, k_row, v_row, q.stride(0),
+        *((1, 0.0) if temperature is None else (temperature.length, temperature.scale)),
         K=sizes.k, P=sizes.p, V=sizes.v, R=sizes.r, TILE=sizes.tile, WTYPE=k_b.qtype.id,
         WTYPE_V=v_b.qtype.id, TILED=k_tiled, TILED_V=v_tiled,
     )  # fmt: skip
-    return up, unboost
+    return queries, up, unboost
 
 
 def _slabs(width: int) -> int:

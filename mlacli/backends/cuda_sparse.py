@@ -53,6 +53,7 @@ class Queries:
     parts: Array
     weights: Array  # [n, I]
     n_parts: int  # 0: float32 [n, I, i]
+    slabs: bool = False  # in the order of dsa_scores_wgmma
 
 
 def new_index_rows(
@@ -79,17 +80,18 @@ def index(
     half, width = step.cos.shape[-1], rows.width
     heads = 0 if weights is None else weights.shape[1]
     n_parts = _n_parts(ops, rows, heads)
+    slabs = _has_slabs(ops, rows, heads, step.n)
     prepared = None
     if q is not None and weights is not None:
         parts = ops.new((step.n, (n_parts or 2) * heads * width), "u2")
-        prepared = Queries(parts, ops.new((step.n, heads), "f4"), n_parts)
+        prepared = Queries(parts, ops.new((step.n, heads), "f4"), n_parts, slabs)
     ops.run(
         "dsa_prepare", (step.n, 1 + -(-heads // 8)), 256, rows.keys, rows.scales,
         None if prepared is None else prepared.parts,
         None if prepared is None else prepared.weights, key, norm, bias, q, weights, step.pos,
         step.cos, step.sin, width, half, heads, key.stride(0), 0 if q is None else q.stride(0),
         0 if weights is None else weights.stride(0), eps, float(np.float32(np.sqrt(heads * width))),
-        KEYS=_KEYS[rows.cache_type][0], PARTS=n_parts,
+        KEYS=_KEYS[rows.cache_type][0], PARTS=n_parts, **({"SLABS": 1} if slabs else {}),
     )  # fmt: skip
     return prepared
 
@@ -155,6 +157,13 @@ def _n_parts(ops: Any, rows: IndexRows, heads: int) -> int:
     return n_parts if fits and 3 * _token_bytes(n_parts, heads, rows.width) <= _MOST_SHARED else 0
 
 
+def _has_slabs(ops: Any, rows: IndexRows, heads: int, n: int) -> bool:
+    """Whether n tokens take Hopper's warpgroup products."""
+    fits = heads in ((32, 64, 128) if n <= _FEW else (8, 16, 32, 64, 128)) and rows.width % 64 == 0
+    fits = fits and rows.width <= _MOST_WIDTH
+    return fits and rows.cache_type == "f16" and bool(ops.capability == 90)
+
+
 def _token_bytes(n_parts: int, heads: int, width: int) -> int:
     """Shared memory of one token's queries and weights."""
     return 2 * n_parts * heads * width + 4 * heads
@@ -176,7 +185,14 @@ def _scores(
             width, heads, ld, shared=shared, KEYS=key_type, PARTS=0,
         )  # fmt: skip
         return
-    few, token = n <= _FEW, _token_bytes(queries.n_parts, heads, width)
+    few, token = len(queries.parts) <= _FEW, _token_bytes(queries.n_parts, heads, width)
+    if queries.slabs:
+        name, block = ("dsa_scores_wgmma_few", 512) if few else ("dsa_scores_wgmma", 384)
+        ops.run(
+            name, (ops.n_sm,), block, scores, parts, weights, rows.keys, pos, n, ld,
+            shared=n * token if few else 2 * (512 * width + 512), HEADS=heads, WIDTH=width,
+        )  # fmt: skip
+        return
     ops.run(
         "dsa_scores_few" if few else "dsa_scores_many", (2 * ops.n_sm if few else ops.n_sm,), 256,
         scores, parts, weights, rows.keys, pos, n, ld, shared=(n if few else 3) * token,

@@ -70,3 +70,20 @@ def test_rows_of_a_token_are_bounded_by_memory() -> None:
     assert cuda_sparse.tokens_at_once(512, 4096) == 512
     assert cuda_sparse.tokens_at_once(512, 131072) == 128
     assert cuda_sparse.tokens_at_once(512, 1 << 25) == 1
+
+
+@pytest.mark.parametrize(
+    ("n", "top_k"), [(300, 7), (300, 250), (5000, 40), (5000, 2048), (60000, 2048), (140000, 2048)]
+)
+def test_random_scores(ops: Any, n: int, top_k: int) -> None:
+    """By warps', lanes' and single values' bounds, in one batch and several; too many for the
+    bitmap; with a few far outliers, all in one step but those."""
+    rng = np.random.default_rng(n)
+    scores = rng.standard_normal((2, n)).astype(np.float32)
+    scores[1, rng.integers(0, n, 3)] *= 1e30
+    step = device_step(ops, host_step(np.array([n - 1, n - 2]), 8))
+    chosen = ops.new((2, top_k), "i4")
+    ops.run("dsa_select", (1, 2), 1024, chosen, ops.put(scores), step.pos, top_k, n, CLUSTER=1)
+    for t, row in enumerate(ops.get(chosen)):
+        want = np.argsort(-scores[t, : n - t], kind="stable")[:top_k]
+        assert np.array_equal(row, np.sort(want))

@@ -67,8 +67,10 @@ def put16(ops: Any, x: np.ndarray) -> Any:
 
 def nmse(got: np.ndarray, want: np.ndarray) -> float:
     assert got.shape == want.shape, (got.shape, want.shape)
-    return float(np.mean((got - want) ** 2) / np.mean(want**2)) if want.any() else float(
-        np.abs(got).max(initial=0)
+    return (
+        float(np.mean((got - want) ** 2) / np.mean(want**2))
+        if want.any()
+        else float(np.abs(got).max(initial=0))
     )
 
 
@@ -173,6 +175,7 @@ def routed(
             t, k = np.nonzero(ids == first + e)
             h = silu(values[t] @ parts[0][i][e].T) * (values[t] @ parts[1][i][e].T)
             out = (rounded16(h) if i == 0 else h) @ parts[2][i][e].T
+            out = rounded16(out) if i == 0 else out
             np.add.at(total, t, weights[t, k, None] * out)
         sums.append(total)
     case = f"experts {types} n {n} top {n_used} of {n_experts} held {held} merged {merged}"

@@ -24,7 +24,7 @@ KIT = Path(__file__).parent
 class SimtOps:
     """Kernels built by g++ and run on the CPU, thread after thread; arrays are NumPy's."""
 
-    n_sm, capability = 4, 90
+    n_sm, capability = 2, 90
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or Path(tempfile.gettempdir(), f"simt-{os.getuid()}")
@@ -98,7 +98,14 @@ class SimtOps:
         path = self.folder / f"{digest}.so"
         if not path.exists():
             (self.folder / f"{digest}.cpp").write_text(main)
-            command = ["g++", *flags, *words, str(self.folder / f"{digest}.cpp"), "-o", f"{path}.new"]
+            command = [
+                "g++",
+                *flags,
+                *words,
+                str(self.folder / f"{digest}.cpp"),
+                "-o",
+                f"{path}.new",
+            ]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr[:4000]
             os.replace(f"{path}.new", path)

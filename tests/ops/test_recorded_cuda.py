@@ -28,7 +28,6 @@ def decode_launches(monkeypatch: pytest.MonkeyPatch, name: str, routed: int) -> 
         return step(engine, 1)
 
 
-@pytest.mark.xfail(reason="fused kernels are being built; DESIGN allows 11, 12 with q_lora")
 @pytest.mark.parametrize("name", NAMES)
 def test_launches_a_layer(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     few, many = (decode_launches(monkeypatch, name, routed) for routed in (1, 2))
@@ -60,7 +59,8 @@ def test_scratch_stays_within_the_plan(monkeypatch: pytest.MonkeyPatch, name: st
     """Every pointer of every launch is checked by the recorder on the way."""
     with recorded(monkeypatch, cut(name, 1), ctx_size=4096, **FLAGS.get(name, {})) as engine:
         device, rank = recorder(engine), engine.prepared.plan.ranks[0]
-        loaded, reads = device.mark(), device.n_reads
+        loaded, reads = device.loaded, device.n_reads
+        device.peak = 0  # compiling ahead tried steps of other sizes
         launches = step(engine, n)
         assert launches and device.n_reads == reads + 2  # the logits, once a step
         used = device.peak - loaded
