@@ -68,7 +68,7 @@ mla_combine(float* o, const float* part, const float* stat, const unsigned char*
                             row_tile < ROW_TILES && col_tile < USED, w[k][i]);
         }
     const long long row = (long long)t * h + head;
-    const int live = live_splits(pos, n, pos[t], top_k, splits);
+    const int live = live_splits(pos, n, position(pos, t), top_k, splits);
     pdl_wait();
     const float y = merge_splits<SHARE>(part + row * splits * R, stat + row * splits * 2, live, R,
                                         rank * SHARE);
@@ -127,7 +127,7 @@ mla_combine_many(float* o, const float* part, const float* stat, const unsigned 
 #pragma unroll
     for (int i = 0; i < TOKENS / 8; i++) {
         const int t = first + warp + 8 * i;
-        live[i] = live_splits(pos, n, t < n ? pos[t] : -1, top_k, splits);
+        live[i] = live_splits(pos, n, t < n ? position(pos, t) : -1, top_k, splits);
     }
     pdl_wait();
 #pragma unroll
@@ -219,7 +219,7 @@ mla_merge_rows_f32(float* o, const float* part, const float* stat, const int* po
     constexpr int OWN = (R / 4 + 31) / 32;  // quadruples of columns of a lane
     const int lane = threadIdx.x & 31, row = blockIdx.x * 8 + (threadIdx.x >> 5);
     pdl_launch();
-    const int last = row < n * h ? pos[row / h] : -1;
+    const int last = row < n * h ? position(pos, row / h) : -1;
     const int live = live_splits(pos, n, last, top_k, splits);
     pdl_wait();
     if (row >= n * h) return;
@@ -259,7 +259,7 @@ mla_merge_f32(float* o, const float* part, const float* stat, const int* pos, in
     const int head = blockIdx.y, t = blockIdx.z, first = blockIdx.x * SLICE;
     const long long row = (long long)t * gridDim.y + head;
     pdl_launch();
-    const int live = live_splits(pos, n, pos[t], top_k, splits);
+    const int live = live_splits(pos, n, position(pos, t), top_k, splits);
     pdl_wait();
     const float y =
         merge_splits<SLICE>(part + row * splits * r, stat + row * splits * 2, live, r, first);

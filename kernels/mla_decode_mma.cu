@@ -180,7 +180,10 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
     int issued = 0;
     if (EARLY) {
         int fresh = 0x7fffffff;  // this step's first row
-        for (int t = lane; t < n; t += 32) fresh = min(fresh, pos[t] < 0 ? fresh : pos[t]);
+        for (int t = lane; t < n; t += 32) {
+            const int first = position(pos, t);
+            fresh = min(fresh, first < 0 ? fresh : first);
+        }
 #pragma unroll
         for (int offset = 16; offset; offset >>= 1)
             fresh = min(fresh, __shfl_xor_sync(~0u, fresh, offset));
@@ -215,7 +218,7 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
     }
 
     const int row = row0 + threadIdx.x / LANES;  // this thread's in softmax
-    const int seen = row < row_end ? pos[row / h] + 1 : 0;
+    const int seen = row < row_end ? position(pos, row / h) + 1 : 0;
     const float scale2 = scale * 1.4426950408889634f;
     float top = NONE, sum = 0.f, o[MT][2 * OWN][4];
 #pragma unroll
