@@ -14,11 +14,14 @@
 #endif
 
 #ifdef WGMMA
-// Descriptor of B from a shared address; + 2 per 16 columns of K.
-__device__ __forceinline__ unsigned long long wgmma_descriptor(const void* shared) {
+// Descriptor of B from a shared address and 32 bytes per 16 columns of K.
+__device__ __forceinline__ unsigned long long wgmma_descriptor(const void* shared, int more) {
     const unsigned at = (unsigned)__cvta_generic_to_shared(shared);
-    constexpr unsigned long long swizzle_128 = 1ull << 62, group_stride = 1024ull >> 4 << 32;
-    return swizzle_128 | group_stride | 1ull << 16 | (at & 0x3FFFF) >> 4;
+    constexpr unsigned swizzle_128 = 1u << 30, group_stride = 1024 >> 4;
+    unsigned long long both;  // the upper half is a constant: no carries
+    asm("mov.b64 %0, {%1, %2};" : "=l"(both)
+        : "r"(((at & 0x3FFFF) >> 4 | 1u << 16) + (more >> 4)), "r"(swizzle_128 | group_stride));
+    return both;
 }
 
 // Before the first product after registers of d or a were written.
