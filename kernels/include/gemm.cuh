@@ -27,6 +27,13 @@ constexpr int GEMM_OWN_TILES = GEMM_TILES * 32 / GEMM_COPIERS;   // that a warp 
 
 // ---------------------------------------------------------------- device helpers ------------
 #ifdef SIMT
+typedef unsigned char* SharedAt;
+__device__ __forceinline__ SharedAt shared_at(unsigned char* p) { return p; }
+template <class Pointer>
+__device__ __forceinline__ void keep(Pointer&) {}
+__device__ __forceinline__ void copy16(SharedAt to, int offset, const void* from, bool valid = true) {
+    cp_async16(to + offset, from, valid);
+}
 // The transpose of an 8 x 8 matrix of 16-bit values held as an mma fragment.
 __device__ __forceinline__ unsigned transposed(unsigned pair) {
     unsigned out;
@@ -38,6 +45,21 @@ __device__ __forceinline__ unsigned transposed(unsigned pair) {
     return out;
 }
 #else
+typedef unsigned SharedAt;
+__device__ __forceinline__ SharedAt shared_at(unsigned char* p) {
+    return (unsigned)__cvta_generic_to_shared(p);
+}
+// The compiler takes the pointer as it is and doesn't build it anew from others.
+__device__ __forceinline__ void keep(SharedAt& at) { asm volatile("" : "+r"(at)); }
+__device__ __forceinline__ void keep(const unsigned char*& p) { asm volatile("" : "+l"(p)); }
+// cp_async16 to a shared address and an offset, a constant once unrolled.
+__device__ __forceinline__ void copy16(SharedAt to, int offset, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(to + offset), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy16(SharedAt to, int offset, const void* from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"(to + offset), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
 __device__ __forceinline__ unsigned transposed(unsigned pair) {
     unsigned out;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
@@ -129,32 +151,35 @@ struct GemmSource {
 template <int TILE_BYTES>
 __device__ __forceinline__ void copy_stage(unsigned char* ring, int slot, GemmSource& from, int step) {
     const int piece = gemm_copier() & 7, token = gemm_copier() >> 3, first = from.column - 8 * piece;
-    unsigned char* to = ring + slot * GEMM_X_BYTES + token * 128 + ((piece ^ (token & 7)) << 4);
+    SharedAt to = shared_at(ring + slot * GEMM_X_BYTES + token * 128 + ((piece ^ (token & 7)) << 4));
+    keep(to);
     if (first >= 0 && first + 64 <= from.cols) {
 #pragma unroll
         for (int i = 0; i < GEMM_OWN_TOKENS; i++)
-            if (i < from.tokens) cp_async16(to + i * (GEMM_COPIERS * 16), from.x[i]);
+            if (i < from.tokens) copy16(to, i * (GEMM_COPIERS * 16), from.x[i]);
     } else {  // zeros outside of x
         const bool valid = from.column >= 0 && from.column < from.cols;
 #pragma unroll
         for (int i = 0; i < GEMM_OWN_TOKENS; i++)
-            if (i < from.tokens) cp_async16(to + i * (GEMM_COPIERS * 16), from.x[i], valid);
+            if (i < from.tokens) copy16(to, i * (GEMM_COPIERS * 16), from.x[i], valid);
     }
     from.column += 64;
 #pragma unroll
-    for (int i = 0; i < GEMM_OWN_TOKENS; i++) from.x[i] += 128;
-    to = ring + STAGES * GEMM_X_BYTES + 16 * (threadIdx.x & 31) +
-         (slot * GEMM_TILES + (gemm_copier() >> 5) * GEMM_OWN_TILES) * TILE_BYTES;
+    for (int i = 0; i < GEMM_OWN_TOKENS; i++) from.x[i] += 128, keep(from.x[i]);
+    to = shared_at(ring + STAGES * GEMM_X_BYTES + 16 * (threadIdx.x & 31) +
+                   (slot * GEMM_TILES + (gemm_copier() >> 5) * GEMM_OWN_TILES) * TILE_BYTES);
+    SharedAt to_side = to + from.q_bytes;
+    keep(to), keep(to_side);
     const int more = (step & from.side_mask) == from.side_mask ? from.side_bytes : 0;
 #pragma unroll
     for (int i = 0; i < GEMM_OWN_TILES; i++) {
 #pragma unroll
         for (int u = 0; u < 4; u++)
             if (512 * u < from.q_bytes && i < from.tiles)
-                cp_async16(to + i * TILE_BYTES + 512 * u, from.q[i] + 512 * u);
-        if (from.side_bytes && i < from.tiles)
-            cp_async16(to + i * TILE_BYTES + from.q_bytes, from.side[i]);
+                copy16(to, i * TILE_BYTES + 512 * u, from.q[i] + 512 * u);
+        if (from.side_bytes && i < from.tiles) copy16(to_side, i * TILE_BYTES, from.side[i]);
         from.q[i] += from.q_bytes, from.side[i] += more;
+        keep(from.q[i]), keep(from.side[i]);
     }
 }
 
@@ -279,14 +304,12 @@ struct Gemm {
             const unsigned char* x = ring + at * GEMM_X_BYTES;
             const unsigned char* tile =
                 ring + STAGES * GEMM_X_BYTES + (at * GEMM_TILES + warp) * TILE_BYTES;
-            const TileData<QTYPE0> w0 = load_staged<QTYPE0>(tile);
             wgmma_wait<1>();  // a0 is free
-            unpack_tile<QTYPE0>(w0, boost0, a0);
+            unpack_tile<QTYPE0>(load_staged<QTYPE0>(tile), boost0, a0);
             multiply_stage<N>(d0, a0, x, k > 0);
-            const TileData<QTYPE1> w1 = load_staged<QTYPE1>(tile + GEMM_TILES / 2 * TILE_BYTES);
-            wgmma_wait<1>();  // a1 is free, and the stage before
+            wgmma_wait<1>();  // a1 is free, and the stage before; loads wait so that products go first
             if (k > 0 && lane == 0) barrier_arrive(free + before);
-            unpack_tile<QTYPE1>(w1, boost1, a1);
+            unpack_tile<QTYPE1>(load_staged<QTYPE1>(tile + GEMM_TILES / 2 * TILE_BYTES), boost1, a1);
             multiply_stage<N>(d1, a1, x, k > 0);
             before = at;
             if (++at == STAGES) at = 0, phase ^= 1;
