@@ -216,10 +216,15 @@ __device__ __forceinline__ void multiply_stage(
     unsigned long long b[4];
 #pragma unroll
     for (int j = 0; j < 4; j++) b[j] = wgmma_descriptor(x, 32 * j);
+    // Turns keep one warpgroup unpacking while the tensor cores work for the other; without them
+    // both unpack, then both multiply. For narrow products the barriers cost more than that.
+    const int own = threadIdx.x >> 7;
+    if constexpr (N > 64) turn_wait(own);
     wgmma_fence();
 #pragma unroll
     for (int j = 0; j < 4; j++) wgmma_f16<N>(d, a[j], b[j], accumulate || j > 0);
     wgmma_commit();
+    if constexpr (N > 64) turn_pass(own);
 #else
     const int lane = threadIdx.x & 31;
     if (!accumulate)
@@ -269,6 +274,7 @@ struct Gemm {
     __device__ __forceinline__ bool copies() {
         if (threadIdx.x < GEMM_FIRST_COPIER) {
             registers_up<216>();
+            if (threadIdx.x >= 128) turn_pass(1);  // the first turn is warpgroup 0's
             return false;
         }
         registers_down<72>();

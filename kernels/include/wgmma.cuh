@@ -59,6 +59,13 @@ __device__ __forceinline__ void barrier_wait(unsigned long long* barrier, unsign
                  "@!p bra WAIT_%=;\n}\n"
                  :: "r"((unsigned)__cvta_generic_to_shared(barrier)), "r"(parity) : "memory");
 }
+// Two warpgroups take turns: turn_wait() until the other has passed the turn on.
+__device__ __forceinline__ void turn_wait(int own) {
+    asm volatile("bar.sync %0, 256;" :: "r"(1 + own) : "memory");
+}
+__device__ __forceinline__ void turn_pass(int own) {
+    asm volatile("bar.arrive %0, 256;" :: "r"(2 - own) : "memory");
+}
 // N registers for each thread of this warpgroup from here on; all its warps call it.
 template <int N>
 __device__ __forceinline__ void registers_up() {
