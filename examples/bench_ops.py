@@ -29,12 +29,13 @@ from mlacli.prepare import prepare
 FLUSH = 256 << 20  # bytes that are written to empty the L2 cache
 COLD = 160 << 20  # bytes of a kernel's launches from which on they push each other out of it
 REPLAYS = 7
+LEAST = 100_000  # bytes of weights or cache from which on a rate says something
 WRITERS = ("latent", "store", "dsa_prepare")  # kernels that only add rows to the cache
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One launch as ops asked for it, what weights it reads and how many bytes pass."""
+    """One launch as ops asked for it, and what it reads of weights and cache."""
 
     name: str
     args: tuple[Any, ...]  # grid, block and the kernel's own
@@ -88,18 +89,18 @@ class Owners:
                 self._spans.append((array.ptr, array.ptr + array.nbytes, name, read))
 
     def of(self, kernel: str, args: Sequence[Any]) -> tuple[tuple[str, ...], int]:
-        """Tensors among the arguments, and the bytes of all of them, activations included."""
+        """Tensors among the arguments, and the bytes of them that a launch must read.
+
+        Activations aren't counted: their buffers are larger than what is used of them.
+        """
         tensors: dict[str, float] = {}
-        others: dict[int, int] = {}
         for array in args:
             if isinstance(array, Array):
                 span = next((s for s in self._spans if s[0] <= array.ptr < s[1]), None)
-                if span is None:
-                    others[array.ptr] = max(others.get(array.ptr, 0), array.nbytes)
-                else:
+                if span is not None:
                     new = span[2] in ("cache", "index keys") and kernel in WRITERS
                     tensors[span[2]] = span[3] * (self._written if new else 1)
-        return tuple(tensors), int(sum(tensors.values()) + sum(others.values()))
+        return tuple(tensors), int(sum(tensors.values()))
 
 
 def _arrays(part: Any) -> list[Array]:
@@ -176,6 +177,7 @@ def fits(found: Sequence[Row]) -> dict[str, tuple[float, float]]:
     lines = {}
     for kernel in dict.fromkeys(row.kernel for row in found):
         own = [row for row in found if row.kernel == kernel]
+        own = [row for row in own if row.nbytes >= LEAST]
         sizes = np.array([row.nbytes for row in own])
         if len(own) > 1 and sizes.max() > 1.5 * sizes.min():
             slope, a = np.polyfit(sizes, [row.us for row in own], 1, w=1 / np.sqrt(sizes))
@@ -186,16 +188,15 @@ def fits(found: Sequence[Row]) -> dict[str, tuple[float, float]]:
 
 def markdown(found: Sequence[Row], copy_rate: float) -> str:
     """The table; `copy_rate` in bytes per microsecond."""
-    lines = ["| kernel | tensors | launches | MB | us | TB/s | of a copy |"]
+    lines = ["| kernel | tensors | launches | us | MB | TB/s | of a copy |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for row in found:
-        rate = row.nbytes / row.us
-        lines.append(
-            f"| {row.kernel} | {row.what} | {row.count} | {row.nbytes / 1e6:.3f} | {row.us:.2f} "
-            f"| {rate / 1e6:.2f} | {rate / copy_rate:.0%} |"
-        )
+        rate, shown = row.nbytes / row.us, "| - | - | - |"
+        if row.nbytes >= LEAST:
+            shown = f"| {row.nbytes / 1e6:.2f} | {rate / 1e6:.2f} | {rate / copy_rate:.0%} |"
+        lines.append(f"| {row.kernel} | {row.what} | {row.count} | {row.us:.2f} {shown}")
     total = sum(row.us * row.count for row in found)
-    lines.append(f"| all | | {sum(row.count for row in found)} | | {total:.0f} | | |")
+    lines.append(f"| all | | {sum(row.count for row in found)} | {total:.0f} | | | |")
     lines += [
         f"\n{kernel}: {a:.2f} us + bytes / {rate / 1e6:.2f} TB/s"
         for kernel, (a, rate) in fits(found).items()
@@ -221,10 +222,12 @@ class Clock:
         return (both - self._graph(lambda: [self._empty() for _ in few])) / len(few)
 
     def copy_rate(self) -> float:
-        """Bytes per microsecond, read and written, of a copy of a gigabyte."""
-        a, b = (self._cp.cuda.alloc(1 << 30) for _ in range(2))
-        us = self._graph(lambda: b.copy_from_device_async(a, 1 << 30, self._device.stream))
-        return (2 << 30) / us
+        """Bytes per microsecond, read and written, of a kernel that copies two gigabytes."""
+        a, b = (self._cp.zeros(1 << 28, self._cp.float64) for _ in range(2))
+        with self._device.stream:
+            self._cp.negative(a, out=b)  # compiles
+            us = self._graph(lambda: self._cp.negative(a, out=b))
+        return 2 * a.nbytes / us
 
     def step(self, launches: Sequence[Launch]) -> float:
         """Microseconds of all of them as one graph."""

@@ -1,16 +1,17 @@
-// Op        dsa_scores_wgmma: dsa.cu's scores of many tokens, on Hopper's warpgroup products:
+// Op        dsa.cu's scores on Hopper's warpgroup products, of many tokens and (_few) of a few:
 //           score[t][j] = sum_I w[t][I] max(0, q[t][I] . key_j) / root, j <= pos[t]
 // Shapes    scores [n, ld]; parts [n, 2, i / 64, I, 64] by dsa_prepare with SLABS; head_weights [n, I];
 //           keys [n_ctx, i]; pos [n], -1 = padded
 // Dtypes    keys and parts float16; scores and sums float32
 // Grid      (SMs), 384 threads: three warpgroups of two tiles of 64 keys, which stay in registers
-//           while TOKENS tokens pass through shared memory, 128 / I at a time, twice
-// Shared    2 x (512 i + 512) bytes
-// Assumes   HEADS = I divides 128 and is a multiple of 8, WIDTH = i is a multiple of 64
+//           while TOKENS tokens pass through shared memory, 128 / I at a time, twice;
+//           _few (SMs), 512 threads: the tokens stay, a warpgroup takes 64 keys after 64
+// Shared    2 x (512 i + 512) bytes; _few n x (4 I i + 4 I)
+// Assumes   HEADS = I divides 128 and is a multiple of 8 (_few: of 32), WIDTH = i is a multiple of 64
 // Needs     9.0a
 // Variants  HEADS=32 WIDTH=128; HEADS=64 WIDTH=128; HEADS=8 WIDTH=64
 // Numerics  as dsa_scores_many: queries in 2 float16 (22 bits), float32 sums
-// Bound by  4 n I n_kv i flops
+// Bound by  4 n I n_kv i flops; _few: 2 n_kv i bytes
 // Sources   own
 // Tested by tests/gpu/test_cuda_sparse.py
 #define WGMMA 1
@@ -60,8 +61,9 @@ struct Keys64 {
         }
     }
 
-    // d = keys times the 128 columns staged at `slabs`.
-    __device__ __forceinline__ void multiply(float (&d)[64], const uint4* slabs) const {
+    // d = keys times the N columns staged at `slabs`.
+    template <int N>
+    __device__ __forceinline__ void multiply(float (&d)[N / 2], const uint4* slabs) const {
         wgmma_fence();
 #pragma unroll
         for (int part = 0; part < 2; part++)
@@ -73,14 +75,27 @@ struct Keys64 {
                     const unsigned four[4] = {half ? u.z : u.x, half ? v.z : v.x,
                                               half ? u.w : u.y, half ? v.w : v.y};
                     const int step = 2 * c + half, slab = part * (WIDTH / 64) + step / 4;
-                    wgmma_f16<128>(d, four, wgmma_descriptor(slabs + slab * 1024) + 2 * (step % 4),
-                                   part + step > 0);
+                    wgmma_f16<N>(d, four, wgmma_descriptor(slabs + slab * N * 8) + 2 * (step % 4),
+                                 part + step > 0);
                 }
         wgmma_commit();
         wgmma_wait<0>();
         wgmma_hold(d);
     }
 };
+
+// Scores of rows g (x) and g + 8 (y) of one token from its HEADS columns of d.
+__device__ __forceinline__ void weigh(float& x, float& y, const float* d, const float2* weights) {
+    x = y = 0.f;
+#pragma unroll
+    for (int j = 0; j < HEADS / 8; j++) {
+        const float2 w = weights[4 * j + (threadIdx.x & 3)];
+        x += w.x * fmaxf(d[4 * j], 0.f) + w.y * fmaxf(d[4 * j + 1], 0.f);
+        y += w.x * fmaxf(d[4 * j + 2], 0.f) + w.y * fmaxf(d[4 * j + 3], 0.f);
+    }
+    x += __shfl_xor_sync(~0u, x, 1), y += __shfl_xor_sync(~0u, y, 1);
+    x += __shfl_xor_sync(~0u, x, 2), y += __shfl_xor_sync(~0u, y, 2);
+}
 
 extern "C" __global__ void __launch_bounds__(384, 1)
 dsa_scores_wgmma(float* scores, const void* parts, const float* head_weights, const void* keys,
@@ -125,18 +140,11 @@ dsa_scores_wgmma(float* scores, const void* parts, const float* head_weights, co
                 const int top = row0 + 64 * m, row = top + (threadIdx.x >> 5 & 3) * 16 + g;
                 if (top > set_last) continue;
                 float d[64];
-                held[m].multiply(d, staged + slot * STAGE_PIECES);
+                held[m].multiply<128>(d, staged + slot * STAGE_PIECES);
 #pragma unroll
                 for (int o = 0; o < TOGETHER; o++) {
-                    float x = 0.f, y = 0.f;  // rows g and g + 8
-#pragma unroll
-                    for (int j = o * (HEADS / 8); j < (o + 1) * (HEADS / 8); j++) {
-                        const float2 w = weights[4 * j + t];
-                        x += w.x * fmaxf(d[4 * j], 0.f) + w.y * fmaxf(d[4 * j + 1], 0.f);
-                        y += w.x * fmaxf(d[4 * j + 2], 0.f) + w.y * fmaxf(d[4 * j + 3], 0.f);
-                    }
-                    x += __shfl_xor_sync(~0u, x, 1), y += __shfl_xor_sync(~0u, y, 1);
-                    x += __shfl_xor_sync(~0u, x, 2), y += __shfl_xor_sync(~0u, y, 2);
+                    float x, y;
+                    weigh(x, y, d + o * (HEADS / 2), weights + o * (HEADS / 2));
                     const int token = at + o;
                     if (t == o % 4 && token < stop) {
                         float* out = scores + token * ld;
@@ -150,3 +158,54 @@ dsa_scores_wgmma(float* scores, const void* parts, const float* head_weights, co
         __syncthreads();
     }
 }
+
+#if HEADS % 32 == 0
+extern "C" __global__ void __launch_bounds__(512, 1)
+dsa_scores_wgmma_few(float* scores, const void* parts, const float* head_weights, const void* keys,
+                     const int* pos, int n, long long ld) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, group = threadIdx.x / 128;
+    const int first = blockIdx.x + gridDim.x * group, apart = gridDim.x * 4;  // tiles of 64 keys
+    pdl_launch();
+    // The first keys on their way to L2 while the queries are still prepared; the position may be
+    // that of the step before, which asks for nearly the same keys.
+    const int about = *(const volatile int*)pos;
+    for (int tile = first; tile < first + 2 * apart; tile += apart) {
+        const int row = tile * 64 + threadIdx.x % 128 / (WIDTH / 64);
+        const char* line = (const char*)((const __half*)keys + (long long)row * WIDTH)
+            + threadIdx.x % (WIDTH / 64) * 128;
+        if (row <= about) asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+    }
+    pdl_wait();
+    for (int i = threadIdx.x; i < n * TOKEN_PIECES; i += 512)
+        cp_async16(staged + i, (const uint4*)parts + i);
+    uint4* staged_weights = staged + n * TOKEN_PIECES;
+    for (int i = threadIdx.x; i < n * HEADS / 4; i += 512)
+        cp_async16(staged_weights + i, (const uint4*)head_weights + i);
+    cp_async_commit();
+    const int last = largest(pos, n), tiles = (last + 64) / 64;
+    Keys64 held[2];
+    if (first < tiles) held[0].load(keys, first * 64, last);
+    cp_async_wait<0>();
+    wgmma_publish();
+    __syncthreads();
+    const auto score = [&](const Keys64& these, int tile) {
+        const int row = tile * 64 + (threadIdx.x >> 5 & 3) * 16 + g;
+        for (int token = 0; token < n; token++) {
+            float d[HEADS / 2], x, y;
+            these.multiply<HEADS>(d, staged + token * TOKEN_PIECES);
+            weigh(x, y, d, (const float2*)(staged_weights + token * HEADS / 4));
+            float* out = scores + token * ld;
+            const int allowed = pos[token];
+            if ((lane & 3) == 0 && row <= allowed) out[row] = x;
+            if ((lane & 3) == 1 && row + 8 <= allowed) out[row + 8] = y;
+        }
+    };
+    for (int tile = first; tile < tiles; tile += 2 * apart) {
+        if (tile + apart < tiles) held[1].load(keys, (tile + apart) * 64, last);
+        score(held[0], tile);
+        if (tile + apart >= tiles) break;
+        if (tile + 2 * apart < tiles) held[0].load(keys, (tile + 2 * apart) * 64, last);
+        score(held[1], tile + apart);
+    }
+}
+#endif

@@ -28,7 +28,6 @@
 
 constexpr int GROUP = TOKEN_BLOCKS ? 4 * TOKEN_BLOCKS : 1;  // tokens of a CTA
 constexpr int PARTS = (R + 63) / 64;            // CTAs of a head
-constexpr int PADDED = (R + P + 31) / 32 * 32;
 
 // ---------------------------------------------------------------- device helpers ------------
 __device__ __forceinline__ void put(__half* to, float x) { *to = __float2half_rn(x); }
@@ -62,52 +61,50 @@ __device__ __forceinline__ void rotate(OUT* q_pe, int ld_pe, const float* q, con
     }
 }
 
-// Writes a token's cache row. All loads are under way at once: this is the longest way through.
+// Writes a token's cache row. All loads are under way at once and every warp sums the squares for
+// itself: this is the longest way through the kernel. Warp w writes blocks w, w + 4, ..
 __device__ __forceinline__ void write_row(char* cache, __half* scales, const float* c_kv,
                                           const float* k_pe, const float* norm,
                                           const float* cosine, const float* sine, const int* pos,
                                           int n, int t, long long ldkv, float eps) {
-    __shared__ float row[PADDED];
-    constexpr int OWN = (R + 127) / 128, PAIRS = (P / 2 + 127) / 128;
-    float weight[OWN], x[OWN], squares = 0.f, c[PAIRS], s[PAIRS];
-    float2 pe[PAIRS];
+    constexpr int SUMMED = (R + 31) / 32, BLOCKS = (R + P + 31) / 32, OWN = (BLOCKS + 3) / 4;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    float weight[OWN];
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
-        const int at = threadIdx.x + 128 * i;
+        const int at = 32 * (warp + 4 * i) + lane;
         weight[i] = at < R ? norm[at] : 0.f;
     }
     pdl_wait();
     if (t >= n) return;  // the whole CTA
     const int last = pos[t];
+    float squares = 0.f, x[OWN], c[OWN], s[OWN];
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
-        const int at = threadIdx.x + 128 * i;
-        x[i] = at < R ? c_kv[t * ldkv + at] : 0.f;
+        const int at = 32 * (warp + 4 * i) + lane, pair = (at - R) / 2;
+        x[i] = c[i] = s[i] = 0.f;
+        if (at < R) {
+            x[i] = c_kv[t * ldkv + at];
+        } else if (at < R + P) {
+            x[i] = k_pe[t * ldkv + at - R];
+            c[i] = cosine[t * (P / 2) + pair], s[i] = sine[t * (P / 2) + pair];
+        }
     }
 #pragma unroll
-    for (int i = 0; i < PAIRS; i++) {
-        const int pair = threadIdx.x + 128 * i;
-        const bool there = pair < P / 2;
-        pe[i] = there ? *(const float2*)(k_pe + t * ldkv + 2 * pair) : make_float2(0.f, 0.f);
-        c[i] = there ? cosine[t * (P / 2) + pair] : 0.f;
-        s[i] = there ? sine[t * (P / 2) + pair] : 0.f;
+    for (int i = 0; i < SUMMED; i++) {
+        const float v = 32 * i + lane < R ? c_kv[t * ldkv + 32 * i + lane] : 0.f;
+        squares += v * v;
     }
+    const float root = sqrtf(warp_sum(squares) / R + eps);
 #pragma unroll
-    for (int i = 0; i < OWN; i++) squares += x[i] * x[i];
-    const float root = sqrtf(block_sum(squares) / R + eps);
-#pragma unroll
-    for (int i = 0; i < OWN; i++)
-        if (threadIdx.x + 128 * i < R) row[threadIdx.x + 128 * i] = x[i] / root * weight[i];
-#pragma unroll
-    for (int i = 0; i < PAIRS; i++) {
-        const int pair = threadIdx.x + 128 * i;
-        if (pair >= P / 2) break;
-        row[R + 2 * pair] = pe[i].x * c[i] - pe[i].y * s[i];
-        row[R + 2 * pair + 1] = pe[i].x * s[i] + pe[i].y * c[i];
+    for (int i = 0; i < OWN; i++) {
+        const int at = 32 * (warp + 4 * i) + lane;
+        const float other = __shfl_xor_sync(~0u, x[i], 1);  // of the pair; R is even
+        float y = at < R ? x[i] / root * weight[i] : 0.f;
+        if (at >= R && at < R + P) y = lane & 1 ? other * s[i] + x[i] * c[i] : x[i] * c[i] - other * s[i];
+        if (last >= 0 && warp + 4 * i < BLOCKS)
+            store_block<CACHE_KIND>(cache, scales, last, warp + 4 * i, y, R + P);
     }
-    for (int i = R + P + threadIdx.x; i < PADDED; i += 128) row[i] = 0.f;
-    __syncthreads();
-    if (last >= 0) store_row<CACHE_KIND>(cache, scales, last, row, R + P);
 }
 
 // ---------------------------------------------------------------- kernels -------------------
@@ -140,6 +137,11 @@ latent(OUT* q_lat, OUT* q_pe, char* cache, __half* scales, const float* q, const
     constexpr int LD = MANY_LD<K>, TILES = (K + Tile<WTYPE>::edge - 1) / Tile<WTYPE>::edge *
                                            (Tile<WTYPE>::edge / 64);
     __align__(16) __shared__ __half x[GROUP * LD];
+    const int row_tile = part * 4 + warp, n_row_tiles = (R + 15) / 16;
+    ManyTiles<WTYPE, K> w;
+    w.load(tile_view<WTYPE>(k_b, (long long)h * n_row_tiles, TILES),
+           (long long)head * n_row_tiles + min(row_tile, n_row_tiles - 1));
+    const float boost = tile_boost<WTYPE>(k_b);
     pdl_wait();
     const float* queries = q + ((long long)first * h + head) * (K + P);
     for (int i = threadIdx.x; i < GROUP * (LD / 2); i += 128) {
@@ -151,12 +153,9 @@ latent(OUT* q_lat, OUT* q_pe, char* cache, __half* scales, const float* q, const
     if (part == 0)
         rotate(q_pe, ld_pe, q, cosine, sine, pos, n, h, head, first, scale, length);
     __syncthreads();
-    const int row_tile = part * 4 + warp;
-    if (row_tile * 16 >= R) return;
-    const auto view = tile_view<WTYPE>(k_b, (long long)h * ((R + 15) / 16), TILES);
+    if (row_tile >= n_row_tiles) return;
     float acc[GROUP / 8][4];
-    many_product<WTYPE, K, GROUP>(acc, view, (long long)head * ((R + 15) / 16) + row_tile, x,
-                                  tile_boost<WTYPE>(k_b));
+    many_product<WTYPE, K, GROUP>(acc, w, x, boost);
     const float result = many_result<WTYPE>(k_b);
 #pragma unroll
     for (int i = 0; i < GROUP / 8 * 4; i++) {

@@ -10,7 +10,7 @@
 //           columns, hands them to the others and computes every eighth 16 rows of v_b
 //           mla_merge_f32 (r / SLICE, h, n), 256; mla_merge_rows_f32 (ceil(n h / 8)), 256: a warp a row;
 //           mla_values (h * ceil(v / 16), ceil(n / (4 TOKEN_BLOCKS))), 256
-//           mla_combine_many (h ceil(v / 128), ceil(n / 32)), 256: merges 32 tokens, then a warp a row
+//           mla_combine_many (h ceil(v / 128), ceil(n / 16)), 256: merges 16 tokens, then a warp a row
 //           tile; mla_combine_f32 (n h), 256
 // Assumes   R = r, a multiple of 32, V = v; at most 256 splits; SLICE a multiple of 4,
 //           at most 256, divides r; pos is complete when this kernel starts (rope.cu sees to it). mla_combine needs clusters: compute capability 9.0
@@ -46,7 +46,7 @@ __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.w
 extern "C" __global__ void __cluster_dims__(8, 1, 1) __launch_bounds__(256)
 mla_combine(float* o, const float* part, const float* stat, const unsigned char* v_b, const int* pos,
             int n, int h, int splits, int top_k) {
-    __align__(16) __shared__ float merged[SHARE], x[8 * SHARE];
+    __align__(16) __shared__ float x[8 * SHARE];
     __shared__ FewSums<8, OWN, 1> sums;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int head = blockIdx.x / 8, rank = blockIdx.x % 8, t = blockIdx.y;
@@ -65,13 +65,17 @@ mla_combine(float* o, const float* part, const float* stat, const unsigned char*
     const long long row = (long long)t * h + head;
     const int live = live_splits(pos, n, pos[t], top_k, splits);
     pdl_wait();
-    merge_splits<SHARE>(merged, part + row * splits * R, stat + row * splits * 2, live, R, rank * SHARE);
+    const float y = merge_splits<SHARE>(part + row * splits * R, stat + row * splits * 2, live, R,
+                                        rank * SHARE);
     cluster_wait();
-    for (int i = threadIdx.x; i < 8 * SHARE; i += 256) {  // to everybody's x
-        const unsigned here = (unsigned)__cvta_generic_to_shared(x + rank * SHARE + i % SHARE);
-        unsigned there;
-        asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(i / SHARE));
-        asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(merged[i % SHARE]) : "memory");
+    if (threadIdx.x < SHARE) {  // to everybody's x
+        const unsigned here = (unsigned)__cvta_generic_to_shared(x + rank * SHARE + threadIdx.x);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            unsigned there;
+            asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(i));
+            asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(y) : "memory");
+        }
     }
     cluster_arrive();
     cluster_wait();
@@ -102,7 +106,7 @@ mla_combine(float* o, const float* part, const float* stat, const unsigned char*
 extern "C" __global__ void __launch_bounds__(256, 1)
 mla_combine_many(float* o, const float* part, const float* stat, const unsigned char* v_b,
                  const int* pos, int n, int h, int splits, int top_k) {
-    constexpr int LD = MANY_LD<R>, TOKENS = 32, BANDS = (ROW_TILES + 7) / 8;
+    constexpr int LD = MANY_LD<R>, TOKENS = 16, BANDS = (ROW_TILES + 7) / 8;
     __align__(16) __shared__ __half x[TOKENS * LD];
     __shared__ float peaks[TOKENS], inverses[TOKENS];
     __shared__ int lives[TOKENS];
@@ -110,6 +114,10 @@ mla_combine_many(float* o, const float* part, const float* stat, const unsigned 
     const int head = blockIdx.x / BANDS, row_tile = blockIdx.x % BANDS * 8 + warp;
     const int first = blockIdx.y * TOKENS;
     pdl_launch();
+    ManyTiles<WTYPE, R> w;
+    w.load(tile_view<WTYPE>(v_b, (long long)h * ROW_TILES, TILES),
+           (long long)head * ROW_TILES + min(row_tile, ROW_TILES - 1));
+    const float boost = tile_boost<WTYPE>(v_b);
     int live[TOKENS / 8];  // of this warp's tokens
 #pragma unroll
     for (int i = 0; i < TOKENS / 8; i++) {
@@ -137,29 +145,36 @@ mla_combine_many(float* o, const float* part, const float* stat, const unsigned 
         }
     }
     __syncthreads();
-#pragma unroll 4
-    for (int i = threadIdx.x; i < TOKENS * (LD / 4); i += 256) {
-        const int t = i / (LD / 4), c = i % (LD / 4) * 4;
-        const long long row = (long long)(first + t) * h + head;
-        const float peak = peaks[t];
-        float4 y = make_float4(0.f, 0.f, 0.f, 0.f);
-        for (int s = 0; s < (c < R ? lives[t] : 0); s++) {
+    constexpr int ITEMS = (TOKENS * (LD / 4) + 255) / 256;  // quadruples of a thread
+    float4 y[ITEMS];
+    int most = 0;
+#pragma unroll
+    for (int i = 0; i < TOKENS; i++) most = max(most, lives[i]);
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) y[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+    for (int s = 0; s < most; s++)
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            const int at = threadIdx.x + 256 * i, t = at / (LD / 4), c = at % (LD / 4) * 4;
+            if (t >= TOKENS || c >= R || s >= lives[t]) continue;
+            const long long row = (long long)(first + t) * h + head;
             const float4 v = *(const float4*)(part + (row * splits + s) * R + c);
             const float2 st = *(const float2*)(stat + (row * splits + s) * 2);
-            const float w = st.y > 0.f ? exp2f(st.x - peak) : 0.f;
-            y.x += w * v.x, y.y += w * v.y, y.z += w * v.z, y.w += w * v.w;
+            const float w = st.y > 0.f ? exp2f(st.x - peaks[t]) * inverses[t] : 0.f;
+            y[i].x += w * v.x, y[i].y += w * v.y, y[i].z += w * v.z, y[i].w += w * v.w;
         }
-        const float inverse = inverses[t];
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) {
+        const int at = threadIdx.x + 256 * i, t = at / (LD / 4), c = at % (LD / 4) * 4;
+        if (t >= TOKENS) break;
         __half2* to = (__half2*)(x + t * LD + c);
-        to[0] = __halves2half2(many_half(y.x * inverse), many_half(y.y * inverse));
-        to[1] = __halves2half2(many_half(y.z * inverse), many_half(y.w * inverse));
+        to[0] = __halves2half2(many_half(y[i].x), many_half(y[i].y));
+        to[1] = __halves2half2(many_half(y[i].z), many_half(y[i].w));
     }
     __syncthreads();
     if (row_tile >= ROW_TILES) return;
-    const auto view = tile_view<WTYPE>(v_b, (long long)h * ROW_TILES, TILES);
     float acc[TOKENS / 8][4];
-    many_product<WTYPE, R, TOKENS>(acc, view, (long long)head * ROW_TILES + row_tile, x,
-                                   tile_boost<WTYPE>(v_b));
+    many_product<WTYPE, R, TOKENS>(acc, w, x, boost);
     const float result = many_result<WTYPE>(v_b);
 #pragma unroll
     for (int i = 0; i < TOKENS / 2; i++) {
@@ -236,14 +251,14 @@ mla_merge_rows_f32(float* o, const float* part, const float* stat, const int* po
 extern "C" __global__ void __launch_bounds__(256)
 mla_merge_f32(float* o, const float* part, const float* stat, const int* pos, int n, int splits,
               int r, int top_k) {
-    __shared__ float merged[SLICE];
     const int head = blockIdx.y, t = blockIdx.z, first = blockIdx.x * SLICE;
     const long long row = (long long)t * gridDim.y + head;
     pdl_launch();
     const int live = live_splits(pos, n, pos[t], top_k, splits);
     pdl_wait();
-    merge_splits<SLICE>(merged, part + row * splits * r, stat + row * splits * 2, live, r, first);
-    for (int i = threadIdx.x; i < SLICE; i += 256) o[row * r + first + i] = merged[i];
+    const float y =
+        merge_splits<SLICE>(part + row * splits * r, stat + row * splits * 2, live, r, first);
+    if (threadIdx.x < SLICE) o[row * r + first + threadIdx.x] = y;
 }
 #endif
 

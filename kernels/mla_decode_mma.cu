@@ -6,7 +6,7 @@
 //           pos [n] (-1: attends to nothing)
 // Dtypes    q float16; cache CACHE_KIND 0 float16, 1 bfloat16, 2 float32, 3 int8 with float16 scales; its
 //           values are rounded to float16 and so are probabilities (-gap f16); sums float32
-// Grid      (splits, ceil(rows / (16 MT)), z), 256 threads; z 1 and rows = n h, or CHOSEN: z n and
+// Grid      (splits, ceil(rows / (16 MT)), z), 256 threads, MT 1 or 2; z 1 and rows = n h, or CHOSEN: z n and
 //           rows = h. Shared bytes: cuda_attention.decode_shared
 // Assumes   r a multiple of 16, r + p of 8, 16-byte aligned rows; rows up to pos are written; EARLY 1:
 //           rows below this step's first position, and pos, were complete when the predecessor
@@ -15,12 +15,12 @@
 //           order; dead splits write nothing. NMSE against float64 of the rounded inputs about 4e-8:
 //           the rounding of probabilities
 // Bound by  bytes of the cache, once per 16 MT query rows
-// Variants  R=512 P=64 MT=1 CACHE_KIND=0 STAGES=5 CHOSEN=0 EARLY=1 PIPE=1;
-//           R=512 P=64 MT=2 CACHE_KIND=0 STAGES=5 CHOSEN=0 EARLY=1 PIPE=1;
-//           R=512 P=64 MT=4 CACHE_KIND=0 STAGES=2 CHOSEN=1 EARLY=0 PIPE=0;
-//           R=256 P=64 MT=1 CACHE_KIND=3 STAGES=5 CHOSEN=0 EARLY=1 PIPE=1;
-//           R=512 P=64 MT=1 CACHE_KIND=2 STAGES=2 CHOSEN=0 EARLY=0 PIPE=0;
-//           R=32 P=8 MT=2 CACHE_KIND=1 STAGES=5 CHOSEN=1 EARLY=0 PIPE=1
+// Variants  R=512 P=64 MT=1 CACHE_KIND=0 STAGES=5 CHOSEN=0 EARLY=1;
+//           R=512 P=64 MT=2 CACHE_KIND=0 STAGES=5 CHOSEN=0 EARLY=1;
+//           R=512 P=64 MT=2 CACHE_KIND=0 STAGES=2 CHOSEN=1 EARLY=0;
+//           R=256 P=64 MT=1 CACHE_KIND=3 STAGES=5 CHOSEN=0 EARLY=1;
+//           R=512 P=64 MT=1 CACHE_KIND=2 STAGES=2 CHOSEN=0 EARLY=0;
+//           R=32 P=8 MT=2 CACHE_KIND=1 STAGES=5 CHOSEN=1 EARLY=0
 // Needs     8.0
 // Spills    none
 // Sources   online softmax: arXiv 1805.02867; split-KV: arXiv 2311.01282; own
@@ -31,6 +31,12 @@
 #include "mla_splits.cuh"
 #include "mma.cuh"
 #include "pdl.cuh"
+#if !defined(SIMT) && __CUDA_ARCH__ >= 900
+#define BULK 1  // rows come by bulk copies: cp.async would take a third of the load units' time
+#include "bulk_copy.cuh"
+#else
+#define BULK 0
+#endif
 
 constexpr int TILE = SPLIT_ROWS;              // cache rows at a time
 constexpr int M = 16 * MT;                    // query rows of a CTA
@@ -43,15 +49,13 @@ constexpr int PART = (STEPS + KG - 1) / KG;   // steps of a warp
 constexpr int UNITS = R / 16, OWN = (UNITS + 7) / 8;  // 16 columns of o; those of a warp
 constexpr int LDS = TILE + 8, LDP = TILE + 8;
 constexpr int LANES = 256 / M, COLS = TILE / LANES;   // threads and scores of a row in softmax
-constexpr bool Q_SHARED = MT > 2;             // else a warp keeps its part of q in registers
-constexpr bool RAW = CACHE_KIND != 0;               // rows are converted after they arrive
-constexpr int AHEAD = Q_SHARED || RAW ? 0 : PIPE;     // scores are computed a tile ahead, so that they, the
-                                              // softmax and the values of three tiles overlap
-constexpr int BUFFERS = AHEAD ? 2 : 1;            // of scores and probabilities
+constexpr bool RAW = CACHE_KIND != 0;         // rows are converted after they arrive
+constexpr int CHAINS = MT == 1 ? 2 : 1;       // sums of a score, to shorten what waits on each other
 constexpr int BLOCKS = (W + 31) / 32;         // of a q8_0 row
 constexpr int ROW_BYTES = CACHE_KIND == 2 ? 4 * W : CACHE_KIND == 3 ? 32 * BLOCKS : 2 * W;
 constexpr int CHUNKS = ROW_BYTES / 16;        // of a row
-constexpr int STAGE_BYTES = TILE * (RAW ? ROW_BYTES : 2 * LD);
+constexpr int STAGE_ROW = RAW ? ROW_BYTES : 2 * LD;
+constexpr int STAGE_BYTES = TILE * STAGE_ROW;
 constexpr int N_SCALES = CACHE_KIND == 3 ? (TILE * BLOCKS + 255) / 256 : 1;  // of a thread
 #define NONE __int_as_float(0xff800000)       // -inf
 
@@ -59,11 +63,11 @@ constexpr int N_SCALES = CACHE_KIND == 3 ? (TILE * BLOCKS + 255) / 256 : 1;  // 
 struct Shared {
     char* ring;                // STAGES tiles as they come
     __half* tile;              // [TILE][LD]: a converted tile (RAW)
-    __half* q;                 // [M][LD] (Q_SHARED)
-    float* score;              // [BUFFERS][KG][M][LDS]: parts of scores
-    __half* weight;            // [BUFFERS][M][LDP]: probabilities
-    float* keep;               // [BUFFERS][M]: what remains of older sums
-    float* scale;              // [2][TILE][BLOCKS] of this tile and the next (CACHE_KIND 3)
+    float* score;              // [KG][M][LDS]: parts of scores
+    __half* weight;            // [M][LDP]: probabilities
+    float* keep;               // [M]: what remains of older sums
+    unsigned long long* full;  // [STAGES + 1]: tiles that have arrived; queries
+    float* scale;              // [2][TILE][BLOCKS] of this tile and the next (q8_0)
     int* wanted;               // [length]: this split's rows (CHOSEN)
 };
 
@@ -71,10 +75,10 @@ __device__ __forceinline__ Shared carve(char* at) {
     Shared s;
     s.ring = at, at += STAGES * STAGE_BYTES;
     s.tile = (__half*)at, at += RAW ? TILE * LD * 2 : 0;
-    s.q = (__half*)at, at += Q_SHARED ? M * LD * 2 : 0;
-    s.score = (float*)at, at += BUFFERS * KG * M * LDS * 4;
-    s.weight = (__half*)at, at += BUFFERS * M * LDP * 2;
-    s.keep = (float*)at, at += BUFFERS * M * 4;
+    s.score = (float*)at, at += KG * M * LDS * 4;
+    s.weight = (__half*)at, at += M * LDP * 2;
+    s.keep = (float*)at, at += M * 4;
+    s.full = (unsigned long long*)at, at += (STAGES + 1) * 8;
     s.scale = (float*)at, at += CACHE_KIND == 3 ? 2 * TILE * BLOCKS * 4 : 0;
     s.wanted = (int*)at;
     return s;
@@ -90,14 +94,70 @@ __device__ __forceinline__ int row_of(const Shared& s, int i, int start, int sto
 __device__ __forceinline__ void fetch(const Shared& s, const char* cache, int stage, int first,
                                       int start, int stop) {
     char* to = s.ring + stage * STAGE_BYTES;
+#if BULK
+    if (threadIdx.x < TILE) {  // a row a lane
+        const int row = row_of(s, first + threadIdx.x, start, stop);
+        const unsigned bar = shared_address(s.full + stage), rows = __ballot_sync(~0u, row >= 0);
+        if (threadIdx.x == 0) barrier_expect(bar, __popc(rows) * ROW_BYTES);
+        __syncwarp();
+        if (row >= 0)
+            bulk_load(shared_address(to + threadIdx.x * STAGE_ROW),
+                      cache + (long long)row * ROW_BYTES, ROW_BYTES, bar);
+    }
+    if (CHOSEN || start + first + TILE > stop) {
+        for (int chunk = threadIdx.x; chunk < TILE * CHUNKS; chunk += 256)
+            if (row_of(s, first + chunk / CHUNKS, start, stop) < 0)
+                *(uint4*)(to + chunk / CHUNKS * STAGE_ROW + 16 * (chunk % CHUNKS)) =
+                    make_uint4(0, 0, 0, 0);
+        publish_shared();  // a later copy may come to the same place
+    }
+#else
 #pragma unroll
     for (int i = 0; i < (TILE * CHUNKS + 255) / 256; i++) {
         const int chunk = i * 256 + threadIdx.x, slot = chunk / CHUNKS, col = chunk % CHUNKS;
         if (TILE * CHUNKS % 256 && chunk >= TILE * CHUNKS) break;
         const int row = row_of(s, first + slot, start, stop);
-        cp_async16(to + slot * (RAW ? ROW_BYTES : 2 * LD) + 16 * col,
+        cp_async16(to + slot * STAGE_ROW + 16 * col,
                    cache + (long long)max(row, 0) * ROW_BYTES + 16 * col, row >= 0);
     }
+#endif
+}
+
+// Ends the copies of a stage: without bulk copies, of as many tiles as were asked for.
+__device__ __forceinline__ void fetched() {
+    if (!BULK) cp_async_commit();
+}
+
+// Until tile i has arrived.
+__device__ __forceinline__ void await(const Shared& s, int i) {
+#if BULK
+    barrier_wait(shared_address(s.full + i % STAGES), i / STAGES & 1);
+#else
+    cp_async_wait<STAGES - 2>();
+#endif
+}
+
+// The CTA's queries to `to`, [M][LD]; rows from `row_end` on hold anything: nobody uses their results.
+__device__ __forceinline__ void take_queries(const Shared& s, __half* to, const __half* q, int row0,
+                                             int row_end) {
+#if BULK
+    const unsigned bar = shared_address(s.full + STAGES);
+    if (threadIdx.x < 32) {
+        if (threadIdx.x == 0) barrier_expect(bar, min(M, row_end - row0) * 2 * W);
+        __syncwarp();
+        if (threadIdx.x < min(M, row_end - row0))
+            bulk_load(shared_address(to + threadIdx.x * LD),
+                      q + (long long)(row0 + threadIdx.x) * W, 2 * W, bar);
+    }
+    barrier_wait(bar, 0);
+#else
+    for (int i = threadIdx.x; i < M * (W / 8); i += 256) {
+        const int row = row0 + i / (W / 8), c = i % (W / 8) * 8;
+        if (row < row_end)
+            *(uint4*)(to + i / (W / 8) * LD + c) = *(const uint4*)(q + (long long)row * W + c);
+    }
+    __syncthreads();
+#endif
 }
 
 // Scales of the tile at `first`: read one tile ahead, since they are too short for cp.async.
@@ -150,17 +210,16 @@ __device__ __forceinline__ uint4 converted(const Shared& s, const char* raw, int
 }
 
 // Scores of this warp's part of r + p and half of the tile, to s.score.
-__device__ __forceinline__ void score_part(const Shared& s, const __half* tile, int buffer,
-                                           const unsigned (&q)[Q_SHARED ? 1 : MT][PART][4]) {
+__device__ __forceinline__ void score_part(const Shared& s, const __half* tile,
+                                           const unsigned (&q)[MT][PART][4]) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, kg = warp % KG, ng = warp / KG;
-    float acc[MT][2][4];
+    float acc[MT][CHAINS][2][4];
 #pragma unroll
     for (int m = 0; m < MT; m++)
 #pragma unroll
-        for (int i = 0; i < 8; i++) acc[m][i / 4][i % 4] = 0.f;
+        for (int i = 0; i < 8 * CHAINS; i++) acc[m][i / 8][i / 4 % 2][i % 4] = 0.f;
     // ldmatrix x4: rows 0-7 and 8-15 of the half, each at columns 0-7 and 8-15 of the step
     const __half* rows = tile + (16 * ng + (lane >> 4) * 8 + (lane & 7)) * LD + (lane >> 3 & 1) * 8;
-    const __half* queries = s.q + ((lane >> 3 & 1) * 8 + (lane & 7)) * LD + (lane >> 4) * 8;
 #pragma unroll
     for (int i = 0; i < PART; i++) {
         const int step = kg * PART + i;
@@ -170,37 +229,34 @@ __device__ __forceinline__ void score_part(const Shared& s, const __half* tile, 
         const unsigned b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
 #pragma unroll
         for (int m = 0; m < MT; m++) {
-            unsigned a[4];
-            if constexpr (Q_SHARED) {
-                ldmatrix(a, queries + 16 * m * LD + 16 * step);
-            } else {
-#pragma unroll
-                for (int x = 0; x < 4; x++) a[x] = q[m][i][x];
-            }
-            mma_f16(acc[m][0], a, b0);
-            mma_f16(acc[m][1], a, b1);
+            mma_f16(acc[m][i % CHAINS][0], q[m][i], b0);
+            mma_f16(acc[m][i % CHAINS][1], q[m][i], b1);
         }
     }
-    float* out = s.score + (buffer * KG + kg) * M * LDS + (lane >> 2) * LDS + 16 * ng + 2 * (lane & 3);
+    float* out = s.score + kg * M * LDS + (lane >> 2) * LDS + 16 * ng + 2 * (lane & 3);
 #pragma unroll
     for (int m = 0; m < MT; m++)
 #pragma unroll
         for (int x = 0; x < 2; x++) {
-            *(float2*)(out + 16 * m * LDS + 8 * x) = make_float2(acc[m][x][0], acc[m][x][1]);
-            *(float2*)(out + (16 * m + 8) * LDS + 8 * x) = make_float2(acc[m][x][2], acc[m][x][3]);
+            float* sum = acc[m][0][x];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (CHAINS == 2) sum[i] += acc[m][CHAINS - 1][x][i];
+            *(float2*)(out + 16 * m * LDS + 8 * x) = make_float2(sum[0], sum[1]);
+            *(float2*)(out + (16 * m + 8) * LDS + 8 * x) = make_float2(sum[2], sum[3]);
         }
 }
 
 // Probabilities of a tile to s.weight; top and sum are those of this thread's row and columns.
-__device__ __forceinline__ void softmax(const Shared& s, int buffer, float scale2, int first,
-                                        int start, int stop, int seen, float& top, float& sum) {
+__device__ __forceinline__ void softmax(const Shared& s, float scale2, int first, int start,
+                                        int stop, int seen, float& top, float& sum) {
     const int row = threadIdx.x / LANES, col = threadIdx.x % LANES * COLS;
     float v[COLS], peak = top;
 #pragma unroll
     for (int i = 0; i < COLS; i++) {
         v[i] = 0.f;
 #pragma unroll
-        for (int k = 0; k < KG; k++) v[i] += s.score[((buffer * KG + k) * M + row) * LDS + col + i];
+        for (int k = 0; k < KG; k++) v[i] += s.score[(k * M + row) * LDS + col + i];
         const int slot = first + col + i;
         const bool open = CHOSEN ? row_of(s, slot, start, stop) >= 0 : start + slot < seen;
         v[i] = open ? v[i] * scale2 : NONE;
@@ -215,19 +271,19 @@ __device__ __forceinline__ void softmax(const Shared& s, int buffer, float scale
     for (int i = 0; i < COLS; i += 2) {
         const float a = exp2f(v[i] - base), b = exp2f(v[i + 1] - base);
         sum += a + b;
-        *(__half2*)(s.weight + (buffer * M + row) * LDP + col + i) = __floats2half2_rn(a, b);
+        *(__half2*)(s.weight + row * LDP + col + i) = __floats2half2_rn(a, b);
     }
     top = peak;
-    if (threadIdx.x % LANES == 0) s.keep[buffer * M + row] = keep;
+    if (threadIdx.x % LANES == 0) s.keep[row] = keep;
 }
 
 // o = keep * o + weights * tile[:, this warp's columns].
-__device__ __forceinline__ void add_values(const Shared& s, const __half* tile, int buffer,
+__device__ __forceinline__ void add_values(const Shared& s, const __half* tile,
                                            float (&o)[MT][2 * OWN][4]) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
 #pragma unroll
     for (int m = 0; m < MT; m++) {
-        const float* keep = s.keep + buffer * M + 16 * m + lane / 4;
+        const float* keep = s.keep + 16 * m + lane / 4;
         const float low = keep[0], high = keep[8];
 #pragma unroll
         for (int c = 0; c < 2 * OWN; c++)
@@ -238,8 +294,8 @@ __device__ __forceinline__ void add_values(const Shared& s, const __half* tile, 
     for (int k = 0; k < TILE / 16; k++) {
         unsigned a[MT][4];
 #pragma unroll
-        for (int m = 0; m < MT; m++) 
-            ldmatrix(a[m], s.weight + (buffer * M + 16 * m + row) * LDP + 16 * k + col);
+        for (int m = 0; m < MT; m++)
+            ldmatrix(a[m], s.weight + (16 * m + row) * LDP + 16 * k + col);
 #pragma unroll
         for (int u = 0; u < OWN; u++) {
             if (UNITS % 8 && warp * OWN + u >= UNITS) break;
@@ -258,7 +314,7 @@ __device__ __forceinline__ void add_values(const Shared& s, const __half* tile, 
 // ---------------------------------------------------------------- kernels -------------------
 extern __shared__ uint4 attention_memory[];
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 1)
 mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, const __half* scales,
                const int* chosen, const int* pos, int rows, int h, int n, int top_k, float scale) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, splits = gridDim.x;
@@ -279,19 +335,27 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
         pdl_wait();
         return;
     }
+#if BULK
+    if (threadIdx.x == 0) {
+        for (int i = 0; i <= STAGES; i++) barrier_init(shared_address(s.full + i), 1);
+        barriers_ready();
+    }
+#endif
     if (CHOSEN) {  // one token per CTA
         for (int i = threadIdx.x; i < stop - start; i += 256) {
             const int row = chosen[(long long)blockIdx.z * top_k + start + i];
             s.wanted[i] = row <= last_seen ? row : -1;
         }
     }
+    // queries go where no tile has been yet
+    __half* queries = RAW ? s.tile : (__half*)(s.ring + (STAGES - 1) * STAGE_BYTES);
     // the columns that pad the last step: zeros in every tile, never written again
     if (W % 16) {
         __half* padded = RAW ? s.tile : (__half*)s.ring;
         for (int i = threadIdx.x; i < (RAW ? 1 : STAGES) * TILE; i += 256)
             for (int c = W; c < 16 * STEPS; c++) padded[i * LD + c] = __float2half(0.f);
     }
-    if (CHOSEN) __syncthreads();
+    if (CHOSEN || BULK || W % 16) __syncthreads();
 
     // ---- first copies: those of old rows may start before the predecessor ends
     int issued = 0;
@@ -304,44 +368,27 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
         for (; issued < min(STAGES - 1, tiles); issued++) {
             if (start + min((issued + 1) * TILE, stop - start) > fresh) break;
             fetch(s, cache, issued, issued * TILE, start, stop);
-            cp_async_commit();
+            fetched();
         }
         pdl_wait();
     }
     for (; issued < STAGES - 1; issued++) {
         if (issued < tiles) fetch(s, cache, issued, issued * TILE, start, stop);
-        cp_async_commit();
+        fetched();
     }
 
-    // ---- queries: to shared memory in 16-byte pieces; where warps keep their part in registers, to
-    // where no tile has been yet
-    __half* queries = Q_SHARED ? s.q : RAW ? s.tile : (__half*)(s.ring + (STAGES - 1) * STAGE_BYTES);
-    constexpr int PIECES = LD / 8 - 1;
-    uint4 piece[(M * PIECES + 255) / 256];
+    // ---- queries: a warp keeps its part of r + p in registers
+    take_queries(s, queries, q, row0, row_end);
+    unsigned q_part[MT][PART][4];
 #pragma unroll
-    for (int i = 0; i < (M * PIECES + 255) / 256; i++) {
-        const int at = i * 256 + threadIdx.x, row = row0 + at / PIECES, c = at % PIECES * 8;
-        piece[i] = make_uint4(0, 0, 0, 0);
-        if (at < M * PIECES && row < row_end && c < W)
-            piece[i] = *(const uint4*)(q + (long long)row * W + c);
-    }
+    for (int m = 0; m < MT; m++)
 #pragma unroll
-    for (int i = 0; i < (M * PIECES + 255) / 256; i++) {
-        const int at = i * 256 + threadIdx.x;
-        if (at < M * PIECES) *(uint4*)(queries + at / PIECES * LD + at % PIECES * 8) = piece[i];
-    }
-    unsigned q_part[Q_SHARED ? 1 : MT][PART][4];
-    if constexpr (!Q_SHARED) {
-        __syncthreads();
-        const __half* from = queries + ((lane >> 3 & 1) * 8 + (lane & 7)) * LD + (lane >> 4) * 8;
-#pragma unroll
-        for (int m = 0; m < MT; m++)
-#pragma unroll
-            for (int i = 0; i < PART; i++) {
-                const int step = warp % KG * PART + i;
-                if (step < STEPS) ldmatrix(q_part[m][i], from + 16 * m * LD + 16 * step);
-            }
-    }
+        for (int i = 0; i < PART; i++) {
+            const int step = warp % KG * PART + i;
+            if (step < STEPS)
+                ldmatrix(q_part[m][i], queries + (16 * m + (lane >> 3 & 1) * 8 + (lane & 7)) * LD +
+                                           (lane >> 4) * 8 + 16 * step);
+        }
     float own_scales[N_SCALES];
     if (CACHE_KIND == 3) {
         load_scales(own_scales, s, scales, 0, start, stop);
@@ -358,54 +405,38 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
         for (int i = 0; i < 8 * OWN; i++) o[m][i / 4][i % 4] = 0.f;
 
     // ---- tiles
-    const auto tile_at = [&](int i) { return s.ring + i % STAGES * STAGE_BYTES; };
-    if constexpr (AHEAD) {
-        cp_async_wait<STAGES - 2>();
-        __syncthreads();
-        score_part(s, (const __half*)tile_at(0), 0, q_part);
-        for (int i = 0; i < tiles; i++) {
-            cp_async_wait<STAGES - 3>();
-            __syncthreads();  // tile i + 1 and scores of i are there, all are done with i - 1
-            if (i + STAGES - 1 < tiles)
-                fetch(s, cache, (i + STAGES - 1) % STAGES, (i + STAGES - 1) * TILE, start, stop);
-            cp_async_commit();
-            softmax(s, i & 1, scale2, i * TILE, start, stop, seen, top, sum);
-            if (i + 1 < tiles) score_part(s, (const __half*)tile_at(i + 1), (i + 1) & 1, q_part);
-            __syncthreads();
-            add_values(s, (const __half*)tile_at(i), i & 1, o);
-        }
-    } else {
-        for (int i = 0; i < tiles; i++) {
-            cp_async_wait<STAGES - 2>();
-            __syncthreads();  // tile i is there for all, and all are done with tile i - 1
-            if (i + STAGES - 1 < tiles)
-                fetch(s, cache, (i + STAGES - 1) % STAGES, (i + STAGES - 1) * TILE, start, stop);
-            cp_async_commit();
-            const __half* tile = RAW ? s.tile : (const __half*)tile_at(i);
-            if (RAW) {
-                if (CACHE_KIND == 3)
-                    load_scales(own_scales, s, scales, (i + 1) * TILE, start, stop);
-                for (int c = threadIdx.x; c < TILE * (W / 8); c += 256) {
-                    const int slot = c / (W / 8), col = c % (W / 8);
-                    *(uint4*)(s.tile + slot * LD + 8 * col) =
-                        converted(s, tile_at(i), slot, col, i & 1);
-                }
-                if (CACHE_KIND == 3) keep_scales(s, own_scales, (i + 1) & 1);
-                __syncthreads();
+    for (int i = 0; i < tiles; i++) {
+        await(s, i);
+        __syncthreads();  // tile i is there for all, and all are done with tile i - 1
+        if (i + STAGES - 1 < tiles)
+            fetch(s, cache, (i + STAGES - 1) % STAGES, (i + STAGES - 1) * TILE, start, stop);
+        fetched();
+        const char* here = s.ring + i % STAGES * STAGE_BYTES;
+        const __half* tile = RAW ? s.tile : (const __half*)here;
+        if (RAW) {
+            if (CACHE_KIND == 3) load_scales(own_scales, s, scales, (i + 1) * TILE, start, stop);
+            for (int c = threadIdx.x; c < TILE * (W / 8); c += 256) {
+                const int slot = c / (W / 8), col = c % (W / 8);
+                *(uint4*)(s.tile + slot * LD + 8 * col) = converted(s, here, slot, col, i & 1);
             }
-            score_part(s, tile, 0, q_part);
+            if (CACHE_KIND == 3) keep_scales(s, own_scales, (i + 1) & 1);
             __syncthreads();
-            softmax(s, 0, scale2, i * TILE, start, stop, seen, top, sum);
-            __syncthreads();
-            add_values(s, tile, 0, o);
         }
+        score_part(s, tile, q_part);
+        __syncthreads();
+        softmax(s, scale2, i * TILE, start, stop, seen, top, sum);
+        __syncthreads();
+        add_values(s, tile, o);
     }
 
-    // ---- results: rows of 8 columns' sums in pairs
+    // ---- results: by way of shared memory, since fragments would be written 32 bytes at a time
 #pragma unroll
     for (int offset = LANES / 2; offset; offset >>= 1) sum += __shfl_xor_sync(~0u, sum, offset);
     if (threadIdx.x % LANES == 0 && row < row_end)
         *(float2*)(stat + ((long long)row * splits + blockIdx.x) * 2) = make_float2(top, sum);
+    constexpr int LDO = R + 8;
+    float* sums = (float*)s.ring;
+    __syncthreads();
 #pragma unroll
     for (int m = 0; m < MT; m++)
 #pragma unroll
@@ -413,11 +444,16 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
             const int col = 16 * OWN * warp + 8 * c + 2 * (lane & 3);
             if (UNITS % 8 && col >= R) break;
 #pragma unroll
-            for (int x = 0; x < 2; x++) {
-                const int at = row0 + 16 * m + 8 * x + lane / 4;
-                if (at < row_end)
-                    *(float2*)(part + ((long long)at * splits + blockIdx.x) * R + col) =
-                        make_float2(o[m][c][2 * x], o[m][c][2 * x + 1]);
-            }
+            for (int x = 0; x < 2; x++)
+                *(float2*)(sums + (16 * m + 8 * x + lane / 4) * LDO + col) =
+                    make_float2(o[m][c][2 * x], o[m][c][2 * x + 1]);
         }
+    __syncthreads();
+#pragma unroll 4
+    for (int i = threadIdx.x; i < M * (R / 4); i += 256) {
+        const int at = row0 + i / (R / 4), c = i % (R / 4) * 4;
+        if (at < row_end)
+            *(float4*)(part + ((long long)at * splits + blockIdx.x) * R + c) =
+                *(const float4*)(sums + i / (R / 4) * LDO + c);
+    }
 }

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 _KINDS = {"f16": 0, "bf16": 1, "f32": 2, "q8_0": 3}
 _C_TYPES = {"f16": "__half", "bf16": "__nv_bfloat16", "f32": "float", "q8_0": "signed char"}
 _CELLS: dict[str, Any] = {"f16": np.float16, "bf16": np.uint16, "f32": np.float32, "q8_0": np.int8}
-_PIPE = 1  # of kernels/mla_decode_mma.cu
 _PLAIN_SPLITS = 32
 _FEW_SPLITS = 16  # up to here a warp merges a row
 _FEW = 8  # tokens; beyond it, per-head products take float16 activations (-gap f16)
@@ -176,7 +175,7 @@ def attend(
     n, h, width = q.shape
     rows, top_k = (n * h, 0) if chosen is None else (h, chosen.shape[1])
     tokens, limit = 1 if chosen is None else n, shared_limit(ops.capability)
-    for m_tiles in (4, 2, 1):
+    for m_tiles in (2, 1):
         groups = -(-rows // (16 * m_tiles))
         splits = max(1, min(ops.n_sm // (groups * tokens), _MOST_SPLITS))
         slots = -(-top_k // (splits * _TILE)) * _TILE
@@ -196,7 +195,6 @@ def attend(
         shared=decode_shared(r, width, m_tiles, kv.cache_type, stages, slots),
         R=r, P=width - r, MT=m_tiles, CACHE_KIND=_KINDS[kv.cache_type], STAGES=stages,
         CHOSEN=int(chosen is not None), EARLY=int(early and chosen is None),
-        PIPE=_PIPE if stages >= 4 else 0,
     )  # fmt: skip
     return Parts(part, stat, n, h, top_k)
 
@@ -254,7 +252,7 @@ def combine(ops: Launcher, parts: Parts, v_b: Weight, step: Positions) -> Array:
         return o
     if parts.stat is not None and n > _FEW:
         ops.run(
-            "mla_combine_many", (h * -(-v // 128), -(-n // 32)), 256, o, parts.part, parts.stat,
+            "mla_combine_many", (h * -(-v // 128), -(-n // 16)), 256, o, parts.part, parts.stat,
             v_b.tiles, step.pos, n, h, parts.splits, parts.top_k, R=r, V=v, WTYPE=v_b.qtype.id,
             MANY=1,
         )  # fmt: skip
@@ -290,10 +288,7 @@ def decode_shared(
     packed = {"bf16": 2 * width, "f32": 4 * width, "q8_0": -(-width // 32) * 32}
     raw = packed.get(cache_type, line)
     m = 16 * m_tiles
-    size = stages * _TILE * raw
-    size += _TILE * line if cache_type != "f16" else 0
-    size += m * line if m_tiles > 2 else 0
-    buffers = 2 if m_tiles <= 2 and cache_type == "f16" else 1
-    size += buffers * (4 * m * (_TILE + 8) * 4 + m * (_TILE + 8) * 2 + m * 4)
+    size = stages * _TILE * raw + (_TILE * line if cache_type != "f16" else 0)
+    size += 4 * m * (_TILE + 8) * 4 + m * (_TILE + 8) * 2 + m * 4 + 8 * (stages + 1)
     size += 2 * _TILE * -(-width // 32) * 4 if cache_type == "q8_0" else 0
-    return size + 4 * slots
+    return max(size + 4 * slots, 4 * m * (r + 8))

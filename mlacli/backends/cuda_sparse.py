@@ -80,7 +80,7 @@ def index(
     half, width = step.cos.shape[-1], rows.width
     heads = 0 if weights is None else weights.shape[1]
     n_parts = _n_parts(ops, rows, heads)
-    slabs = step.n > _FEW and _has_slabs(ops, rows, heads)
+    slabs = _has_slabs(ops, rows, heads, step.n)
     prepared = None
     if q is not None and weights is not None:
         parts = ops.new((step.n, (n_parts or 2) * heads * width), "u2")
@@ -157,9 +157,10 @@ def _n_parts(ops: Any, rows: IndexRows, heads: int) -> int:
     return n_parts if fits and 3 * _token_bytes(n_parts, heads, rows.width) <= _MOST_SHARED else 0
 
 
-def _has_slabs(ops: Any, rows: IndexRows, heads: int) -> bool:
-    """Whether many tokens take Hopper's warpgroup products."""
-    fits = heads % 8 == 0 and 128 % max(1, heads) == 0 and rows.width in (64, 128)
+def _has_slabs(ops: Any, rows: IndexRows, heads: int, n: int) -> bool:
+    """Whether n tokens take Hopper's warpgroup products."""
+    fits = heads in ((32, 64, 128) if n <= _FEW else (8, 16, 32, 64, 128)) and rows.width % 64 == 0
+    fits = fits and rows.width <= _MOST_WIDTH
     return fits and rows.cache_type == "f16" and bool(ops.capability == 90)
 
 
@@ -184,13 +185,14 @@ def _scores(
             width, heads, ld, shared=shared, KEYS=key_type, PARTS=0,
         )  # fmt: skip
         return
+    few, token = len(queries.parts) <= _FEW, _token_bytes(queries.n_parts, heads, width)
     if queries.slabs:
+        name, block = ("dsa_scores_wgmma_few", 512) if few else ("dsa_scores_wgmma", 384)
         ops.run(
-            "dsa_scores_wgmma", (ops.n_sm,), 384, scores, parts, weights, rows.keys, pos, n, ld,
-            shared=2 * (512 * width + 512), HEADS=heads, WIDTH=width,
+            name, (ops.n_sm,), block, scores, parts, weights, rows.keys, pos, n, ld,
+            shared=n * token if few else 2 * (512 * width + 512), HEADS=heads, WIDTH=width,
         )  # fmt: skip
         return
-    few, token = n <= _FEW, _token_bytes(queries.n_parts, heads, width)
     ops.run(
         "dsa_scores_few" if few else "dsa_scores_many", (2 * ops.n_sm if few else ops.n_sm,), 256,
         scores, parts, weights, rows.keys, pos, n, ld, shared=(n if few else 3) * token,

@@ -98,7 +98,7 @@ def pair(label, t, rows, n_in, geometry, n=1):
     CASES.append((label, geometry, nbytes(*sets[0]), launch))
 
 
-def experts(label, E, K, d, f, fs, types, shared, geometry, up):
+def experts(label, E, K, d, f, fs, types, shared, geometry, up, with_shared=True):
     gate, up_w = fake(types[0], (E, f, d)), fake(types[1], (E, f, d), 150 << 20)
     down = fake(types[2], (E, d, f))
     taker = Weights()
@@ -112,12 +112,12 @@ def experts(label, E, K, d, f, fs, types, shared, geometry, up):
     def launch(i):
         s = sets[i % 12]
         if up:
-            few.experts_up(OPS, h, ids[i % 20], x, gate, up_w, (s[0], s[1]), norm, geometry)
+            few.experts_up(OPS, h, ids[i % 20], x, gate, up_w, (s[0], s[1]) if with_shared else None, norm, geometry)
         else:
             few.experts_down(OPS, y, h, ids[i % 20], weights, down, s[2], True, False, geometry)
 
     s = sets[0]
-    size = (nbytes(gate, up_w) * K // E + nbytes(s[0], s[1])) if up else nbytes(down) * K // E + nbytes(s[2])
+    size = (nbytes(gate, up_w) * K // E + (nbytes(s[0], s[1]) if with_shared else 0)) if up else nbytes(down) * K // E + nbytes(s[2])
     CASES.append((label, geometry, size, launch))
 
 
@@ -130,6 +130,16 @@ def route(label, E, d, routing):
     CASES.append((label, None, 4 * E * d, lambda i: few.route(OPS, ids, weights, scores, counter, gates[i % 40], x, routing, norm)))
 
 
+def route_gated(label, E, d, fs, t, routing, geometry):
+    gates = [ft.Held((E, d), qtype_of("F32"), None, raw=Array.dense(POOL.data.ptr + i * (8 << 20), (E, 4 * d), np.uint8)) for i in range(40)]
+    x = OPS.put(RNG.standard_normal((1, d)).astype(np.float32))
+    norm = (ft.vector(OPS, np.ones(d, np.float32)), 1e-6)
+    ids, weights, h = OPS.new((1, routing.n_used), np.int32), OPS.new((1, routing.n_used)), OPS.new((1, fs))
+    taker = Weights()
+    sets = [[taker.take(t, (fs, d)), taker.take(t, (fs, d))] for _ in range(20)]
+    CASES.append((label, geometry, 4 * E * d + nbytes(*sets[0]), lambda i: few.route_gated(OPS, ids, weights, h, gates[i % 40], sets[i % 20], x, routing, norm, geometry=geometry)))
+
+
 def run():
     start = time.time()
     with OPS.kernels.prepared():
@@ -139,41 +149,44 @@ def run():
     last = ""
     for label, g, size, launch in CASES:
         us = time_us(launch)
-        how = f"w{g.warps} a{g.ahead} r{g.row_tiles} c{g.ctas} s{g.ahead_shared}" if g else ""
+        how = "" if g is None else f"w{g.warps} a{g.ahead} c{g.ctas} m{g.per_sm}" if isinstance(g, Geometry) else f"p{g.parts}+{g.parts_shared} a{g.ahead} c{g.ctas}"
         print(f"{'' if label == last else label:28s} {how:18s} {us:7.2f} us {size / us / 1e3:6.0f} GB/s  {size / 1e6:6.2f} MB  fit {1.2 + size / 4.3e6:6.2f}", flush=True)
         last = label
     print(f"total {time.time() - start:.1f} s")
 
 
 def first():
-    G = Geometry
-    for g in (G(8, 4), G(8, 4, 1, 2), G(8, 2, 1, 3), G(8, 4, 1, 3), G(16, 2), G(16, 2, 1, 2), G(4, 4, 1, 4), G(4, 4, 1, 6), G(8, 2, 2, 2)):
+    G, D = Geometry, few.DownGeometry
+    for g in (G(8, 4), G(16, 2), G(16, 2, 1, 1), G(16, 2, 2, 2), G(8, 4, 2, 2), G(8, 4, 1, 1), G(8, 2, 2, 2), G(4, 8, 3, 2)):
         dense("q|kv_a 3648x2048 Q4_K", [("Q4_K", 3072), ("Q4_K", 576)], 2048, g)
-    for g in (G(8, 4), G(8, 4, 1, 2), G(8, 2, 1, 3), G(16, 2), G(16, 2, 1, 2), G(4, 4, 1, 4)):
+    for g in (G(8, 4), G(16, 2), G(16, 2, 2), G(4, 8)):
         dense("o 2048x2048 Q4_K", [("Q4_K", 2048)], 2048, g, add=True, normed=False)
-    for g in (G(8, 4), G(8, 4, 1, 2), G(8, 2, 1, 3), G(8, 4, 1, 3), G(4, 4, 1, 4), G(4, 4, 1, 6), G(8, 2, 2, 2), G(8, 4, 2, 1), G(8, 2, 4, 1), G(4, 2, 4, 3)):
+    for g in (G(8, 4, 1, 1), G(8, 4, 2, 2), G(8, 4, 3, 3), G(8, 2, 3, 3), G(8, 4, 2, 8), G(4, 4, 4, 4), G(4, 4, 5, 5), G(4, 8, 3, 3), G(16, 2, 1, 1), G(16, 2, 2, 2), G(4, 2, 8, 8)):
         dense("head 102400x2048 Q6_K", [("Q6_K", 102400)], 2048, g)
-    for g in (G(8, 2), G(8, 2, 1, 2), G(8, 4), G(8, 1, 1, 3), G(4, 2, 1, 4), G(4, 2, 1, 5), G(4, 4, 1, 3)):
+    for g in (G(8, 4, 1, 1), G(8, 4, 2, 2), G(8, 2, 2, 2), G(8, 2, 3, 3), G(8, 1, 4, 4), G(4, 4, 3, 3), G(4, 4, 4, 4), G(4, 2, 6, 6), G(16, 2, 1, 1), G(16, 1, 2, 2)):
         pair("pair 10944x2048 Q4_K", "Q4_K", 10944, 2048, g)
-    for g in (G(8, 4), G(8, 4, 1, 2), G(16, 4), G(16, 2)):
+    for g in (G(8, 4), G(16, 2), G(16, 4)):
         dense("down 2048x10944 Q8_0", [("Q8_0", 2048)], 10944, g, add=True, normed=False)
-    for g in (G(8, 4), G(8, 2), G(16, 2), G(4, 3, 1, 4)):
+    for g in (G(6, 2), G(6, 2, 3, 3), G(6, 2, 2, 2), G(3, 4, 4, 4), G(12, 1, 2, 2), G(12, 1, 1, 1)):
         dense("q_b 5120x768 Q4_K", [("Q4_K", 5120)], 768, g)
-    for g in (G(8, 4), G(16, 2), G(16, 2, 1, 2)):
+    for g in (G(8, 4), G(16, 2)):
         dense("q_a|kv_a 1344x2048 Q4_K", [("Q4_K", 768), ("Q4_K", 576)], 2048, g)
-    dense("n=2 o", [("Q4_K", 2048)], 2048, G(8, 4), n=2, add=True, normed=False)
-    dense("n=4 o", [("Q4_K", 2048)], 2048, G(8, 4), n=4, add=True, normed=False)
-    dense("n=8 o", [("Q4_K", 2048)], 2048, G(8, 4), n=8, add=True, normed=False)
-    for g in (G(8, 2), G(8, 2, 1, 2), G(8, 4), G(8, 1, 1, 3), G(4, 2, 1, 4), G(4, 2, 1, 5), G(4, 4, 1, 2), G(4, 4, 1, 3)):
+    for g in (G(16, 4, 1), G(16, 4, 1, 1), G(20, 4, 1)):
+        dense("o 2048x5120 Q4_K", [("Q4_K", 2048)], 5120, g, add=True, normed=False)
+    for g in (G(8, 4, 1, 1), G(8, 4, 2, 2), G(8, 2, 2, 2), G(8, 2, 3, 3), G(4, 4, 3, 3), G(4, 4, 4, 4), G(16, 2, 1, 1), G(16, 1, 2, 2), G(8, 4)):
         experts("V2L up", 64, 6, 2048, 1408, 2816, ("Q4_K", "Q4_K", "Q5_0"), ("Q4_K", "Q4_K", "Q6_K"), g, True)
-    for g in (G(16, 4), G(16, 3, 1, 1, 2), G(16, 2, 1, 1, 2), G(8, 4), G(8, 4, 1, 2), G(12, 4), G(16, 6)):
+    for g in (D(2, 4), D(2, 4, 3)):
         experts("V2L down", 64, 6, 2048, 1408, 2816, ("Q4_K", "Q4_K", "Q5_0"), ("Q4_K", "Q4_K", "Q6_K"), g, False)
-    for g in (G(8, 2), G(8, 2, 1, 2), G(4, 2, 1, 4)):
+    for g in (G(8, 4, 1, 1), G(8, 4, 2, 2), G(8, 2, 3, 3), G(4, 4, 3, 3), G(16, 2, 1, 1)):
         experts("GLM up", 64, 4, 2048, 1536, 1536, ("Q4_K", "Q4_K", "Q6_K"), ("Q4_K", "Q4_K", "Q6_K"), g, True)
-    for g in (G(16, 4), G(16, 3, 1, 1, 2), G(8, 4, 1, 2)):
+    for g in (D(3, 3), D(6, 6)):
         experts("GLM down", 64, 4, 2048, 1536, 1536, ("Q4_K", "Q4_K", "Q6_K"), ("Q4_K", "Q4_K", "Q6_K"), g, False)
+    for g in (G(8, 4, 1, 1), G(8, 4, 2, 2), G(8, 2, 2, 2)):
+        route_gated("route+shared V2L", 64, 2048, 2816, "Q4_K", Routing(6, False), g)
+        route_gated("route+shared GLM", 64, 2048, 1536, "Q4_K", Routing(4, True, 1, 1, True), g)
+    for g in (G(8, 4, 1, 1), G(8, 4, 2, 2), G(8, 2, 2, 2), G(8, 2, 3, 3), G(4, 4, 4, 4), G(16, 2, 1, 1)):
+        experts("V2L up routed", 64, 6, 2048, 1408, 2816, ("Q4_K", "Q4_K", "Q5_0"), ("Q4_K", "Q4_K", "Q6_K"), g, True, False)
     route("route 64x2048", 64, 2048, Routing(6, False))
-    route("route 256x7168", 256, 7168, Routing(8, True, 8, 4, True, 2.5))
 
 
 def check():
@@ -187,14 +200,17 @@ def check():
                 yield f"{name} n={n}", lambda name=name, n=n, n_in=n_in: ft.products(OPS, np.random.default_rng(n), n, n_in, [(name, 205)], normed=n != 3, add=n == 3)
         yield "mix", lambda: ft.products(OPS, RNG, 1, 2048, [("Q4_K", 3072), ("Q8_0", 576), ("Q5_1", 40)], normed=True)
         yield "skip", lambda: ft.products(OPS, RNG, 1, 1376, [("Q6_K", 300)], skip=160)
-        yield "rt2", lambda: ft.products(OPS, RNG, 1, 2048, [("Q6_K", 5000)], normed=True, geometry=Geometry(8, 2, 2))
-        yield "rt4", lambda: ft.products(OPS, RNG, 4, 512, [("Q6_K", 5000)], normed=True, geometry=Geometry(8, 1, 4))
+        yield "rt2", lambda: ft.products(OPS, RNG, 1, 2048, [("Q6_K", 5000)], normed=True, geometry=Geometry(8, 2, 1, 1))
+        yield "rt4", lambda: ft.products(OPS, RNG, 4, 512, [("Q6_K", 5000)], normed=True, geometry=Geometry(8, 1, 1))
         yield "big x", lambda: ft.products(OPS, RNG, 1, 2048, [("Q4_K", 64)], scale=1e5)
         yield "small x", lambda: ft.products(OPS, RNG, 1, 2048, [("Q4_K", 64)], scale=1e-6)
         yield "gated", lambda: ft.gated(OPS, RNG, 1, 2048, 1000, "Q4_K", "Q5_K")
         yield "gated 5", lambda: ft.gated(OPS, RNG, 5, 2048, 1000, "Q6_K", "Q6_K")
         yield "experts", lambda: max(ft.experts(OPS, RNG, ft.Experts(("Q4_K", "Q4_K", "Q5_0"), ("Q4_K", "Q5_K", "Q6_K"), d=512, f=352, fs=768, n_used=6)))
         yield "experts n", lambda: max(ft.experts(OPS, RNG, ft.Experts(("Q4_K", "Q4_K", "Q6_K"), ("Q4_K", "Q5_K", "Q8_0"), n=5, d=512, f=320, fs=512, skip=160, n_used=4, first=2, held=4, padded=True, add=True)))
+        for n in (1, 5):
+            yield f"route+shared {n}", lambda n=n: ft.route(OPS, np.random.default_rng(n), n, 2048, 64, Routing(6, False), shared="Q4_K")
+            yield f"route+shared 40 {n}", lambda n=n: ft.route(OPS, np.random.default_rng(n), n, 1024, 40, Routing(4, True, 1, 1, True, 1.8), shared="Q8_0", bias=True, padded=n > 1, imposed=n > 1)
         yield "merged", lambda: max(ft.experts(OPS, RNG, ft.Experts(("Q4_K", "", "Q5_0"), None, d=512, f=96)))
         yield "uneven", lambda: max(ft.experts(OPS, RNG, ft.Experts(("Q4_K", "", "F16"), None, d=512, f=90)))
         for r, e, d, kw in ((Routing(6, False), 64, 2048, {}), (Routing(8, True, 8, 4, True, 2.5), 256, 7168, dict(bias=True)), (Routing(6, False, 8, 3, False, 16.0), 160, 5120, {}), (Routing(4, True, 1, 1, True, 1.8), 64, 2048, dict(bias=True, imposed=True))):

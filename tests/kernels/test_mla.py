@@ -218,6 +218,20 @@ def test_latent(
             assert np.array_equal(ops.get(array)[untouched], old[untouched], equal_nan=True)
 
 
+def test_store_writes_what_latent_writes() -> None:
+    rng, ops, r, p, pos = np.random.default_rng(5), SimtOps(), 48, 8, [4, 5, -1]
+    k_b = Weight.of(ops, rng.standard_normal((3, r, 32)), Q8_0)
+    new, step = ops.put(rng.standard_normal((3, r + p)).astype(np.float32)), step_of(ops, pos, p)
+    norm, q = (ops.put(rng.standard_normal(shape).astype("f4")) for shape in (r, (3, 3, 32 + p)))
+    given = new[:, :r], new[:, r:], norm, 1e-6
+    caches = [cached(ops, np.zeros((0, r + p), np.float32), 9, "q8_0")[0] for _ in range(2)]
+    attention.store(ops, *given, caches[0], step)
+    attention.latent(ops, q, *given, k_b, caches[1], step, True)
+    for name in ("values", "scales"):
+        alone, beside = (ops.get(getattr(kv, name)) for kv in caches)
+        assert np.array_equal(alone, beside, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     "n, qtype, v", [(1, Q8_0, 40), (5, F16, 32), (17, Q8_0, 40), (33, BF16, 136)]
 )

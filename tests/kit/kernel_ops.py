@@ -24,7 +24,7 @@ KIT = Path(__file__).parent
 class SimtOps:
     """Kernels built by g++ and run on the CPU, thread after thread; arrays are NumPy's."""
 
-    n_sm, capability = 4, 90
+    n_sm, capability = 2, 90
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or Path(tempfile.gettempdir(), f"simt-{os.getuid()}")
