@@ -12,6 +12,8 @@
 //           token's queries in float32
 // Assumes   tensor kernels: HEADS = I a multiple of 8, WIDTH = i a multiple of 32, at most 128, KEYS
 //           1 or 2; ld a multiple of 4; i <= 1024; a token with pos -1 stores no key
+// Variants  KEYS=1; KEYS=2; KEYS=1 LAYOUT=1; KEYS=1 LAYOUT=2; KEYS=0 PARTS=0; KEYS=3 PARTS=0;
+//           KEYS=1 HEADS=64
 // Numerics  queries are scaled by a power of two and split into 2 float16 (22 bits) or 3 bfloat16
 //           (24 bits), so scores are float32 sums of nearly exact products; a row beyond pos[t] has
 //           no score. Rotation and layer norm as NumPy, without fused multiply-add
@@ -40,6 +42,9 @@
 #else
 #define PARTS (KEYS == 1 ? 2 : KEYS == 2 ? 3 : 0)
 #endif
+#endif
+#ifndef LAYOUT
+#define LAYOUT 0  // of the queries' parts: 0 for mma, 1 and 2 for dsa_scores_wgmma.cu
 #endif
 #define TOKENS_AT_ONCE 16  // of dsa_scores_many, for one load of its keys
 #ifndef FEW_TILES
@@ -121,7 +126,12 @@ __device__ __forceinline__ void prepare_key(void* keys, __half* scales, const fl
 #if PARTS
 // Where a column's 16-bit word of a query lies. A lane of the score kernels takes 16 bytes, 8
 // neighbouring columns, of a key as two steps in depth; so queries' columns are permuted alike.
-#ifdef SLABS
+#if LAYOUT == 2
+// [part][head][column], as dsa_scores_wgmma_one reads them.
+__device__ __forceinline__ int part_at(int part, int head, int column, int heads, int width) {
+    return (part * heads + head) * width + column;
+}
+#elif LAYOUT == 1
 // As dsa_scores_wgmma's slabs: [part][64 columns][head], 16-byte pieces swizzled.
 __device__ __forceinline__ int part_at(int part, int head, int column, int heads, int width) {
     const int t = column % 32 / 8, r = column % 8;
@@ -224,11 +234,6 @@ extern __shared__ uint4 staged[];
 __device__ __forceinline__ void product(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
 #if KEYS == 2
     mma_bf16(d, a, b);
-#elif defined(LOOSE)
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
     mma_f16(d, a, b);
 #endif

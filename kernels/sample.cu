@@ -24,6 +24,7 @@
 struct Candidates {
     unsigned id[MOST], value[MOST];
     bool kept[MOST];
+    double u;
     double sums[SELECT_WARPS];
     unsigned best[2][16];
     int first, last;
@@ -59,7 +60,8 @@ __device__ __forceinline__ double block_scan(double x, int k, double* sums, doub
         if (lane == 31) sums[warp] = x;
     }
     __syncthreads();
-    double before = all = 0;
+    double before = 0;
+    all = 0;
     for (int i = 0; i * 32 < k; i++) {
         if (i == warp) before = all;
         all += sums[i];
@@ -123,10 +125,10 @@ __device__ __forceinline__ void argmax(RowShare& share, Candidates& c) {
     c.first = (int)id;
 }
 
-// The place among k candidates (ascending ids) that the chain and the random number u lead to; all
+// The place among k candidates (ascending ids) that the chain and the random number c.u lead to; all
 // threads of a CTA. `top` is their largest value, `space` holds 1024 words.
 __device__ __forceinline__ int drawn(Candidates& c, unsigned long long* space, int k, float top,
-                                     double temp, double top_p, double log_min_p, double u) {
+                                     double temp, double top_p, double log_min_p) {
     const int i = threadIdx.x;
     const bool there = i < k;
     const float value = there ? __uint_as_float(c.value[i]) : NONE;
@@ -138,22 +140,19 @@ __device__ __forceinline__ int drawn(Candidates& c, unsigned long long* space, i
             there ? (unsigned long long)ordered(value) << 32 | (unsigned)(MOST - i) : 0;
         const unsigned long long one = sorted(mine, k > 32 ? 1 << (32 - __clz(k - 1)) : 32, space);
         const double weight = there ? exp((double)unordered((unsigned)(one >> 32)) - top) : 0;
-        block_scan(weight, k, c.sums, all);
-        const double reached = block_scan(weight / all, k, c.sums, all);
-        const int short_of_it = __syncthreads_count(there && reached < top_p);
+        const double reached = block_scan(weight, k, c.sums, all);
+        const int short_of_it = __syncthreads_count(there && reached < top_p * all);
         if (there) c.kept[MOST - (unsigned)one] = i <= short_of_it;
         __syncthreads();
         kept = there && c.kept[i];
     }
     kept = kept && (value >= top + log_min_p || value == top);
     const double weight = kept ? exp(value / temp - top / temp) : 0;
-    block_scan(weight, k, c.sums, all);
-    const double reached = block_scan(weight / all, k, c.sums, all);
     if (i == 0) c.first = MOST, c.last = 0;
-    __syncthreads();
+    const double reached = block_scan(weight, k, c.sums, all);
     if (kept) {
         atomicMax(&c.last, i);
-        if (reached > u * all) atomicMin(&c.first, i);
+        if (reached > c.u * all) atomicMin(&c.first, i);
     }
     __syncthreads();
     return min(c.first, c.last);
@@ -190,9 +189,10 @@ sample(int* token, int* pos, int* ring, float* logits, const long long* chain, i
         for (int i = threadIdx.x & 31; i < k; i += 32)
             key = max(key, ordered(__uint_as_float(c.value[i])));
         top = unordered(warp_max(key));
-        const double u = uniform((unsigned long long)chain[3], pos[0] + 1);
+        if (threadIdx.x == MOST - 1)  // of a warp that seldom has a candidate
+            c.u = uniform((unsigned long long)chain[3], pos[0] + 1);
         const int place = drawn(c, (unsigned long long*)s.count, k, top, temp, top_p,
-                                __longlong_as_double(chain[2]), u);
+                                __longlong_as_double(chain[2]));
         id = (int)c.id[place];
     }
     if (threadIdx.x) return;
