@@ -72,7 +72,7 @@ def rnd(name,shape):
         w=v[256:].view(cp.uint16); w[...]=(w&0x83ff)|(0x2c00 if name=='F16' else 0x3c00)
     v[:4]=cp.asarray(np.array([8.0],np.float32).view(np.uint8))
     cp.cuda.Device().synchronize()
-    return CudaWeight(name,shape,q,None,a,lay,0,0)
+    return CudaWeight(name,shape,q,a,lay)
 def x16(n,d): return cases.put16(ops,np.random.default_rng(0).standard_normal((n,d),np.float32))
 def timed(label,fn,flops=0,nbytes=0,reps=5,graphs=6):
     mk=dev.mark()
@@ -130,7 +130,7 @@ for n in (2048,512,64):
     for only in ('gemm_experts_up','gemm_experts_down','moe_combine'):
         ops.run=lambda name,*a,only=only,**k: run(name,*a,**k) if name==only else None
         fl=EF*2/3 if only.endswith('up') else EF/3 if only.endswith('down') else 0
-        nb=(W['eg'].nbytes*2 if only.endswith('up') else W['ed5'].nbytes if only.endswith('down') else 4*n*d*8)
+        nb=(W['eg'].held.nbytes*2 if only.endswith('up') else W['ed5'].held.nbytes if only.endswith('down') else 4*n*d*8)
         tot+=timed(only,lambda:gemm.experts(ops,x,ch,W['eg'],W['eu'],W['ed5'],res,True),fl,nb)
     ops.run=run; gemm.sort=orig
     timed('experts all, down Q5_0',lambda:gemm.experts(ops,x,ch,W['eg'],W['eu'],W['ed5'],res,True),EF)

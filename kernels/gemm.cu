@@ -4,14 +4,19 @@
 // Dtypes    weights any tiled type (Q0, Q1, Q2; -1: none), as float16 times their boost; x float16 of
 //           value / 16 (scale 16) or of the value (scale 1); sums float32; y by OUT: 0 float32, 1 added
 //           to float32, 2 float16
-// Grid      any number of CTAs (one fits an SM), which share the work items; 256 threads; shared
-//           bytes: 1024 + STAGES * (16384 + 16 * bytes of a staged row tile)
-// Assumes   x 16-byte aligned, ldx and xb multiples of 8; float16 outputs with ldy and yb multiples of
-//           8 that leave room for rows rounded up to 8; TOKENS of an item: 32, 64, 96 or 128
+// Grid      any number of CTAs (one fits an SM), which share the work items; 256 threads and with wgmma
+//           128 more; shared bytes: 1024 + STAGES * (16400 + 16 * bytes of a staged row tile)
+// Assumes   x 16-byte aligned, ldx and xb multiples of 8, its rows finite up to a multiple of 8;
+//           float16 outputs with ldy and yb multiples of 8 that leave room for rows rounded up to 8;
+//           TOKENS of an item: 32, 64, 96 or 128
 // Numerics  a weight is rounded to float16 once (its scale before), x once; sums in the order of the
 //           tensor cores. NMSE 1e-11 against the same rounding in float64, 2e-7 against none
 // Bound by  tensor cores: 2 n rows cols operations; few tokens: bytes of the weights
 // Sources   see include/gemm.cuh
+// Variants  Q0=12 Q1=-1 Q2=-1 OUT=0 TOKENS=128 STAGES=4; Q0=14 Q1=8 Q2=-1 OUT=0 TOKENS=128 STAGES=4;
+//           Q0=12 Q1=-1 Q2=-1 OUT=1 TOKENS=64 STAGES=4; Q0=1 Q1=-1 Q2=-1 OUT=2 TOKENS=96 STAGES=4;
+//           Q0=30 Q1=30 Q2=30 OUT=0 TOKENS=32 STAGES=4; Q0=39 Q1=20 Q2=39 OUT=0 TOKENS=32 STAGES=4
+// Needs     8.0
 // Tested by tests/gpu/test_gemm.py, tests/kernels/test_gemm.py
 #include "gemm.cuh"
 #include "gemm_store.cuh"
@@ -29,18 +34,8 @@ struct Segment {
     __device__ __forceinline__ int items() const { return (rows + GEMM_ROWS - 1) / GEMM_ROWS; }
 };
 
-// f(QTYPE of segment i as a constant)
-template <int QTYPE> struct Type { static constexpr int value = QTYPE; };
-template <class F>
-__device__ __forceinline__ void with_type(int i, F f) {
-    if constexpr (Q1 >= 0 && Q1 != Q0) {
-        if (i == 1) return f(Type<Q1>());
-    }
-    if constexpr (Q2 >= 0 && Q2 != Q0) {
-        if (i == 2) return f(Type<Q2>());
-    }
-    f(Type<Q0>());
-}
+// Absent segments count as the first one's type.
+constexpr int T0 = Q0, T1 = Q1 >= 0 ? Q1 : Q0, T2 = Q2 >= 0 ? Q2 : Q0;
 
 // The order of work items: weight rows fastest, then tokens, then batches.
 struct Items {
@@ -63,22 +58,33 @@ struct Items {
         rows -= s1.items();
         return 2;
     }
+    template <int QTYPE>
+    __device__ __forceinline__ void set_tiles(
+            GemmSource& from, const Segment& s, int rows, int batch) const {
+        const int row_tile = rows * 16 + 8 * gemm_own_part() + gemm_own_tile();
+        from.tiles = tile_source<QTYPE>(s.w, batches * s.row_tiles, s.col_tiles,
+                                        batch * s.row_tiles + row_tile, s.row_tiles - row_tile);
+    }
     __device__ __forceinline__ void open(int item, GemmSource& from) const {
         int rows, token, batch;
-        const int i = where(item, rows, token, batch), lane = threadIdx.x & 31;
+        const int i = where(item, rows, token, batch);
         const Segment s = segment(i);
-        with_type(i, [&](auto type) {
-#pragma unroll
-            for (int p = 0; p < 2; p++) {
-                const int row_tile = min(rows * 16 + 8 * p + (int)(threadIdx.x >> 5), s.row_tiles - 1);
-                from.part[p] = tile_source<decltype(type)::value>(
-                    s.w, batches * s.row_tiles, s.col_tiles, batch * s.row_tiles + row_tile, lane);
-            }
-        });
+        if (T1 != T0 && i == 1) set_tiles<T1>(from, s, rows, batch);
+        else if (T2 != T0 && i == 2) set_tiles<T2>(from, s, rows, batch);
+        else set_tiles<T0>(from, s, rows, batch);
         from.x = x + batch * xb, from.cols = cols, from.steps = s.col_tiles, from.skip = s.skip;
         set_tokens(from, token, n_tokens, TOKENS, ldx);
     }
 };
+
+// d0, d1 of one item; gives what the sums are to be divided by.
+template <int QTYPE, class Ring>
+__device__ __forceinline__ float multiply(
+        Ring& ring, const Segment& s, float (&d0)[TOKENS / 2], float (&d1)[TOKENS / 2]) {
+    const float boost = tile_boost<QTYPE>(s.w);
+    ring.template multiply<QTYPE, QTYPE, TOKENS>(s.col_tiles, boost, boost, d0, d1);
+    return tile_unboost<QTYPE>(s.w);
+}
 
 // ---------------------------------------------------------------- kernels -------------------
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 1)
@@ -101,18 +107,16 @@ gemm(void* y0, const unsigned char* w0, int rows0, int row_tiles0, int col_tiles
     items.n_token_items = (n + TOKENS - 1) / TOKENS;
     items.n = items.n_row_items * items.n_token_items * batches;
     __syncthreads();  // every thread wrote the same
-    Gemm<Items, TILE_BYTES> ring(items, ring_of(shared));
+    Gemm<Items, TILE_BYTES> ring(items, shared);
+    if (ring.copies()) return;
     for (int item = blockIdx.x; item < items.n; item += gridDim.x) {
         int rows, token, batch;
         const int i = items.where(item, rows, token, batch);
         const Segment s = items.segment(i);
         float d0[TOKENS / 2], d1[TOKENS / 2], factor = scale;
-        with_type(i, [&](auto type) {
-            constexpr int QTYPE = decltype(type)::value;
-            const float boost = tile_boost<QTYPE>(s.w);
-            factor *= tile_unboost<QTYPE>(s.w);
-            ring.template multiply<QTYPE, QTYPE, TOKENS>(s.col_tiles, boost, boost, d0, d1);
-        });
+        if (T1 != T0 && i == 1) factor *= multiply<T1>(ring, s, d0, d1);
+        else if (T2 != T0 && i == 2) factor *= multiply<T2>(ring, s, d0, d1);
+        else factor *= multiply<T0>(ring, s, d0, d1);
         const int row0 = rows * GEMM_ROWS, left = n - token;
         const long long at = batch * s.yb + token * s.ldy;
 #if OUT == 2

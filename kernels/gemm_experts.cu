@@ -1,19 +1,22 @@
 // Op        gemm_experts_up: h[i][o] = silu(gate_e[o] . x[t]) * (up_e[o] . x[t]) / 16
-//           gemm_experts_down: y[s][o] = down_e[o] . h[i]
+//           gemm_experts_down: y[s][o] = down_e[o] . h[i] / 16
 //           where place i of the sorted list holds slot s = slots[i] of token t = s / n_used and expert e
-// Shapes    h [n * n_used, f] at row stride ldh, x [n, d] at row stride ldx, y [n * n_used, d] dense;
+// Shapes    h [n * n_used, f] at row stride ldh, x [n, d] at row stride ldx, y [n * n_used, d] at ldy;
 //           gate, up, down tiled [held experts, row tiles, column tiles]; gate and up may be two halves
 //           of one weight: up_tile is the first row tile of up in an expert's, of which it has row_tiles
 //           slots, tiles, ends: moe_sort
-// Dtypes    weights any tiled type (Q0, and Q1 for up) as float16 times their boost; x and h float16
-//           of value / 16, h saturating; sums and y float32
+// Dtypes    weights any tiled type (Q0, and Q1 for up) as float16 times their boost; x, h and y float16
+//           of value / 16, h and y saturating; sums float32
 // Grid      any number of CTAs (one fits an SM), which share the work items: (tile of tokens, 256
-//           rows; up: 128 of gate and of up); 256 threads; shared bytes as gemm
+//           rows; up: 128 of gate and of up); threads and shared bytes as gemm
 // Assumes   as gemm; gate and up with the same number of column tiles; y of slots whose expert is not
 //           held is not written
 // Numerics  as gemm; a token's result does not depend on its place in the list
 // Bound by  tensor cores: 6 n n_used f d operations; few tokens: bytes of the chosen experts
 // Sources   see include/gemm.cuh
+// Variants  GATED=1 Q0=12 Q1=12 STAGES=4; Q0=6 Q1=-1 STAGES=4; GATED=1 Q0=12 Q1=14 STAGES=4;
+//           Q0=14 Q1=-1 STAGES=4
+// Needs     8.0
 // Tested by tests/gpu/test_gemm.py, tests/kernels/test_gemm.py
 #include "gemm.cuh"
 #include "gemm_store.cuh"
@@ -37,24 +40,24 @@ struct Items {
     int n_used, row_tiles, w1_tile, part_tiles, col_tiles, held, cols, skip, n_row_items, n;
 
     __device__ __forceinline__ void open(int item, GemmSource& from) const {
-        const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
         const int3 tile = tokens.tile(item / n_row_items);
-        const int row_item = item % n_row_items, total = held * row_tiles, base = tile.x * row_tiles;
-        const int last = part_tiles - 1;
+        const int total = held * row_tiles, base = tile.x * row_tiles;
 #ifdef GATED
-        const int row_tile = base + min(row_item * 8 + warp, last);
-        from.part[0] = tile_source<Q0>(w0, total, col_tiles, row_tile, lane);
-        from.part[1] = tile_source<Q1>(w1, total, col_tiles, row_tile + w1_tile, lane);
+        const int row_tile = item % n_row_items * 8 + gemm_own_tile(), n = part_tiles - row_tile;
+        if (Q0 == Q1 || gemm_own_part() == 0)
+            from.tiles = tile_source<Q0>(
+                gemm_own_part() ? w1 : w0, total, col_tiles,
+                base + row_tile + (gemm_own_part() ? w1_tile : 0), n);
+        else
+            from.tiles = tile_source<Q1>(w1, total, col_tiles, base + row_tile + w1_tile, n);
 #else
-#pragma unroll
-        for (int p = 0; p < 2; p++)
-            from.part[p] = tile_source<Q0>(
-                w0, total, col_tiles, base + min(row_item * 16 + 8 * p + warp, last), lane);
+        const int row_tile = item % n_row_items * 16 + 8 * gemm_own_part() + gemm_own_tile();
+        from.tiles = tile_source<Q0>(w0, total, col_tiles, base + row_tile, part_tiles - row_tile);
 #endif
         from.x = x, from.cols = cols, from.steps = col_tiles, from.skip = skip;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int t = (threadIdx.x >> 3) + 32 * i;
+        for (int i = 0; i < GEMM_OWN_TOKENS; i++) {
+            const int t = gemm_own_token(i);
             from.row[i] = -1;
             if (t >= tile.z) continue;
 #ifdef GATED
@@ -86,7 +89,8 @@ gemm_experts_up(unsigned short* h, const unsigned char* gate, const unsigned cha
     __syncthreads();  // every thread wrote the same
     const float gate_boost = tile_boost<Q0>(gate), up_boost = tile_boost<Q1>(up);
     const float gate_scale = 16.f * tile_unboost<Q0>(gate), up_scale = tile_unboost<Q1>(up);
-    Gemm<Items, max_of(StagedTile<Q0>::end, StagedTile<Q1>::end)> ring(items, ring_of(shared));
+    Gemm<Items, max_of(StagedTile<Q0>::end, StagedTile<Q1>::end)> ring(items, shared);
+    if (ring.copies()) return;
     int item = blockIdx.x;
 #define RUN(N, I)                                                                              \
     for (const int end = ends[I] * n_row_items; item < end; item += gridDim.x) {               \
@@ -102,18 +106,18 @@ gemm_experts_up(unsigned short* h, const unsigned char* gate, const unsigned cha
 #else
 // y rows by slot.
 struct SlotRows {
-    float* y;
+    unsigned short* y;
     const int* slots;
-    int d;
-    __device__ __forceinline__ float* operator()(int token) const {
-        return y + (long long)slots[token] * d;
+    long long ldy;
+    __device__ __forceinline__ unsigned short* operator()(int token) const {
+        return y + slots[token] * ldy;
     }
 };
 
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 1)
-gemm_experts_down(float* y, const unsigned char* down, const unsigned short* h, const int* slots,
-                  const int* tiles, const int* ends, int d, int row_tiles, int col_tiles, int held,
-                  int cols, int skip, long long ldh) {
+gemm_experts_down(unsigned short* y, const unsigned char* down, const unsigned short* h,
+                  const int* slots, const int* tiles, const int* ends, int d, int row_tiles,
+                  int col_tiles, int held, int cols, int skip, long long ldy, long long ldh) {
     extern __shared__ uint4 shared[];
     __shared__ Items items;
     pdl_launch();
@@ -122,16 +126,19 @@ gemm_experts_down(float* y, const unsigned char* down, const unsigned short* h, 
     items = {{slots, tiles}, down, down, h, ldh, 1, row_tiles, 0, row_tiles, col_tiles,
              held, cols, skip, n_row_items, ends[3] * n_row_items};
     __syncthreads();
-    const float boost = tile_boost<Q0>(down), scale = 16.f * tile_unboost<Q0>(down);
-    Gemm<Items, StagedTile<Q0>::end> ring(items, ring_of(shared));
+    const float boost = tile_boost<Q0>(down), scale = tile_unboost<Q0>(down);
+    Gemm<Items, StagedTile<Q0>::end> ring(items, shared);
+    if (ring.copies()) return;
     int item = blockIdx.x;
 #define RUN(N, I)                                                                              \
     for (const int end = ends[I] * n_row_items; item < end; item += gridDim.x) {               \
         const int3 tile = items.tokens.tile(item / n_row_items);                               \
+        const SlotRows to{y, slots + tile.y, ldy};                                             \
+        const int row0 = item % n_row_items * GEMM_ROWS;                                       \
         float d0[N / 2], d1[N / 2];                                                            \
         ring.template multiply<Q0, Q0, N>(col_tiles, boost, boost, d0, d1);                    \
-        store_float<N>(d0, d1, scale, item % n_row_items * GEMM_ROWS, d, tile.z,               \
-                       SlotRows{y, slots + tile.y, d});                                        \
+        store_half<N>([&](int i) { return d0[i] * scale; }, row0, d, tile.z, to);              \
+        store_half<N>([&](int i) { return d1[i] * scale; }, row0 + 128, d, tile.z, to);        \
     }
     FOR_EACH_WIDTH(RUN)
 }

@@ -8,6 +8,8 @@
 // Numerics  as gemm; silu with the fast exponential: relative error 1e-6
 // Bound by  tensor cores: 4 n rows cols operations
 // Sources   see include/gemm.cuh
+// Variants  Q0=12 Q1=12 TOKENS=128 STAGES=4; Q0=14 Q1=13 TOKENS=64 STAGES=4; Q0=1 Q1=1 TOKENS=96 STAGES=4
+// Needs     8.0
 // Tested by tests/gpu/test_gemm.py, tests/kernels/test_gemm.py
 #include "gemm.cuh"
 #include "gemm_store.cuh"
@@ -22,10 +24,11 @@ struct Items {
     int row_tiles, col_tiles, n_tokens, cols, skip, n_row_items, n;
 
     __device__ __forceinline__ void open(int item, GemmSource& from) const {
-        const int lane = threadIdx.x & 31;
-        const int row_tile = min(item % n_row_items * 8 + (int)(threadIdx.x >> 5), row_tiles - 1);
-        from.part[0] = tile_source<Q0>(gate, row_tiles, col_tiles, row_tile, lane);
-        from.part[1] = tile_source<Q1>(up, row_tiles, col_tiles, row_tile, lane);
+        const int row_tile = item % n_row_items * 8 + gemm_own_tile(), n = row_tiles - row_tile;
+        if (Q0 == Q1 || gemm_own_part() == 0)
+            from.tiles = tile_source<Q0>(gemm_own_part() ? up : gate, row_tiles, col_tiles, row_tile, n);
+        else
+            from.tiles = tile_source<Q1>(up, row_tiles, col_tiles, row_tile, n);
         from.x = x, from.cols = cols, from.steps = col_tiles, from.skip = skip;
         set_tokens(from, item / n_row_items * TOKENS, n_tokens, TOKENS, ldx);
     }
@@ -39,17 +42,21 @@ gemm_gated(unsigned short* h, const unsigned char* gate, const unsigned char* up
     extern __shared__ uint4 shared[];
     pdl_launch();
     pdl_wait();
-    Items items{gate, up, x, ldx, row_tiles, col_tiles, n, cols, skip, (rows + 127) / 128, 0};
-    items.n = items.n_row_items * ((n + TOKENS - 1) / TOKENS);
+    __shared__ Items items;  // spares registers
+    const int n_row_items = (rows + 127) / 128;
+    items = {gate, up, x, ldx, row_tiles, col_tiles, n, cols, skip, n_row_items,
+             n_row_items * ((n + TOKENS - 1) / TOKENS)};
+    __syncthreads();  // every thread wrote the same
     const float gate_boost = tile_boost<Q0>(gate), up_boost = tile_boost<Q1>(up);
     const float gate_scale = 16.f * tile_unboost<Q0>(gate), up_scale = tile_unboost<Q1>(up);
-    Gemm<Items, max_of(StagedTile<Q0>::end, StagedTile<Q1>::end)> ring(items, ring_of(shared));
+    Gemm<Items, max_of(StagedTile<Q0>::end, StagedTile<Q1>::end)> ring(items, shared);
+    if (ring.copies()) return;
     for (int item = blockIdx.x; item < items.n; item += gridDim.x) {
         float g[TOKENS / 2], u[TOKENS / 2];
         ring.template multiply<Q0, Q1, TOKENS>(col_tiles, gate_boost, up_boost, g, u);
-        const int token = item / items.n_row_items * TOKENS;
+        const int token = item / n_row_items * TOKENS;
         store_half<TOKENS>([&](int i) { return silu(g[i] * gate_scale) * (u[i] * up_scale); },
-                           item % items.n_row_items * 128, rows, n - token,
+                           item % n_row_items * 128, rows, n - token,
                            [&](int t) { return h + (token + t) * ldh; });
     }
 }

@@ -1,11 +1,19 @@
 // Op        keys and values of each head from latent rows row0 .. row0 + n_rows of the cache:
 //           key = c_kv k_b[head] beside the shared k_pe, value = v_b[head] c_kv
-// Shapes    keys, values, rope, up as slabs.cuh has them; unboost [2] (mla_up.cu);
+// Shapes    keys, values, rope, up as slabs.cuh has them; unboost [2] (mla_prefill_inputs.cu);
 //           cache [n_ctx, r + p]; pos [n]
-// Dtypes    CACHE (__half, __nv_bfloat16, float) rounded to float16; up, keys, values float16
+// Dtypes    cache CACHE_KIND 0 float16, 1 bfloat16, 2 float32, 3 int8 [n_ctx, 32 blocks] with
+//           float16 scales [n_ctx, blocks], rounded to float16; up, keys, values float16, unboost
+//           float32
+// Variants  R=512 K=128 P=64 V=128 TILE=128 CACHE_KIND=0;
+//           R=512 K=192 P=64 V=256 TILE=64 CACHE_KIND=0;
+//           R=256 K=64 P=64 V=128 TILE=128 CACHE_KIND=3;
+//           R=512 K=128 P=64 V=128 TILE=128 CACHE_KIND=1; R=32 K=16 P=8 V=16 TILE=128 CACHE_KIND=2
+// Needs     9.0a
+// Spills    none
 // Grid      any number of CTAs >= n_rows / 128, best one per SM; 384 threads; shared: RS slabs of
 //           128 rows, 4 slabs of up, 2 of output (slab 16 KiB), 256 bytes
-// Assumes   sm_90a; R, K, P, V, TILE at compile time, r and p multiples of 8; rows up to the
+// Assumes   R, K, P, V, TILE at compile time, r and p multiples of 8; rows up to the
 //           highest position are written; n_rows is a multiple of 128
 // Numerics  products of float16 with float32 sums, keys and values rounded to float16 and kept
 //           within +-65504; rows past the highest position come out as 0 and aren't read
@@ -24,36 +32,50 @@
 #define STAGES 4
 #define LOADERS 96  // threads that bring latent rows
 
+#if CACHE_KIND == 0
+typedef __half Cell;
+#elif CACHE_KIND == 1
+typedef __nv_bfloat16 Cell;
+#elif CACHE_KIND == 2
+typedef float Cell;
+#else
+typedef signed char Cell;
+#endif
+#define BLOCKS ((R + P + 31) / 32)
+#define PITCH (CACHE_KIND == 3 ? 32 * BLOCKS : R + P)  // cells from row to row
+
+// ---------------------------------------------------------------- helpers -------------------
+__device__ __forceinline__ float get(__half v) { return __half2float(v); }
 __device__ __forceinline__ float get(__nv_bfloat16 v) { return __bfloat162float(v); }
 __device__ __forceinline__ float get(float v) { return v; }
+__device__ __forceinline__ float get(signed char v) { return v; }
 
-// Eight values of the cache to shared memory, zeros where `valid` is 0.
-__device__ __forceinline__ void bring(unsigned char* to, const __half* from, int valid) {
-    copy16(shared_address(to), from, valid);
-}
-template <typename T>
-__device__ __forceinline__ void bring(unsigned char* to, const T* from, int valid) {
+// Eight values of a row of the cache from `column` on, as float16.
+__device__ __forceinline__ uint4 piece(const Cell* cache, const __half* scales, long long row,
+                                       int column) {
+    const Cell* from = cache + row * PITCH + column;
+    if constexpr (CACHE_KIND == 0) return *reinterpret_cast<const uint4*>(from);
+    const float scale = CACHE_KIND == 3 ? __half2float(scales[row * BLOCKS + column / 32]) : 1.f;
     float v[8];
 #pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = valid ? get(from[i]) : 0.f;
-    *reinterpret_cast<uint4*>(to) = pack_piece(v);
-}
-__device__ __forceinline__ uint4 piece(const __half* from) {
-    return *reinterpret_cast<const uint4*>(from);
-}
-template <typename T>
-__device__ __forceinline__ uint4 piece(const T* from) {
-    float v[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = get(from[i]);
+    for (int i = 0; i < 8; i++) v[i] = get(from[i]) * scale;
     return pack_piece(v);
+}
+
+// Tells consumers of each slab of latent rows as soon as this thread's pieces are there.
+template <int FIRST>
+__device__ __forceinline__ void announce(unsigned ready) {
+    copies_wait<RS - 1 - FIRST>();
+    publish_shared();
+    barrier_arrive(ready + 8 * FIRST);
+    if constexpr (FIRST + 1 < RS) announce<FIRST + 1>(ready);
 }
 
 // ---------------------------------------------------------------- kernels -------------------
 extern "C" __global__ void __launch_bounds__(384, 1)
 mla_expand(unsigned char* keys, unsigned char* values, unsigned char* rope,
-           const unsigned char* up, const float* unboost, const CACHE* cache, const int* pos,
-           int n, int row0, int n_rows, int h) {
+           const unsigned char* up, const float* unboost, const Cell* cache,
+           const __half* scales, const int* pos, int n, int row0, int n_rows, int h) {
     extern __shared__ __align__(1024) unsigned char shared[];
     unsigned char* const latent = shared;
     unsigned char* const staged = shared + (RS + STAGES) * SLAB;
@@ -63,7 +85,8 @@ mla_expand(unsigned char* keys, unsigned char* values, unsigned char* rope,
     int* const tops = reinterpret_cast<int*>(staged + 2 * SLAB + 16 * STAGES + 8 * RS);
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
     if (tid == 0) {
-        for (int i = 0; i < STAGES; i++) barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, 8);
+        for (int i = 0; i < STAGES; i++)
+            barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, 8);
         for (int i = 0; i < RS; i++) barrier_init(ready + 8 * i, LOADERS);
         barriers_ready();
     }
@@ -99,31 +122,34 @@ mla_expand(unsigned char* keys, unsigned char* values, unsigned char* rope,
     }
     if (warp < 4) {
         give_registers<40>();
-        const CACHE* rows = cache + (long long)(row0 + 128 * tile) * (R + P);
         const int n_rows_here = n_here - 128 * tile;
+        const long long row_here = row0 + 128 * tile;
 #pragma unroll
         for (int slab = 0; slab < RS; slab++) {
             for (int i = tid - 32; i < 1024; i += LOADERS) {
                 const int row = i >> 3, column = 64 * slab + 8 * (i & 7);
                 const int valid = row < n_rows_here && column < R;
-                bring(latent + slab * SLAB + piece_at(row, i & 7),
-                      rows + (valid ? row * (R + P) + column : 0), valid);
+                unsigned char* to = latent + slab * SLAB + piece_at(row, i & 7);
+                const Cell* from = cache + (valid ? (row_here + row) * PITCH + column : 0);
+                uint4 v = make_uint4(0, 0, 0, 0);
+                if constexpr (CACHE_KIND == 0) {
+                    copy16(shared_address(to), from, valid);
+                } else {
+                    if (valid) v = piece(cache, scales, row_here + row, column);
+                    *reinterpret_cast<uint4*>(to) = v;
+                }
             }
             copies_commit();
         }
-        if (split == 0) {
-            for (int i = tid - 32; i < 128 * 8 * PS; i += LOADERS) {
-                const int row = i / (8 * PS), column = i % (8 * PS), at = 128 * tile + row;
-                uint4 v = make_uint4(0, 0, 0, 0);
-                if (row < n_rows_here && 8 * column < P) v = piece(rows + row * (R + P) + R + 8 * column);
-                unsigned char* to =
-                    rope + ((long long)(at / TILE) * PS + column / 8) * TILE * SLAB_ROW;
-                *reinterpret_cast<uint4*>(to + piece_at(at % TILE, column & 7)) = v;
-            }
+        announce<0>(ready);
+        for (int i = tid - 32; i < 128 * 8 * PS && split == 0; i += LOADERS) {
+            const int row = i / (8 * PS), column = i % (8 * PS), at = 128 * tile + row;
+            uint4 v = make_uint4(0, 0, 0, 0);
+            if (row < n_rows_here && 8 * column < P)
+                v = piece(cache, scales, row_here + row, R + 8 * column);
+            unsigned char* to = rope + ((long long)(at / TILE) * PS + column / 8) * TILE * SLAB_ROW;
+            *reinterpret_cast<uint4*>(to + piece_at(at % TILE, column & 7)) = v;
         }
-        copies_wait<0>();
-        publish_shared();
-        for (int slab = 0; slab < RS; slab++) barrier_arrive(ready + 8 * slab);
         return;
     }
     take_registers<232>();
@@ -161,10 +187,12 @@ mla_expand(unsigned char* keys, unsigned char* values, unsigned char* rope,
 #pragma unroll
             for (int c = 0; c < 8; c += 2) {
                 const float* s = sum + 32 * slab + 4 * c;
-                store_matrices(
-                    shared_address(out + slab * (SLAB / 2) + piece_at(row, c + (lane >> 4))),
-                    pack_halves(s[0] * scale, s[1] * scale), pack_halves(s[2] * scale, s[3] * scale),
-                    pack_halves(s[4] * scale, s[5] * scale), pack_halves(s[6] * scale, s[7] * scale));
+                unsigned pairs[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    pairs[i] = pack_halves(s[2 * i] * scale, s[2 * i + 1] * scale);
+                unsigned char* to = out + slab * (SLAB / 2) + piece_at(row, c + (lane >> 4));
+                store_matrices(shared_address(to), pairs[0], pairs[1], pairs[2], pairs[3]);
             }
         }
         publish_shared();
@@ -173,9 +201,10 @@ mla_expand(unsigned char* keys, unsigned char* values, unsigned char* rope,
             for (int slab = 0; slab < 2; slab++) {
                 const int column = 2 * pair + slab, part = column % (KS + VS);
                 if (column >= n_slabs) break;
-                const long long block = (long long)(column / (KS + VS)) * (n_rows / TILE) + here / TILE;
-                unsigned char* to = part < KS ? keys + (block * KS + part) * TILE * SLAB_ROW
-                                              : values + (block * VS + part - KS) * TILE * SLAB_ROW;
+                const long long at =
+                    (long long)(column / (KS + VS)) * (n_rows / TILE) + here / TILE;
+                unsigned char* to = part < KS ? keys + (at * KS + part) * TILE * SLAB_ROW
+                                              : values + (at * VS + part - KS) * TILE * SLAB_ROW;
                 bulk_store(to + here % TILE * SLAB_ROW, shared_address(out + slab * (SLAB / 2)),
                            SLAB / 2);
             }

@@ -1,18 +1,19 @@
-// Op        expanded attention of many tokens over a chunk of cache rows, and what surrounds it
-//           mla_prefill_query: queries rotated, tempered and rounded, in the order of slabs.cuh
+// Op        expanded attention of many tokens over a chunk of cache rows
 //           mla_prefill: score_j = scale * q . key_j, weights = softmax, o = sum_j weight_j value_j
 //           mla_prefill_merge: o from the parts that `splits` CTAs left
-// Shapes    o [n, h * v]; q [n, h, k + p] with token stride ldq; queries, keys, values, rope:
-//           slabs.cuh; cosine, sine [n, p / 2]; pos [n], -1 = padded;
+// Shapes    o [n, h * v]; queries, keys, values, rope: slabs.cuh; pos [n], -1 = padded;
 //           state [splits, items, VS * 32 + 4, 256]: o (before the division), maximum and sum of
 //           two rows a thread; item = 128 tokens of a head
-// Dtypes    q float32, operands and probabilities float16, sums, maxima and state float32;
-//           o16 holds o / 16 in float16, o32 float32; either may be absent
-// Grid      query (128 ceil(n / 128)), 128 threads; prefill (items, splits), 384 threads (a producer
-//           and two consumer warpgroups of 64 tokens), shared: queries, STAGES tiles of keys and
-//           values, 128 bytes; merge (items), 256 threads
-// Assumes   sm_90a; K, P, V, TILE at compile time, k, p, v multiples of 8, v <= 256; scale > 0;
-//           rows from a tile's start to its end hold numbers, also those past the last position
+// Dtypes    operands and probabilities float16, sums, maxima and state float32; o16 holds o / 16
+//           in float16, o32 float32; either may be absent
+// Variants  K=128 P=64 V=128 TILE=128; K=192 P=64 V=256 TILE=64; K=64 P=64 V=128 TILE=128;
+//           K=16 P=8 V=16 TILE=128
+// Needs     9.0a
+// Grid      prefill (items, splits), 384 threads (a producer and two consumer warpgroups of 64
+//           tokens), shared: queries, STAGES tiles of keys and values, 128 bytes; merge (items),
+//           256 threads
+// Assumes   K, P, V, TILE at compile time, k, p, v multiples of 8, v <= 256; scale > 0, times
+//           log2(e); rows from a tile's start to its end hold numbers, also past the last position
 // Numerics  online softmax in powers of two; a row's weights are rounded to float16 relative to
 //           its maximum so far, their sum is not; a padded token's o is 0; +-65504 at most in o16
 // Bound by  2 h (k + p + v) flops per token and cache row it sees
@@ -26,9 +27,7 @@
 #include "slabs.cuh"
 #include "warpgroup.cuh"
 
-#define SLABS (KS + PS)
 #define STAGES 2
-#define QUERY_SLAB (128 * SLAB_ROW)
 #define ROW_SLAB (TILE * SLAB_ROW)
 #define KEY_BYTES (SLABS * ROW_SLAB)
 #define VALUE_BYTES (VS * ROW_SLAB)
@@ -130,13 +129,15 @@ __device__ __forceinline__ void load_rows(Rows& rows, const float* state, int th
 #pragma unroll
     for (int i = 0; i < WIDTH / 2; i++) rows.o[i] = state[i * 256 + thread];
     const float* rest = state + WIDTH / 2 * 256 + thread;
-    rows.top[0] = rest[0], rows.top[1] = rest[256], rows.sum[0] = rest[512], rows.sum[1] = rest[768];
+    rows.top[0] = rest[0], rows.top[1] = rest[256];
+    rows.sum[0] = rest[512], rows.sum[1] = rest[768];
 }
 __device__ __forceinline__ void store_rows(float* state, const Rows& rows, int thread) {
 #pragma unroll
     for (int i = 0; i < WIDTH / 2; i++) state[i * 256 + thread] = rows.o[i];
     float* rest = state + WIDTH / 2 * 256 + thread;
-    rest[0] = rows.top[0], rest[256] = rows.top[1], rest[512] = rows.sum[0], rest[768] = rows.sum[1];
+    rest[0] = rows.top[0], rest[256] = rows.top[1];
+    rest[512] = rows.sum[0], rest[768] = rows.sum[1];
 }
 
 // A thread's two tokens, and the last row that each sees; a padded one may see anything.
@@ -153,41 +154,6 @@ __device__ __forceinline__ void own_tokens(int (&tokens)[2], int (&padded)[2], i
 }
 
 // ---------------------------------------------------------------- kernels -------------------
-extern "C" __global__ void __launch_bounds__(128)
-mla_prefill_query(unsigned char* queries, const float* q, const float* cosine, const float* sine,
-                  const int* pos, int n, int h, long long ldq, int length, float growth) {
-    const int t = blockIdx.x, blocks = gridDim.x / 128;
-    pdl_launch();
-    pdl_wait();
-    const int at = t < n ? pos[t] : -1;
-    const float factor = growth != 0.f && at >= 0 ? 1.f + growth * log1pf((float)(at / length)) : 1.f;
-    for (int i = threadIdx.x; i < h * SLABS * 8; i += 128) {
-        const int head = i / (SLABS * 8), column = i % (SLABS * 8), slab = column >> 3;
-        const int in_nope = slab < KS, first = 8 * (in_nope ? column : column - 8 * KS);
-        float v[8];
-#pragma unroll
-        for (int j = 0; j < 8; j++) v[j] = 0.f;
-        if (at >= 0 && first < (in_nope ? K : P)) {
-            const float* from = q + t * ldq + (long long)head * (K + P) + (in_nope ? first : K + first);
-#pragma unroll
-            for (int j = 0; j < 8; j++) v[j] = from[j];
-            if (!in_nope)
-#pragma unroll
-                for (int j = 0; j < 8; j += 2) {
-                    const float c = cosine[t * (P / 2) + (first + j) / 2];
-                    const float s = sine[t * (P / 2) + (first + j) / 2];
-                    const float even = v[j], odd = v[j + 1];
-                    v[j] = even * c - odd * s, v[j + 1] = even * s + odd * c;
-                }
-#pragma unroll
-            for (int j = 0; j < 8; j++) v[j] *= factor;
-        }
-        unsigned char* to =
-            queries + (((long long)head * blocks + t / 128) * SLABS + slab) * QUERY_SLAB;
-        *reinterpret_cast<uint4*>(to + piece_at(t % 128, column & 7)) = pack_piece(v);
-    }
-}
-
 extern "C" __global__ void __launch_bounds__(384, 1)
 mla_prefill(__half* o16, float* o32, float* state, const unsigned char* queries,
             const unsigned char* keys, const unsigned char* values, const unsigned char* rope,
@@ -305,10 +271,11 @@ mla_prefill(__half* o16, float* o32, float* state, const unsigned char* queries,
             let_pass(2 - group, 256);
             products_wait<1>();
             hold(s);
-            if (lane == 0) barrier_arrive(k_empty + 8 * stage);
             mask(stop - 1 - at);
             soften(s, rows, keep, scale);
-            hold(s);  // the compiler would put the wait first
+            // always true, but keeps the compiler from waiting before it takes the weights
+            if (lane == 0 && !(rows.sum[0] + rows.sum[1] < 0.f))
+                barrier_arrive(k_empty + 8 * stage);
             products_wait<0>();
             hold(rows.o);
             if (lane == 0) barrier_arrive(v_empty + 8 * before);

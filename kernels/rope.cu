@@ -3,6 +3,8 @@
 //           x [n, h, p] with strides ldx (token) and ldh (head), y [n, h, p] dense
 // Dtypes    float32; angles in double, so that position 1e6 keeps its phase
 // Grid      rope_table (n), p / 2 threads at most 512;  rope (n, h), p / 2 threads
+// Assumes   rope_table_f32 is the first launch of a step: it lets its successor start only after its
+//           own wait, so all kernels of the step find the step before complete
 // Numerics  as NumPy: float64 angle, float32 cos and sin
 // Bound by  launch latency
 // Sources   own
@@ -11,8 +13,8 @@
 
 extern "C" __global__ void rope_table_f32(float* cosine, float* sine, const int* pos,
                                           const double* frequency, int half) {
+    pdl_wait();  // first: what starts after this kernel may read pos and older cache rows at once
     pdl_launch();
-    pdl_wait();
     for (int i = threadIdx.x; i < half; i += blockDim.x) {
         double s, c;
         sincos(pos[blockIdx.x] * frequency[i], &s, &c);

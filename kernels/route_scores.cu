@@ -1,39 +1,47 @@
 // Op        route_scores: y[t][e] = sum_c gate[e][c] x[t][c], many tokens
 // Shapes    y [n, E], gate [E, d], x [n, d] at row stride ldx
 // Dtypes    float32
-// Grid      (ceil(n / 16), ceil(E / 64)), 256 threads
+// Grid      (ceil(n / 16), ceil(E / 64)), 512 threads, shared bytes 42240 RING (2 or 3)
 // Assumes   d and ldx multiples of 4, x and gate 16-byte aligned
-// Numerics  sums of every fourth piece of 16 columns in order, then those four: relative error 1e-6,
+// Numerics  sums of every eighth piece of 16 columns in order, then those eight: relative error 1e-6,
 //           as float32 as the choice of experts needs
 // Bound by  float32 FMA: 2 n E d operations
 // Sources   own
+// Variants  RING=3; RING=2
+// Needs     8.0
 // Tested by tests/gpu/test_gemm.py, tests/kernels/test_gemm.py
 #include "mma.cuh"
 #include "pdl.cuh"
 
-constexpr int TOKENS = 16, EXPERTS = 64, COLS = 64, LD = COLS + 4;  // + 4: rows in different banks
-constexpr int ROWS = TOKENS + EXPERTS, RING = 4;
+constexpr int TOKENS = 16, EXPERTS = 64, COLS = 128, LD = COLS + 4;  // + 4: rows in different banks
+constexpr int ROWS = TOKENS + EXPERTS, PARTS = 8;
 
 // ---------------------------------------------------------------- kernels -------------------
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(512)
 route_scores_f32(float* y, const float* gate, const float* x, int n, int n_experts, int d,
                  long long ldx) {
     extern __shared__ float shared[];  // [RING][ROWS][LD]: tokens, then experts
     const int token0 = blockIdx.x * TOKENS, expert0 = blockIdx.y * EXPERTS;
     pdl_launch();
     pdl_wait();
-    // Threads 64 p .. take columns 16 p .. of each 64, and of 16 x 64 results 4 x 4 each.
-    const int part = threadIdx.x >> 6, at = threadIdx.x & 63, t = at >> 3 & 3;
-    const int e = (at & 7) + (at >> 5) * 8;
+    // Threads 64 p .. take columns 16 p .. of each 128, and of 16 x 64 results 4 x 4 each.
+    const int part = threadIdx.x >> 6, at = threadIdx.x & 63;
+    const int t = at >> 3 & 3, e = (at & 7) + (at >> 5) * 8;
+    // A thread copies four columns of every 16th row.
+    const int row = threadIdx.x >> 5, column = (threadIdx.x & 31) * 4;
+    const float* own_x = x + (long long)min(token0 + row, n - 1) * ldx + column;
+    const float* own_gate[EXPERTS / 16];
+#pragma unroll
+    for (int i = 0; i < EXPERTS / 16; i++)
+        own_gate[i] = gate + (long long)min(expert0 + row + 16 * i, n_experts - 1) * d + column;
     auto copy = [&](int chunk) {
-        float* to = shared + chunk % RING * ROWS * LD;
-        for (int i = threadIdx.x; i < ROWS * COLS / 4; i += 256) {
-            const int row = i / (COLS / 4), column = chunk * COLS + i % (COLS / 4) * 4;
-            const int own = row < TOKENS ? token0 + row : expert0 + row - TOKENS;
-            const bool valid = column < d && own < (row < TOKENS ? n : n_experts);
-            const float* from = row < TOKENS ? x + own * ldx : gate + (long long)own * d;
-            cp_async16(to + row * LD + i % (COLS / 4) * 4, valid ? from + column : gate, valid);
-        }
+        float* to = shared + (chunk % RING * ROWS + row) * LD + column;
+        const bool valid = chunk * COLS + column < d;
+        const int from = valid ? chunk * COLS : -column;
+        cp_async16(to, own_x + from, valid);
+#pragma unroll
+        for (int i = 0; i < EXPERTS / 16; i++)
+            cp_async16(to + (TOKENS + 16 * i) * LD, own_gate[i] + from, valid);
     };
     float sum[4][4] = {};
     const int chunks = (d + COLS - 1) / COLS;
@@ -65,16 +73,16 @@ route_scores_f32(float* y, const float* gate, const float* x, int n, int n_exper
         }
     }
     __syncthreads();
-    float* parts = shared;  // [3][64 threads][16]
+    float* parts = shared;  // [PARTS][16][64 threads]
 #pragma unroll
-    for (int i = 0; i < 16; i++)
-        if (part) parts[(part - 1) * 1024 + i * 64 + at] = sum[i / 4][i % 4];
+    for (int i = 0; i < 16; i++) parts[(part * 16 + i) * 64 + at] = sum[i / 4][i % 4];
     __syncthreads();
-    if (part) return;
 #pragma unroll
-    for (int i = 0; i < 16; i++) {
-        float total = sum[i / 4][i % 4];
-        for (int p = 0; p < 3; p++) total += parts[p * 1024 + i * 64 + at];
+    for (int own = 0; own < 16; own += PARTS) {  // a part adds up two of a thread's 16
+        const int i = own + part;
+        float total = 0.f;
+#pragma unroll
+        for (int p = 0; p < PARTS; p++) total += parts[(p * 16 + i) * 64 + at];
         const int token = token0 + t + 4 * (i / 4), expert = expert0 + e + 16 * (i % 4);
         if (token < n && expert < n_experts) y[(long long)token * n_experts + expert] = total;
     }

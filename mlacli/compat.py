@@ -125,8 +125,6 @@ def _refused(params: Params) -> Iterable[Finding]:
             yield no("flash_attn", "{flag} off " + rest, "leave it out, or run on -dev cpu")
         if context.mla == 0:
             yield no("mla_use", "{flag} 0 " + rest, "leave it out, or run on -dev cpu")
-        if context.cache_type_k == "q8_0":
-            yield no("cache_type_k", "{flag} q8_0 " + rest, "use f16")
     if not _on_cpu(params):
         for flag in offenders(params):
             yield Finding(
@@ -164,14 +162,9 @@ def _is_lifted(context: ContextParams) -> bool:
 
 
 def _as_it_runs(params: Params) -> ContextParams:
-    """Graph mode always decodes block-wise, so that -mla 2 is 3 there (B 3.8).
-
-    The kernels of this version have the absorbed form alone, so that 2 and 3 are 1 on GPUs.
-    """
+    """Graph mode and GPUs always decode block-wise, so that -mla 2 is 3 there (B 3.8)."""
     context = params.context
-    if context.mla > 1 and _on_gpu(params):
-        return replace(context, mla=1)
-    is_same = _mode(params) == "graph" and context.mla == 2
+    is_same = (_mode(params) == "graph" or _on_gpu(params)) and context.mla == 2
     return replace(context, mla=3) if is_same else context
 
 

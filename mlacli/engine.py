@@ -75,9 +75,13 @@ class Engine:
     """Runs one sequence, one call at a time. Tokens 0..n_kv-1 are in the cache."""
 
     def __init__(
-        self, prepared: Prepared, progress: Callable[[int, int], None] | None = None
-    ) -> None:
-        """Loads the weights; `progress` is told bytes done and bytes in all."""
+        self, prepared: Prepared, progress: Callable[[int, int], None] | None = None,
+        compiling: Callable[[int, int], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Loads the weights; `progress` is told bytes done and bytes in all.
+
+        `compiling` is told of kernels compiled and of how many, when any is.
+        """
         start = time.perf_counter()
         self.prepared, self.params = prepared, prepared.params
         self.n_ctx, self.n_kv = prepared.plan.n_ctx, 0
@@ -89,7 +93,9 @@ class Engine:
             r.device: bytes_in_use(r.device) if r.kind == "cuda" else 0 for r in prepared.plan.ranks
         }
         try:
-            self._ranks = open_ranks(prepared.plan, prepared.params.context, prepared.n_threads)
+            self._ranks = open_ranks(
+                prepared.plan, prepared.params.context, prepared.hparams, prepared.n_threads
+            )
         except BaseException:
             prepared.gguf.close()
             raise
@@ -102,10 +108,13 @@ class Engine:
             self._load(progress)
             if prepared.params.model.check_tensors:
                 self.checked = self.check_tensors()
+            loaded = time.perf_counter()
+            self.n_compiled = self._compile(compiling)
         except BaseException:
             self.close()
             raise
-        self.timings.load_s = time.perf_counter() - start
+        self.timings.load_s = loaded - start
+        self.compile_s = time.perf_counter() - loaded  # seconds that n_compiled kernels took
 
     def _load(self, progress: Callable[[int, int], None] | None) -> None:
         import numpy as np
@@ -134,6 +143,19 @@ class Engine:
         for weights, cache in self._ranks.group.run(one_rank):
             self._weights.append(weights)
             self._caches.append(cache)
+
+    def _compile(self, report: Callable[[int, int], None] | None) -> int:
+        """Compiles what steps will launch, where a backend compiles at all."""
+        hp, model = self.prepared.hparams, self.prepared.model
+
+        def one_rank(rank: int) -> int:
+            ops, weights, cache = self._ops(rank), self._weights[rank], self._caches[rank]
+            return ops.compile(
+                hp.rope.frequencies(hp.p),
+                lambda step: model.forward(ops, hp, weights, cache, step), report,
+            )  # fmt: skip
+
+        return sum(self._ranks.group.run(one_rank))
 
     def check_tensors(self) -> Checked:
         """Every tensor as the ranks hold it compared with the file, and none with NaN in it."""
@@ -220,6 +242,36 @@ class Engine:
         row: Floats = self._forward("decode", [token_id], [0])[0]
         return row
 
+    def decode_ahead(self, token_id: int, n: int, sampler: Sampler) -> list[int]:
+        """Append one token, and each that `sampler` draws after it but the last; those drawn.
+
+        At least one and at most `n` of them, at one go on the device; empty where the sampler's
+        chain, or the backend, samples on the host: use decode().
+        """
+        self._check([token_id])
+        n = min(n, self.n_ctx - self.n_kv)
+        if not all(ops.can_sample(sampler.params, sampler.banned) for ops in self._ranks.ops):
+            return []
+        hp, model, n_past = self.prepared.hparams, self.prepared.model, self.n_kv
+        frequencies = hp.rope.frequencies(hp.p)
+
+        def one_rank(rank: int) -> list[int]:
+            ops, weights, cache = self._ops(rank), self._weights[rank], self._caches[rank]
+            return ops.execute_ahead(
+                token_id, n_past, n, frequencies, sampler.params, sampler.seed, sampler.banned,
+                lambda step: model.forward(ops, hp, weights, cache, step),
+            )  # fmt: skip
+
+        ids = self._ranks.group.run(one_rank)[0]
+        self._note_forms("decode")
+        self.n_kv = n_past + len(ids)
+        return ids
+
+    def _note_forms(self, phase: Phase) -> None:
+        for ops in self._ranks.ops:
+            self.forms[phase] |= ops.forms
+            ops.forms.clear()
+
     def rewind(self, n_kv: int) -> None:
         """Forget all tokens from position `n_kv` on."""
         if not 0 <= n_kv <= self.n_kv:
@@ -269,9 +321,7 @@ class Engine:
                 )  # fmt: skip
 
         results = self._ranks.group.run(one_rank)
-        for ops in self._ranks.ops:
-            self.forms[phase] |= ops.forms
-            ops.forms.clear()
+        self._note_forms(phase)
         self.n_kv = n_past + len(ids)
         logits: Floats = first_result(results)
         return logits

@@ -36,6 +36,7 @@ from mlacli.flag_values import (
     token_ids,
 )
 from mlacli.flags_commands import CHECK, LOGS, OTHER
+from mlacli.loading.presets import preset
 from mlacli.params import ContextParams, ModelParams, Params, SamplingParams, SplitParams
 
 MODEL: tuple[Flag, ...] = (
@@ -205,6 +206,13 @@ SWEEP: tuple[Flag, ...] = (
         "md",
     ),
     Flag(("--compare",), compared_modes, "measure modes in turn: none,layer,graph", "MODES", ()),
+    Flag(
+        ("--synthetic",),
+        preset,
+        "no file: random weights in the shapes of v2lite, glm47flash, v3, kimi_k2, mistral4 or "
+        "glm5, of N layers where N is given",
+        "PRESET[:N]",
+    ),
     Flag(("--plot",), text, "draw S_PP and S_TG over N_KV: FILE.png, .svg or .pdf", "FILE"),
     Flag(
         ("--results",),

@@ -32,7 +32,7 @@ class LatentCache:
         """Index keys [n_ctx, width] for those of this rank's layers that are `full`."""
         for il in self.rows:
             if full[il]:
-                self.index_rows[il] = ops.new_rows(self.n_ctx, width, cache_type)
+                self.index_rows[il] = ops.new_index_rows(self.n_ctx, width, cache_type)
 
     @property
     def nbytes(self) -> int:

@@ -139,12 +139,18 @@ def bundled_model() -> Path:
     return Path(str(files("mlacli.bundled").joinpath(BUNDLED)))
 
 
-def prepare(path: str | Path | None, params: Params, *, refuse_oversize: bool = True) -> Prepared:
+def prepare(
+    path: str | Path | GgufFile | None, params: Params, *, refuse_oversize: bool = True
+) -> Prepared:
     """The model at `path` (None = the bundled one) ready to load; every refusal comes from here.
 
+    An open file, or what stands in for one, becomes the engine's to close.
     Without `refuse_oversize` a plan that doesn't fit is returned too, to be looked at.
     """
-    file = GgufFile.open(path or bundled_model(), params.model.override_kv)
+    if isinstance(path, GgufFile):
+        file = path
+    else:
+        file = GgufFile.open(path or bundled_model(), params.model.override_kv)
     try:
         prepared = _prepare(file, params)
         if refuse_oversize:
@@ -175,7 +181,6 @@ def _prepare(file: GgufFile, params: Params) -> Prepared:
     _check_types(file)
     devices = find_devices(params.split)
     main_device(params.split, devices)
-    refuse_on_gpus(hp, devices)
     host = Device("host", "cpu", *host_memory())
     context = replace(params.context, n_ubatch=min(params.context.n_ubatch, params.context.n_batch))
 
@@ -208,17 +213,6 @@ def settle_indexer(hp: Any, context: ContextParams) -> Any:
                 "use -mla 1, 2 or 3, or --no-dsa",
             )
     return replace(hp, indexer=indexer)
-
-
-def refuse_on_gpus(hp: Any, devices: Sequence[Device]) -> None:
-    """UnsupportedFeature for what the CUDA backend can't compute yet; a plan may still be made."""
-    if all(device.kind != "cuda" for device in devices):
-        return
-    if hp.sparse is not None:
-        raise UnsupportedFeature(
-            "sparse attention is not supported on GPUs by this version",
-            "run on -dev cpu, or dense with --no-dsa",
-        )
 
 
 def together(prepared: Sequence[Prepared]) -> list[Prepared]:

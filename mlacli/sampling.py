@@ -17,6 +17,7 @@ from mlacli.errors import MlacliError
 from mlacli.params import SamplingParams
 
 Ids = NDArray[np.intp]
+AHEAD = 8  # tokens that a device draws at one go
 Logits = NDArray[np.float32]
 
 
@@ -73,7 +74,7 @@ class Sampler:
     def __init__(self, params: SamplingParams, eog_ids: frozenset[int] = frozenset()) -> None:
         self.params = params
         self.seed = secrets.randbits(32) if params.seed is None else params.seed
-        self._banned = np.array(sorted(eog_ids) if params.ignore_eos else [], dtype=np.intp)
+        self.banned = np.array(sorted(eog_ids) if params.ignore_eos else [], dtype=np.intp)
 
     def candidates(self, logits: Logits) -> tuple[Ids, NDArray[np.float64]]:
         """Ids that pass the filters, ascending, and the probability of each."""
@@ -88,9 +89,9 @@ class Sampler:
 
         temp <= 0 takes the largest logit, of equals the lowest id.
         """
-        if self._banned.size:
+        if self.banned.size:
             logits = logits.copy()
-            logits[self._banned] = -np.inf
+            logits[self.banned] = -np.inf
         best = int(np.argmax(logits))
         if not np.isfinite(logits[best]):  # argmax finds a NaN first
             raise MlacliError(

@@ -10,16 +10,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mlacli.errors import UsageError
+from mlacli.params import SamplingParams
+from mlacli.sampling import AHEAD, Sampler
 
 if TYPE_CHECKING:
     from mlacli.engine import Engine
 
+_GREEDY = Sampler(SamplingParams(temp=0.0))
 _SEED = 42  # of the random token ids: the same ones in every run and in every mode
 
 
@@ -122,7 +124,10 @@ class _Run:
     def warm_up(self, with_batch: bool) -> None:
         self.engine.take_turn()
         self.engine.decode(0)
-        if with_batch:
+        on_gpu = any(rank.kind == "cuda" for rank in self.engine.prepared.plan.ranks)
+        if on_gpu:  # compiles and captures what every row will run
+            self._decode(0, [0] * AHEAD)
+        if with_batch or on_gpu:
             self.engine.rewind(0)
             self.engine.prefill(self._ids(self.shape.pp))
 
@@ -161,13 +166,22 @@ class _Run:
         )  # fmt: skip
 
     def _decode(self, n_kv: int, ids: list[int]) -> tuple[float, list[float]]:
-        """Seconds of all steps and of each; a step ends when its logits are on the host."""
+        """Seconds of all steps and of each; a step ends when its logits are on the host.
+
+        Where the device samples, several steps end together: each counts an equal share.
+        """
         self.engine.rewind(n_kv)
-        marks = [time.perf_counter()]
-        for token_id in ids:
-            self.engine.decode(token_id)
-            marks.append(time.perf_counter())
-        return marks[-1] - marks[0], [b - a for a, b in pairwise(marks)]
+        steps: list[float] = []
+        token_id, start = ids[0], time.perf_counter()
+        while len(steps) < len(ids):
+            began = time.perf_counter()
+            ahead = self.engine.decode_ahead(token_id, min(AHEAD, len(ids) - len(steps)), _GREEDY)
+            if not ahead:
+                self.engine.decode(ids[len(steps)])
+            n = max(1, len(ahead))
+            steps += [(time.perf_counter() - began) / n] * n
+            token_id = ahead[-1] if ahead else 0
+        return time.perf_counter() - start, steps
 
     def _prefill(self, n_kv: int, ids: list[int]) -> float:
         self.engine.rewind(n_kv)

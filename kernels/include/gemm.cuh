@@ -1,32 +1,32 @@
 // Products of tiled weights with many tokens: a ring of stages in shared memory that runs ahead of
 // the tensor cores, and the loop over it.
 //
-// A CTA of two warpgroups takes 256 weight rows (GEMM_ROWS) and up to 128 tokens. Warp w has two row
-// tiles: part 0 is row tile w, part 1 row tile 8 + w (or row tile w of a second weight: gate and up).
-// A stage holds 64 columns: activations [128 tokens][64] float16, 128-byte swizzle, and the packed
-// bytes of 16 row tiles, which only the warp that copied them reads. While the tensor cores work on
-// one part of a warp's rows, the warp unpacks the other. The ring knows nothing of work items'
-// borders: the next item's first stages arrive while this item's results are stored.
-// Sources: A from registers and unpacking in between as in CUTLASS's mixed-input kernels; own.
+// Two warpgroups take 256 weight rows (GEMM_ROWS) and up to 128 tokens. Warp w has two row tiles:
+// part 0 is row tile w, part 1 row tile 8 + w (or row tile w of a second weight: gate and up). A
+// stage holds 64 columns: activations [128 tokens][64] float16, 128-byte swizzle, and the packed bytes
+// of 16 row tiles. While the tensor cores work on one part of a warp's rows, the warp unpacks the
+// other. With wgmma a third warpgroup copies; without, all warps copy, a barrier per stage. The ring
+// knows nothing of work items' borders: the next item arrives while this item's results are stored.
+// Sources: A from registers, unpacked in between, and a copying warpgroup with few registers as in
+// CUTLASS's mixed-input kernels; own.
 #pragma once
 #include "mma.cuh"
 #include "tiles.cuh"
 #include "wgmma.cuh"
 
-constexpr int GEMM_THREADS = 256, GEMM_ROWS = 256, GEMM_TOKENS = 128;
+constexpr int GEMM_ROWS = 256, GEMM_TOKENS = 128, GEMM_TILES = 16;
 constexpr int GEMM_X_BYTES = GEMM_TOKENS * 128;  // of a stage
 #ifdef WGMMA
-constexpr int GEMM_AHEAD = STAGES - 2;  // stages copied before they are needed
+constexpr int GEMM_THREADS = 384, GEMM_COPIERS = 128, GEMM_FIRST_COPIER = 256;
 #else
-constexpr int GEMM_AHEAD = STAGES - 1;
+constexpr int GEMM_THREADS = 256, GEMM_COPIERS = 256, GEMM_FIRST_COPIER = 0;
+constexpr int GEMM_AHEAD = STAGES - 1;  // stages whose copies are under way
 #endif
+constexpr int GEMM_OWN_TOKENS = GEMM_TOKENS * 8 / GEMM_COPIERS;  // that a thread copies pieces of
+constexpr int GEMM_OWN_TILES = GEMM_TILES * 32 / GEMM_COPIERS;   // that a warp copies
 
 // ---------------------------------------------------------------- device helpers ------------
 #ifdef SIMT
-__device__ __forceinline__ void cp_async_part(void* shared, const void* global, int nbytes) {
-    memset(shared, 0, 16);
-    memcpy(shared, global, nbytes);
-}
 // The transpose of an 8 x 8 matrix of 16-bit values held as an mma fragment.
 __device__ __forceinline__ unsigned transposed(unsigned pair) {
     unsigned out;
@@ -38,11 +38,6 @@ __device__ __forceinline__ unsigned transposed(unsigned pair) {
     return out;
 }
 #else
-// nbytes (0 .. 16) from global to shared memory, zeros up to 16.
-__device__ __forceinline__ void cp_async_part(void* shared, const void* global, int nbytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :: "r"((unsigned)__cvta_generic_to_shared(shared)), "l"(global), "r"(nbytes) : "memory");
-}
 __device__ __forceinline__ unsigned transposed(unsigned pair) {
     unsigned out;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
@@ -75,21 +70,25 @@ template <> struct StagedTile<-1> {
     static constexpr int end = 0;
 };
 
-// A lane's part of copying one row tile: 512-byte rounds of q, one 16-byte piece of the rest.
+// A lane's part of copying neighbouring row tiles of a weight: 512-byte rounds of q, one 16-byte
+// piece of the rest.
 struct TileSource {
-    const unsigned char *q, *side;  // side null: nothing
+    const unsigned char *q, *side;                      // of the first; side null: nothing
+    int q_stride, side_stride, n;                       // to the next row tile; how many there are
     int q_bytes, side_bytes, side_shift;  // side of column tile k: (k >> side_shift) * side_bytes
 };
 
+// Row tiles from row_tile on, the first n of them; none may be there.
 template <int QTYPE>
 __device__ __forceinline__ TileSource tile_source(
-        const unsigned char* w, int n_row_tiles, int n_col_tiles, int row_tile, int lane) {
+        const unsigned char* w, int n_row_tiles, int n_col_tiles, int row_tile, int n) {
     using T = Tile<QTYPE>;
+    using In = StagedTile<QTYPE>;
     const TileView<QTYPE> v = tile_view<QTYPE>(w, n_row_tiles, n_col_tiles);
     const long long at = (long long)row_tile * n_col_tiles;
-    TileSource from{v.q + at * T::q_bytes + 16 * lane, nullptr, T::q_bytes, 0, 0};
-    const int side = T::q_bytes + 16 * lane;  // place of the piece in the stage
-    using In = StagedTile<QTYPE>;
+    const int lane = threadIdx.x & 31, side = T::q_bytes + 16 * lane;  // place of the piece in the stage
+    TileSource from{v.q + at * T::q_bytes + 16 * lane, nullptr, n_col_tiles * T::q_bytes, 0,
+                    min(n, GEMM_OWN_TILES), T::q_bytes, 0, 0};
     if (side < In::m)
         from.side = v.s + at * T::s_bytes + (side - In::s), from.side_bytes = T::s_bytes;
     else if (side < In::d)
@@ -99,62 +98,89 @@ __device__ __forceinline__ TileSource tile_source(
         from.side_shift = 2;
     else if (side < In::end)
         from.side = v.h + at * T::h_bytes + (side - In::h), from.side_bytes = T::h_bytes;
+    from.side_stride = (n_col_tiles >> from.side_shift) * from.side_bytes;
     return from;
 }
 
 // What a thread copies for one work item.
 struct GemmSource {
-    TileSource part[2];
+    TileSource tiles;
     const unsigned short* x;
-    int row[4];  // of tokens thread / 8 + 32 i: pieces of 8 elements from x, negative: none
-    int steps, skip, cols;  // stages; packed column of x's first; x's columns
+    int row[GEMM_OWN_TOKENS];  // of tokens gemm_own_token(i): 8 elements each, negative: none
+    int steps, skip, cols;     // stages; packed column of x's first; x's columns
 };
+
+__device__ __forceinline__ int gemm_copier() { return threadIdx.x - GEMM_FIRST_COPIER; }
+__device__ __forceinline__ int gemm_own_token(int i) {
+    return (gemm_copier() >> 3) + GEMM_COPIERS / 8 * i;
+}
+// The part that this thread's warp copies, and its first row tile there.
+__device__ __forceinline__ int gemm_own_part() { return gemm_copier() >= GEMM_COPIERS / 2; }
+__device__ __forceinline__ int gemm_own_tile() {
+    return (gemm_copier() >> 5) * GEMM_OWN_TILES & (GEMM_TILES / 2 - 1);
+}
 
 // Rows of tokens first .. (n in all) of x, `tokens` of them at most.
 __device__ __forceinline__ void set_tokens(GemmSource& from, int first, int n, int tokens, long long ldx) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int t = (threadIdx.x >> 3) + 32 * i;
+    for (int i = 0; i < GEMM_OWN_TOKENS; i++) {
+        const int t = gemm_own_token(i);
         from.row[i] = t < tokens && first + t < n ? (int)((first + t) * ldx >> 3) : -1;
     }
 }
 
-// The part of one stage's copies that is this thread's.
+// The part of one stage's copies that is this thread's. Row tiles and tokens that aren't there leave
+// what was there: it reaches only results that nobody stores.
 template <int TILE_BYTES>
 __device__ __forceinline__ void copy_stage(
         unsigned char* ring, int slot, const GemmSource& from, int step) {
-    const int piece = threadIdx.x & 7, token = threadIdx.x >> 3;
-    const int column = 64 * step + 8 * piece - from.skip;
-    const int nbytes = column < 0 ? 0 : min(16, max(0, 2 * (from.cols - column)));
+    const int piece = gemm_copier() & 7, token = gemm_copier() >> 3;
+    const int first = 64 * step - from.skip, column = first + 8 * piece;
+    const unsigned short* x = from.x + column;
     unsigned char* to = ring + slot * GEMM_X_BYTES + token * 128 + ((piece ^ (token & 7)) << 4);
+    if (first >= 0 && first + 64 <= from.cols) {
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-        if (from.row[i] >= 0)
-            cp_async_part(to + i * 4096, from.x + (nbytes ? 8LL * from.row[i] + column : 0), nbytes);
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    to = ring + STAGES * GEMM_X_BYTES + (slot * 16 + warp) * TILE_BYTES + 16 * lane;
+        for (int i = 0; i < GEMM_OWN_TOKENS; i++)
+            if (from.row[i] >= 0) cp_async16(to + i * (GEMM_COPIERS * 16), x + 8LL * from.row[i]);
+    } else {  // zeros outside of x
+        const bool valid = column >= 0 && column < from.cols;
 #pragma unroll
-    for (int p = 0; p < 2; p++, to += 8 * TILE_BYTES) {
-        const TileSource& tile = from.part[p];
-        const unsigned char* q = tile.q + (long long)step * tile.q_bytes;
+        for (int i = 0; i < GEMM_OWN_TOKENS; i++)
+            if (from.row[i] >= 0)
+                cp_async16(to + i * (GEMM_COPIERS * 16), valid ? x + 8LL * from.row[i] : from.x, valid);
+    }
+    to = ring + STAGES * GEMM_X_BYTES + 16 * (threadIdx.x & 31) +
+         (slot * GEMM_TILES + (gemm_copier() >> 5) * GEMM_OWN_TILES) * TILE_BYTES;
+    const TileSource& tiles = from.tiles;
+    const unsigned char* q = tiles.q + (long long)step * tiles.q_bytes;
+    const unsigned char* side = tiles.side + (long long)(step >> tiles.side_shift) * tiles.side_bytes;
+#pragma unroll
+    for (int i = 0; i < GEMM_OWN_TILES; i++) {
+        if (i >= tiles.n) break;
 #pragma unroll
         for (int u = 0; u < 4; u++)
-            if (512 * u < tile.q_bytes) cp_async16(to + 512 * u, q + 512 * u);
-        if (tile.side)
-            cp_async16(to + tile.q_bytes,
-                       tile.side + (long long)(step >> tile.side_shift) * tile.side_bytes);
+            if (512 * u < tiles.q_bytes) cp_async16(to + 512 * u, q + 512 * u);
+        if (tiles.side) cp_async16(to + tiles.q_bytes, side);
+        q += tiles.q_stride, side += tiles.side_stride, to += TILE_BYTES;
     }
 }
 
-// A row tile of a stage as boosted float16 fragments of its four steps.
+// A lane's part of a row tile of a stage.
 template <int QTYPE>
-__device__ __forceinline__ void unpack_tile(
-        const unsigned char* staged, int lane, float boost, unsigned (&a)[4][4]) {
+__device__ __forceinline__ TileData<QTYPE> load_staged(const unsigned char* staged) {
     using In = StagedTile<QTYPE>;
+    const int lane = threadIdx.x & 31;
     TileData<QTYPE> w;
     load_numbers<QTYPE, false>(staged, staged + In::h, lane, w);
     load_scales<QTYPE, false>(staged + In::s, staged + In::m, lane, w);
     load_block_scales<QTYPE, false>(staged + In::d, lane, w);
+    return w;
+}
+
+// It as boosted float16 fragments of its four steps.
+template <int QTYPE>
+__device__ __forceinline__ void unpack_tile(
+        const TileData<QTYPE>& w, float boost, unsigned (&a)[4][4]) {
     HalfScales scales;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
@@ -196,22 +222,95 @@ __device__ __forceinline__ void multiply_stage(
 #endif
 }
 
-// The ring, and how far it is ahead. Items is the kernel's: n items, open(item, lane, GemmSource&).
+// The ring. Items is the kernel's: n items of this grid, open(item, GemmSource&).
 template <class Items, int TILE_BYTES>
 struct Gemm {
     const Items& items;
     unsigned char* ring;
-    GemmSource from;           // of the item that is being copied
-    int item, step, to, at;    // that item, its stage; slot copied to; slot read next
-    int lane, warp;
+    int at = 0;  // slot read next
+#ifdef WGMMA
+    // full[slot]: the copies are there; free[slot]: both warpgroups are done with them.
+    unsigned long long *full, *free;
+    unsigned phase = 0;  // of full[at]
 
-    __device__ __forceinline__ Gemm(const Items& items, unsigned char* ring)
-        : items(items), ring(ring), item(blockIdx.x), step(0), to(0), at(0),
-          lane(threadIdx.x & 31), warp(threadIdx.x >> 5) {
-        if (item < items.n) items.open(item, from);
+    __device__ __forceinline__ Gemm(const Items& items, void* shared)
+        : items(items), ring(ring_of(shared)) {
+        full = (unsigned long long*)(ring + STAGES * (GEMM_X_BYTES + GEMM_TILES * TILE_BYTES));
+        free = full + STAGES;
+        if (threadIdx.x < STAGES) {
+            barrier_init(full + threadIdx.x, GEMM_COPIERS);
+            barrier_init(free + threadIdx.x, GEMM_FIRST_COPIER / 32);
+        }
+        wgmma_publish();
+        __syncthreads();
+    }
+
+    // Runs the copying warpgroup, which then has nothing more to do: true.
+    __device__ __forceinline__ bool copies() {
+        if (threadIdx.x < GEMM_FIRST_COPIER) {
+            registers_up<232>();
+            return false;
+        }
+        registers_down<40>();
+        int to = 0;           // slot copied to
+        unsigned wanted = 1;  // phase of free[to]: at first all are free
+        for (int item = blockIdx.x; item < items.n; item += gridDim.x) {
+            GemmSource from;
+            items.open(item, from);
 #pragma unroll 1
+            for (int step = 0; step < from.steps; step++) {
+                barrier_wait(free + to, wanted);
+                copy_stage<TILE_BYTES>(ring, to, from, step);
+                barrier_arrive_copied(full + to);
+                if (++to == STAGES) to = 0, wanted ^= 1;
+            }
+        }
+        cp_async_commit();
+        cp_async_wait<0>();
+        return true;
+    }
+
+    // Both parts of one item: d0, d1 as in wgmma.cuh, for N tokens.
+    template <int QTYPE0, int QTYPE1, int N>
+    __device__ __forceinline__ void multiply(
+            int steps, float boost0, float boost1, float (&d0)[N / 2], float (&d1)[N / 2]) {
+        const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+        unsigned a0[4][4], a1[4][4];
+        int before = at;  // slot of the stage before
+#pragma unroll 1
+        for (int k = 0; k < steps; k++) {
+            barrier_wait(full + at, phase);
+            wgmma_publish();  // here, because whoever copies would wait for all its copies
+            const unsigned char* x = ring + at * GEMM_X_BYTES;
+            const unsigned char* tile =
+                ring + STAGES * GEMM_X_BYTES + (at * GEMM_TILES + warp) * TILE_BYTES;
+            const TileData<QTYPE0> w0 = load_staged<QTYPE0>(tile);
+            wgmma_wait<1>();  // a0 is free
+            unpack_tile<QTYPE0>(w0, boost0, a0);
+            multiply_stage<N>(d0, a0, x, k > 0);
+            const TileData<QTYPE1> w1 = load_staged<QTYPE1>(tile + GEMM_TILES / 2 * TILE_BYTES);
+            wgmma_wait<1>();  // a1 is free, and the stage before
+            if (k > 0 && lane == 0) barrier_arrive(free + before);
+            unpack_tile<QTYPE1>(w1, boost1, a1);
+            multiply_stage<N>(d1, a1, x, k > 0);
+            before = at;
+            if (++at == STAGES) at = 0, phase ^= 1;
+        }
+        wgmma_wait<0>();
+        if (lane == 0) barrier_arrive(free + before);
+        wgmma_hold(d0), wgmma_hold(d1);
+    }
+#else
+    GemmSource from;     // of the item that is being copied
+    int item, step, to;  // that item, its stage; slot copied to
+
+    __device__ __forceinline__ Gemm(const Items& items, void* shared)
+        : items(items), ring(ring_of(shared)), item(blockIdx.x), step(0), to(0) {
+        if (item < items.n) items.open(item, from);
         for (int i = 0; i < GEMM_AHEAD; i++) copy_next();
     }
+
+    __device__ __forceinline__ bool copies() { return false; }
 
     __device__ __forceinline__ void copy_next() {
         if (item < items.n) {
@@ -225,38 +324,26 @@ struct Gemm {
         cp_async_commit();
     }
 
-    // Both parts of one item: d0, d1 as in wgmma.cuh, for N tokens.
     template <int QTYPE0, int QTYPE1, int N>
     __device__ __forceinline__ void multiply(
             int steps, float boost0, float boost1, float (&d0)[N / 2], float (&d1)[N / 2]) {
-        unsigned a0[4][4], a1[4][4];
+        unsigned a[4][4];
 #pragma unroll 1
         for (int k = 0; k < steps; k++) {
             cp_async_wait<GEMM_AHEAD - 1>();
-#ifdef WGMMA
-            wgmma_publish();
-#endif
             __syncthreads();
-            copy_next();  // into the slot of a stage (wgmma: two stages) ago, which all are done with
+            copy_next();  // into the slot of the stage before, which all are done with
             const unsigned char* x = ring + at * GEMM_X_BYTES;
-            const unsigned char* tile = ring + STAGES * GEMM_X_BYTES + (at * 16 + warp) * TILE_BYTES;
+            const unsigned char* tile = ring + STAGES * GEMM_X_BYTES +
+                                        (at * GEMM_TILES + (threadIdx.x >> 5)) * TILE_BYTES;
             at = at + 1 == STAGES ? 0 : at + 1;
-#ifdef WGMMA
-            wgmma_wait<1>();  // a0 is free
-#endif
-            unpack_tile<QTYPE0>(tile, lane, boost0, a0);
-            multiply_stage<N>(d0, a0, x, k > 0);
-#ifdef WGMMA
-            wgmma_wait<1>();  // a1 is free
-#endif
-            unpack_tile<QTYPE1>(tile + 8 * TILE_BYTES, lane, boost1, a1);
-            multiply_stage<N>(d1, a1, x, k > 0);
+            unpack_tile<QTYPE0>(load_staged<QTYPE0>(tile), boost0, a);
+            multiply_stage<N>(d0, a, x, k > 0);
+            unpack_tile<QTYPE1>(load_staged<QTYPE1>(tile + GEMM_TILES / 2 * TILE_BYTES), boost1, a);
+            multiply_stage<N>(d1, a, x, k > 0);
         }
-#ifdef WGMMA
-        wgmma_wait<0>();
-        wgmma_hold(d0), wgmma_hold(d1);
-#endif
     }
+#endif
 };
 
 // Row of part p's registers d[.., 0, 1] in the 128 rows of a part; d[.., 2, 3] are 8 further down.

@@ -93,7 +93,18 @@ __device__ __forceinline__ unsigned few_bf16x2(float lo, float hi) {
 }
 #endif
 
-// N words of a weight from p, or zeros. Volatile: they stay before a pdl_wait() that follows.
+// Two bfloat16 times 2^64, exactly.
+__device__ __forceinline__ unsigned few_times_x(unsigned a) {
+#if !defined(SIMT) && __CUDA_ARCH__ >= 800
+    unsigned r;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(0x5F805F80), "r"(0x80008000));
+    return r;
+#else
+    return few_bf16x2(__uint_as_float(a << 16) * FEW_X, __uint_as_float(a & 0xFFFF0000) * FEW_X);
+#endif
+}
+
+// N words of a weight from p, or zeros. Volatile and not .nc: else ptxas moves pdl_wait() ahead of them.
 template <int N>
 __device__ __forceinline__ void few_load(const unsigned char* p, bool valid, unsigned* w) {
 #ifdef SIMT
@@ -102,16 +113,33 @@ __device__ __forceinline__ void few_load(const unsigned char* p, bool valid, uns
     if constexpr (N == 4)
         asm volatile("{ .reg .pred p; setp.ne.b32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; "
                      "mov.u32 %2, 0; mov.u32 %3, 0; "
-                     "@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+                     "@p ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
                      : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(p), "r"((int)valid));
     else if constexpr (N == 2)
         asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; mov.u32 %0, 0; mov.u32 %1, 0; "
-                     "@p ld.global.nc.v2.u32 {%0, %1}, [%2]; }"
+                     "@p ld.global.v2.u32 {%0, %1}, [%2]; }"
                      : "=r"(w[0]), "=r"(w[1]) : "l"(p), "r"((int)valid));
     else
         asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; mov.u32 %0, 0; "
-                     "@p ld.global.nc.u32 %0, [%1]; }"
+                     "@p ld.global.u32 %0, [%1]; }"
                      : "=r"(w[0]) : "l"(p), "r"((int)valid));
+#endif
+}
+
+// Two floats of an activation from p, or zeros. GLOBAL: not from shared memory.
+template <bool GLOBAL = false>
+__device__ __forceinline__ void few_pair(const float* p, bool valid, float& a, float& b) {
+#ifdef SIMT
+    a = valid ? p[0] : 0.f, b = valid ? p[1] : 0.f;
+#else
+    if constexpr (GLOBAL)
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; mov.f32 %0, 0f00000000; "
+                     "mov.f32 %1, 0f00000000; @p ld.global.v2.f32 {%0, %1}, [%2]; }"
+                     : "=f"(a), "=f"(b) : "l"(p), "r"((int)valid) : "memory");
+    else
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; mov.f32 %0, 0f00000000; "
+                     "mov.f32 %1, 0f00000000; @p ld.v2.f32 {%0, %1}, [%2]; }"
+                     : "=f"(a), "=f"(b) : "l"(p), "r"((int)valid) : "memory");
 #endif
 }
 
@@ -167,70 +195,61 @@ __device__ __forceinline__ void few_fragment(const TileData<QTYPE>& w, int j, un
     }
 }
 
-// Byte `select` & 3 of a word as float; select = 0x7540 | byte.
-__device__ __forceinline__ float few_byte(unsigned word, unsigned select, float bias) {
-    return __uint_as_float(__byte_perm(word, 0x4B000000, select)) - (8388608.f + bias);
+// 2^15 + byte u of a word; select = 0x7604 | u << 4.
+__device__ __forceinline__ float few_byte(unsigned word, unsigned select) {
+    return __uint_as_float(__byte_perm(word, 0x47000000, select));
 }
 
-// Scale and minimum of group u (any lane its own) of rows g and g + 8.
-template <int QTYPE>
-__device__ __forceinline__ void few_scales(
-        const TileData<QTYPE>& w, int u, float (&s)[2], float (&m)[2]) {
-    using T = Tile<QTYPE>;
-    const unsigned select = 0x7540 | u;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        m[i] = 0;
-        if constexpr (T::d_words == 2) {
-            s[i] = half_bits_to_float(w.d[i] & 0xFFFF) * few_byte(w.s[i], select, 0);
-            m[i] = half_bits_to_float(w.d[i] >> 16) * -few_byte(w.s[i], select + 2, 0);
-        } else if constexpr (T::d_words == 1) {
-            const float d = half_bits_to_float(w.d[0] >> 16 * i & 0xFFFF);
-            s[i] = d * few_byte(w.s[i] ^ 0x80808080, select, 128);
-        } else if constexpr (QTYPE == QT_MXFP4) {
-            s[i] = bf16_bits_to_float(w.s[i] >> 16 * u & 0xFFFF);
-        } else {
-            s[i] = half_bits_to_float(w.s[i] >> 16 * u & 0xFFFF);
-            if constexpr (T::has_min) m[i] = half_bits_to_float(w.m[i] >> 16 * u & 0xFFFF);
-        }
-    }
-}
-
-// acc[i] += scale * (sums - zero * sum of x) + minimum * sum of x, rows g and g + 8; c: an mma's
-// sums; ones: sum of x of the group (times 2^64).
+// acc[i] += scale * (sums - zero * sum of x) + minimum * sum of x, rows g and g + 8. c: an mma's sums; u: the
+// group (any lane its own); ones: sum of x of the group, times 2^64. Scales of K types are
+// (2^15 + n) d - 2^15 d, exact in one FMA; powers of two go to whatever is computed least often.
 template <int QTYPE>
 __device__ __forceinline__ void few_scaled(
         const TileData<QTYPE>& w, int u, const float (&c)[4], float ones, float* acc) {
     using F = Few<QTYPE>;
-    if constexpr (!F::whole) {
-        acc[0] += (c[0] + c[1]) * F::result, acc[1] += (c[2] + c[3]) * F::result;
-    } else {
-        float s[2], m[2];
-        few_scales<QTYPE>(w, u, s, m);
-        const float x = ones * FEW_ONE, zero = x * (float)-F::zero;
-        acc[0] = __fmaf_rn(s[0], __fmaf_rn(c[0] + c[1], F::result, zero), acc[0]);
-        acc[1] = __fmaf_rn(s[1], __fmaf_rn(c[2] + c[3], F::result8, zero), acc[1]);
-        if constexpr (Tile<QTYPE>::has_min) {
-            acc[0] = __fmaf_rn(m[0], x, acc[0]);
-            acc[1] = __fmaf_rn(m[1], x, acc[1]);
+    using T = Tile<QTYPE>;
+    constexpr float big = 32768.f;
+    const unsigned select = 0x7604 | u << 4;
+    const float sums[2] = {c[0] + c[1], c[2] + c[3]};
+    const float x = ones * (F::zero ? -FEW_ONE * F::zero : FEW_ONE);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const float result = i ? F::result8 : F::result;
+        if constexpr (!F::whole) {
+            acc[i] = __fmaf_rn(sums[i], result, acc[i]);
+        } else if constexpr (T::d_words == 2) {
+            const float d = half_bits_to_float(w.d[i] & 0xFFFF) * result;
+            const float m = half_bits_to_float(w.d[i] >> 16) * -FEW_ONE;
+            const float s = __fmaf_rn(few_byte(w.s[i], select), d, -big * d);
+            acc[i] = __fmaf_rn(s, sums[i], acc[i]);
+            const float minimum = __fmaf_rn(few_byte(w.s[i], select + 0x20), m, -big * m);
+            acc[i] = __fmaf_rn(minimum, ones, acc[i]);
+        } else {
+            float s;
+            if constexpr (T::d_words == 1) {
+                const float d = half_bits_to_float(w.d[0] >> 16 * i & 0xFFFF);
+                s = __fmaf_rn(few_byte(w.s[i] ^ 0x80808080, select), d, -(big + 128) * d);
+            } else if constexpr (QTYPE == QT_MXFP4) {
+                s = bf16_bits_to_float(w.s[i] >> 16 * u & 0xFFFF);
+            } else {
+                s = half_bits_to_float(w.s[i] >> 16 * u & 0xFFFF);
+            }
+            const float v = F::zero ? __fmaf_rn(sums[i], result, x) : sums[i] * result;
+            acc[i] = __fmaf_rn(s, v, acc[i]);
+            if constexpr (T::has_min)
+                acc[i] = __fmaf_rn(half_bits_to_float(w.m[i] >> 16 * u & 0xFFFF), x, acc[i]);
         }
     }
 }
 
 // ---------------------------------------------------------------- x -------------------------
-// x[0..3] = columns c, c + 1, c + 8, c + 9 of a row of `in` floats, zeros outside of it. c is even,
-// x at a multiple of 8 bytes.
+// v[0..3] = columns c, c + 1, c + 8, c + 9 of a row of `in` floats, zeros outside of it. c and `in` are
+// even, x is at a multiple of 8 bytes.
 __device__ __forceinline__ void few_columns(const float* x, int c, int in, float (&v)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
         const int at = c + 4 * i;
-        v[i] = v[i + 1] = 0.f;
-        if (at >= 0 && at + 1 < in) {
-            const float2 two = *(const float2*)(x + at);
-            v[i] = two.x, v[i + 1] = two.y;
-        } else if (at >= 0 && at < in) {
-            v[i] = x[at];
-        }
+        few_pair(x + at, at >= 0 && at < in, v[i], v[i + 1]);
     }
 }
 
@@ -256,10 +275,12 @@ struct FewX<0> {
     float ones;     // sum of x of step t, both parts
 };
 
-// x of one token from its four floats (times 2^64) per lane.
+// x of one token from its four floats per lane: SCALED: they are times 2^64 already.
+template <bool SCALED = true>
 __device__ __forceinline__ FewX<0> few_x(const float (&v)[4], int lane) {
     FewX<0> x;
     few_split(v, lane & 4 ? ~0u : 0u, x.b);
+    if constexpr (!SCALED) x.b[0] = few_times_x(x.b[0]), x.b[1] = few_times_x(x.b[1]);
     const unsigned a[4] = {0x3F803F80, 0x3F803F80, 0x3F803F80, 0x3F803F80};
     float c[4] = {0.f, 0.f, 0.f, 0.f};
     few_mma(c, a, x.b);
@@ -318,7 +339,7 @@ __device__ __forceinline__ void few_add(
 
 // ---------------------------------------------------------------- for other kernels ---------
 // acc += row tile `row_tile` times x over column tiles from..to-1 of a whole warp, one token; x (global
-// or shared memory, at a multiple of 8 bytes) has `in` floats and meets packed columns from `skip`
+// or shared memory, at a multiple of 8 bytes) has `in` floats, an even number, and meets packed columns from `skip`
 // on. DEPTH tiles are under way at once. Call few_rows() afterwards.
 template <int QTYPE, int DEPTH = 2>
 __device__ __forceinline__ void few_product(
@@ -351,4 +372,9 @@ __device__ __forceinline__ void few_rows(float (&acc)[2]) {
         acc[i] += __shfl_xor_sync(~0u, acc[i], 1);
         acc[i] += __shfl_xor_sync(~0u, acc[i], 2);
     }
+}
+
+// silu(gate) * up
+__device__ __forceinline__ float few_swiglu(float gate, float up) {
+    return gate / (1.f + __expf(-gate)) * up;
 }

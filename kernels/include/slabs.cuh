@@ -12,10 +12,14 @@
 #define PS ((P + 63) / 64)
 #define VS ((V + 63) / 64)
 #define RS ((R + 63) / 64)
+#define SLABS (KS + PS)  // of a query or key
 #define SLAB_ROW 128  // bytes
+#define QUERY_SLAB (128 * SLAB_ROW)
 
 // Where 16-byte piece c of row i lies in a slab.
-__device__ __forceinline__ int piece_at(int i, int c) { return i * SLAB_ROW + ((c ^ (i & 7)) << 4); }
+__device__ __forceinline__ int piece_at(int i, int c) {
+    return i * SLAB_ROW + ((c ^ (i & 7)) << 4);
+}
 
 // Two float32 as float16, the first one low; +-65504 instead of infinity.
 __device__ __forceinline__ unsigned pack_halves(float a, float b) {

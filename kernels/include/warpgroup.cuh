@@ -6,7 +6,8 @@
 // A slab is read either along its rows (rows = rows of A or columns of B, values = depth), or, as
 // B only, across (rows = depth, values = columns of B).
 // Fragments: thread 4g + t of warp w holds in d[4i..4i+3] columns 8i + 2t, + 1 of rows 16w + g and
-// 16w + g + 8; a[0..3] = (row g; depth 2t, + 1), (row g + 8; same), (g; 2t + 8, + 9), (g + 8; same).
+// 16w + g + 8; a[0..3] = (row g; depth 2t, + 1), (row g + 8; same), (g; 2t + 8, + 9), (g + 8;
+// same).
 // Sources: PTX ISA 8.5, "Asynchronous Warpgroup Level Matrix"; own.
 // Tested by: tests/gpu/test_cuda_prefill.py; tests/kernels/test_prefill.py stands in for this file.
 #pragma once

@@ -9,6 +9,10 @@
 // Sources: PTX ISA 8.8, section wgmma; own.
 #pragma once
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // target sm_90a
+#define WGMMA
+#endif
+
 #ifdef WGMMA
 // Descriptor of B from a shared address; + 2 per 16 columns of K.
 __device__ __forceinline__ unsigned long long wgmma_descriptor(const void* shared) {
@@ -27,9 +31,39 @@ template <int N>
 __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
-// What this thread wrote to shared memory (cp.async too, once waited for) becomes visible to wgmma.
+// What was written to shared memory and this thread may read (cp.async too) becomes visible to wgmma.
 __device__ __forceinline__ void wgmma_publish() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// ---- barriers in shared memory, registers of a warpgroup -----------------------------------------
+__device__ __forceinline__ void barrier_init(unsigned long long* barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
+                 :: "r"((unsigned)__cvta_generic_to_shared(barrier)), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(unsigned long long* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];"
+                 :: "r"((unsigned)__cvta_generic_to_shared(barrier)) : "memory");
+}
+// The same once all cp.async of this thread so far are done; doesn't wait for them.
+__device__ __forceinline__ void barrier_arrive_copied(unsigned long long* barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];"
+                 :: "r"((unsigned)__cvta_generic_to_shared(barrier)) : "memory");
+}
+// Until the phase of this parity has ended.
+__device__ __forceinline__ void barrier_wait(unsigned long long* barrier, unsigned parity) {
+    asm volatile("{\n.reg .pred p;\nWAIT_%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+                 "@!p bra WAIT_%=;\n}\n"
+                 :: "r"((unsigned)__cvta_generic_to_shared(barrier)), "r"(parity) : "memory");
+}
+// N registers for each thread of this warpgroup from here on; all its warps call it.
+template <int N>
+__device__ __forceinline__ void registers_up() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N>
+__device__ __forceinline__ void registers_down() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
 // Nothing that reads d moves above this.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlacli.backends.blas import BlasThreads
 from mlacli.errors import UnsupportedFeature
@@ -35,10 +35,10 @@ class Ranks:
             self.blas.release()
 
 
-def open_ranks(plan: ShardPlan, context: ContextParams, n_threads: int) -> Ranks:
+def open_ranks(plan: ShardPlan, context: ContextParams, hp: Any, n_threads: int) -> Ranks:
     """The ranks of `plan`, talking as its split mode needs; BLAS threads divided among them."""
     if any(rank.kind == "cuda" for rank in plan.ranks):
-        return _cuda_ranks(plan, context)
+        return _cuda_ranks(plan, context, hp)
     from mlacli.backends.numpy_ops import NumpyOps, join_columns, reduce_typed
 
     n = len(plan.ranks)
@@ -55,7 +55,7 @@ def open_ranks(plan: ShardPlan, context: ContextParams, n_threads: int) -> Ranks
     return Ranks(ops, RankGroup(n, exchange), BlasThreads(max(1, n_threads // n)))
 
 
-def _cuda_ranks(plan: ShardPlan, context: ContextParams) -> Ranks:
+def _cuda_ranks(plan: ShardPlan, context: ContextParams, hp: Any) -> Ranks:
     if len(plan.ranks) > 1:
         raise UnsupportedFeature(
             "this version runs on one GPU at a time, without layers on the host",
@@ -67,6 +67,6 @@ def _cuda_ranks(plan: ShardPlan, context: ContextParams) -> Ranks:
 
     (rank,) = plan.ranks
     use_device(rank.device)
-    padding = 256 * (len(plan.shards) + 1024)  # of the arena's addresses
+    padding = (6 << 30) + 256 * (len(plan.shards) + 1024)  # of the arena's addresses
     device = CudaDevice(rank.device, rank.weights + rank.cache + rank.scratch + padding)
-    return Ranks([CudaOps(SoloComm(), context, device)], RankGroup(1))
+    return Ranks([CudaOps(SoloComm(), context, device, hp)], RankGroup(1))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mlacli.backends.cuda_array import Array
+from mlacli.backends.cuda_weights import CudaWeight
 
 
 @dataclass(slots=True, eq=False)
@@ -19,7 +20,7 @@ class Act:
     shape: tuple[int, ...]
     f32: Array | None = None
     f16: Array | None = None  # a sixteenth of the values: see kernels/README.md on overflow
-    normed: tuple[Array, Array, float] | None = None  # (x, norm weight, eps): not taken yet
+    normed: tuple[Array, CudaWeight, float] | None = None  # (x, weight, eps): not taken yet
     run: Callable[[Array | None], Array] | None = None  # a pending product; adds into what it gets
 
     def __len__(self) -> int:

@@ -24,6 +24,11 @@ class Device(Protocol):
     n_sm: int
     capability: int  # 90 for compute capability 9.0
 
+    @property
+    def n_compiled(self) -> int:
+        """Kernel variants that weren't on disk so far."""
+        ...
+
     def take(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Memory at the next free address of the arena; its content is whatever was there."""
         ...
@@ -64,8 +69,13 @@ class Device(Protocol):
         """Wait until everything launched before is done."""
         ...
 
-    def prepared(self) -> AbstractContextManager[None]:
-        """Inside, launches only name their kernels; at the end those are compiled together."""
+    def prepared(
+        self, report: Callable[[int, int], None] | None = None
+    ) -> AbstractContextManager[None]:
+        """Inside, launches only name their kernels; at the end those are compiled together.
+
+        `report` is told how many are done, of how many, unless none is missing.
+        """
         ...
 
     def capture(self, launches: Callable[[], Any]) -> Callable[[], None]:
@@ -95,6 +105,10 @@ class CudaDevice:
         device = cp.cuda.Device()
         self.n_sm = int(device.attributes["MultiProcessorCount"])
         self.capability = self.kernels.capability
+
+    @property
+    def n_compiled(self) -> int:
+        return self.kernels.n_compiled
 
     def copy_in(self, array: Array, host: Host) -> None:
         host = np.ascontiguousarray(host)

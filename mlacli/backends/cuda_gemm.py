@@ -27,7 +27,7 @@ _THREADS = 256
 _ROWS = 256  # weight rows of a work item; half of them when gated
 _WIDTHS = (32, 64, 96, 128)  # tokens of a work item
 _X_BYTES = 128 * 128  # of a stage: activations
-_MOST_STAGES = 8
+_LEAST_STAGES, _MOST_STAGES = 2, 8
 # Bytes of shared memory that a CTA may have, by compute capability.
 _SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 _STORE, _ADD, _HALF = range(3)  # OUT of gemm.cu
@@ -49,7 +49,7 @@ def fits(ops: Any, *weights: CudaWeight) -> bool:
     """Whether these functions take the weights on this device, together in one launch."""
     if ops.device.capability < 80 or any(w.layout is None for w in weights):
         return False
-    return _stages(ops, weights) >= _least(ops)
+    return _stages(ops, weights) >= _LEAST_STAGES
 
 
 # ---- activations ----------------------------------------------------------------------------
@@ -96,7 +96,10 @@ def products(
 
     y float32 (`add`: added to) or float16. A 3-D w counts as its heads' rows one after another.
     """
-    _dense(ops, [(w, y, 1, 0) for w, y in pairs], x16, 0, 1, scale, add)
+    types = {w.qtype.id for w, _ in pairs}
+    together = [pairs] if len(types) <= 2 else [[pair] for pair in pairs]  # three would spill
+    for part in together:
+        _dense(ops, [(w, y, 1, 0) for w, y in part], x16, 0, 1, scale, add)
 
 
 def heads(ops: Any, w: CudaWeight, y: Array, x16: Array, scale: float = SIXTEENTH) -> None:
@@ -157,9 +160,10 @@ def route_scores(ops: Any, x: Array, gate: CudaWeight) -> Array:
     """The router's product x gate^T [n, E] in float32; gate a float32 weight [E, d]."""
     (n, d), n_experts = x.shape, gate.shape[0]
     y: Array = ops.new((n, n_experts))
+    ring = 3 if _shared(ops) > 128 << 10 else 2
     ops.run(
-        "route_scores_f32", (-(-n // 16), -(-n_experts // 64)), 256, y, gate.raw, x, n, n_experts,
-        d, x.stride(0), shared=4 * 4 * (16 + 64) * 68,
+        "route_scores_f32", (-(-n // 16), -(-n_experts // 64)), 512, y, gate.raw, x, n, n_experts,
+        d, x.stride(0), shared=4 * ring * (16 + 64) * 132, RING=ring,
     )  # fmt: skip
     return y
 
@@ -172,7 +176,7 @@ def sort(ops: Any, ids: Array, first: int, held: int) -> Sorted:
     ends = ops.new((4,), "i4")
     ops.run(
         "moe_sort", (1,), 1024, slots, tiles, ends, ids, n_slots, first, held,
-        shared=128 * held + 2 * n_slots + 16,
+        shared=132 * held + 4 * n_slots,
     )  # fmt: skip
     return Sorted(slots, tiles, ends, first, held)
 
@@ -199,16 +203,16 @@ def experts(
         0 if up is not None else f // 16, shape.n_col_tiles, held, d, gate.skip, h.stride(0),
         x16.stride(0), Q0=gate.qtype.id, Q1=other.qtype.id, GATED=1,
     )  # fmt: skip
-    part = ops.new((n * n_used, down.shape[1]))
+    part = rows16(ops, n * n_used, down.shape[1])
     _launch(
         ops, "gemm_experts_down", most_tiles * -(-down.shape[1] // _ROWS), (down,), part,
         down.tiles, h, order.slots, order.tiles, order.ends, down.shape[1],
-        down.layout.n_row_tiles, down.layout.n_col_tiles, held, f, down.skip, h.stride(0),
-        Q0=down.qtype.id, Q1=-1,
+        down.layout.n_row_tiles, down.layout.n_col_tiles, held, f, down.skip, part.stride(0),
+        h.stride(0), Q0=down.qtype.id, Q1=-1,
     )  # fmt: skip
     ops.run(
         "moe_combine", (n,), 256, y, part, chosen.ids, chosen.weights, n_used, down.shape[1],
-        gate.first, held, int(add),
+        gate.first, held, int(add), part.stride(0),
     )  # fmt: skip
 
 
@@ -224,12 +228,12 @@ def _tile_bytes(w: CudaWeight) -> int:
     return each + shape.planes["d"][1] * 4 // n
 
 
-def _least(ops: Any) -> int:
-    return 3 if ops.device.capability == 90 else 2
+def _shared(ops: Any) -> int:
+    return _SHARED.get(ops.device.capability, 99) << 10
 
 
 def _stages(ops: Any, weights: Sequence[CudaWeight]) -> int:
-    room: int = (_SHARED.get(ops.device.capability, 99) << 10) - 2048  # alignment, and the kernels' own
+    room = _shared(ops) - 2048  # alignment and more
     return min(_MOST_STAGES, room // (_X_BYTES + 16 * max(_tile_bytes(w) for w in weights)))
 
 
@@ -237,7 +241,7 @@ def _width(ops: Any, n: int, row_items: int) -> int:
     """Tokens of a work item: the width with the least time, in cycles for 64 columns."""
 
     def cycles(width: int) -> int:
-        waves = -(-row_items * -(-n // width) // ops.device.n_sm)
+        waves: int = -(-row_items * -(-n // width) // ops.device.n_sm)
         return waves * max(8 * width, 480)  # tensor cores, or unpacking the weights
 
     return min(_WIDTHS, key=cycles)
@@ -247,11 +251,10 @@ def _launch(
     ops: Any, name: str, n_items: int, weights: Sequence[CudaWeight], *args: Any, **defines: int
 ) -> None:
     stages = _stages(ops, weights)
-    assert stages >= _least(ops), "see fits()"
-    if ops.device.capability == 90:
-        defines["WGMMA"] = 1
+    assert stages >= _LEAST_STAGES, "see fits()"
+    threads = _THREADS + (128 if ops.device.capability == 90 else 0)  # that copy, for wgmma
     ops.run(
-        name, (min(ops.device.n_sm, n_items),), _THREADS, *args,
-        shared=1024 + stages * (_X_BYTES + 16 * max(_tile_bytes(w) for w in weights)),
+        name, (min(ops.device.n_sm, n_items),), threads, *args,
+        shared=1024 + 16 * stages + stages * (_X_BYTES + 16 * max(_tile_bytes(w) for w in weights)),
         STAGES=stages, **defines,
     )  # fmt: skip

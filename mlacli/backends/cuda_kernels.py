@@ -58,7 +58,6 @@ class Kernels:
         self.stream = stream
         device = int(cp.cuda.Device().compute_capability)
         self.capability, self.target = capability(device), target(device)
-        self.progress: Callable[[int, int], None] | None = None  # kernels compiled, of how many
         self.n_launches = self.n_compiled = 0
         self.compile_s = 0.0
         self.trouble = ""  # why compiled kernels can't be kept on disk
@@ -107,7 +106,7 @@ class Kernels:
         self.n_launches += 1
 
     @contextmanager
-    def prepared(self) -> Iterator[None]:
+    def prepared(self, report: Callable[[int, int], None] | None = None) -> Iterator[None]:
         """Inside, launches are only noted; at the end, what they need is compiled all at once."""
         assert self._noted is None, "one dry run at a time"
         noted: dict[tuple[Any, ...], None] = {}
@@ -116,16 +115,19 @@ class Kernels:
             yield
         finally:
             self._noted = None
-        self.prepare((name, dict(defines)) for name, *defines in noted)
+        self.prepare(((name, dict(defines)) for name, *defines in noted), report)
 
-    def prepare(self, wanted: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    def prepare(
+        self, wanted: Iterable[tuple[str, Mapping[str, Any]]],
+        report: Callable[[int, int], None] | None = None,
+    ) -> None:  # fmt: skip
         """Compile, in parallel, and load what isn't there of kernels with their defines."""
         units: dict[tuple[Any, ...], Unit] = {
             (name, *sorted(defines.items())): Unit.of(signatures()[name][0], defines)
             for name, defines in wanted
         }
         missing = [unit for unit in units.values() if unit not in self._modules]
-        done = binaries(missing, self.target, self.progress)
+        done = binaries(missing, self.target, report)
         self.n_compiled += done.n_compiled
         self.compile_s += done.seconds
         self.trouble = self.trouble or done.trouble

@@ -1,23 +1,25 @@
 """The ops of one CUDA rank: which kernels compute each op, in which form, on which memory.
 
-Every step is a captured graph, one per bucket of tokens and form of attention; what changes from
-step to step (tokens, positions, wanted rows) lies in fixed device buffers. Knows no CuPy.
+Few tokens take cuda_matvec, which folds norms into products and products into the residual stream;
+many take cuda_gemm on float16 activations; what neither takes, cuda_plain. Knows no CuPy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlacli.attention_forms import AttentionForm
+from mlacli.backends import cuda_gemm as gemm
+from mlacli.backends import cuda_matvec as matvec
 from mlacli.backends import cuda_plain as plain
-from mlacli.backends import cuda_weights
+from mlacli.backends import cuda_sampling, cuda_weights
 from mlacli.backends.cuda_acts import Act, Chosen
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_device import Device, Host
+from mlacli.backends.cuda_mla import Attention
+from mlacli.backends.cuda_steps import FEW, Steps
 from mlacli.backends.cuda_weights import CudaWeight
 from mlacli.ops import LayerCache, LayerWeights, Ops, Step
 from mlacli.parallel.comm import Comm
@@ -27,93 +29,66 @@ if TYPE_CHECKING:
     from mlacli.models.indexer import Indexer
     from mlacli.models.parts import Routing
     from mlacli.parallel.shards import Shard
+    from mlacli.params import SamplingParams
 
-_CACHE_TYPES = {"f32": ("float", np.float32), "f16": ("__half", np.float16),
-                "bf16": ("__nv_bfloat16", np.uint16)}  # fmt: skip
-_SPLITS = 32  # ranges of the cache that one head's decode attention is cut into
-FEW = 8  # tokens that decode's products take in one pass
-
-
-@dataclass(slots=True)
-class _Graph:
-    """A captured step: run it, where it leaves its logits, and its attention forms."""
-
-    replay: Callable[[], None]
-    logits: Array | None
-    forms: set[AttentionForm]
+Forward = Callable[[Step], "Act | None"]
 
 
 class CudaOps(Ops):
-    """Ops on `device`, whose arena holds all their memory."""
+    """Ops on `device`, whose arena holds all their memory, for a model with `hp`."""
 
-    def __init__(self, comm: Comm, context: ContextParams, device: Device) -> None:
-        self.comm, self.context, self.device, self.forms = comm, context, device, set()
-        self._half = int(context.graph_attn_precision == "f16")
-        self._inputs: Any = None  # tokens, positions and wanted rows of a step
-        self._frequencies: Any = None
-        self._base = 0  # where scratch begins
+    def __init__(self, comm: Comm, context: ContextParams, device: Device, hp: Any) -> None:
+        self.comm, self.context, self.device, self.hp = comm, context, device, hp
+        self.forms = set()
+        self.attention = Attention(self, hp)
+        self._steps: Steps | None = None
+        self._counter: Any = None  # of route's last CTA, see cuda_matvec.route
+        self.n_sm, self.capability = device.n_sm, device.capability
+        self.imposed_rows: Any = None  # instead of an indexer's choice: a test hook
         self._layer = 0  # where a half layer's temporaries begin
         self._pos: Any = None  # of the step under way
-        self._graphs: dict[tuple[int, ...], _Graph] = {}
 
     # ---- steps ------------------------------------------------------------------------------
 
     def execute(
         self, tokens: Sequence[int], n_past: int, frequencies: Sequence[float],
-        out_rows: Sequence[int], forward: Callable[[Step], Act | None], capture: bool = True,
+        out_rows: Sequence[int], forward: Forward, capture: bool = True,
     ) -> Host | None:  # fmt: skip
-        n, most = len(tokens), self.context.n_ubatch
-        if self._inputs is None:
-            self._frequencies = self.put(np.array(frequencies))
-            self._inputs = self.device.take((3 * most,), np.int32)
-            self._base = self.device.mark()
-        bucket = _bucket(n, most)
-        inputs = np.zeros((3, bucket), np.int32)
-        inputs[0, :n], inputs[1] = tokens, -1
-        inputs[1, :n], inputs[2, : len(out_rows)] = range(n_past, n_past + n), out_rows
-        self.device.copy_in(self._inputs[: 3 * bucket].reshape(3, bucket), inputs)
+        return self._own_steps(frequencies).run(tokens, n_past, out_rows, forward, capture)
 
-        def launches() -> Array | None:
-            self.device.rewind(self._base)
-            logits = forward(self._step(bucket, n_past + n, len(out_rows)))
-            return None if logits is None else self.f32(logits)
+    def compile(
+        self, frequencies: Sequence[float], forward: Forward,
+        report: Callable[[int, int], None] | None = None,
+    ) -> int:  # fmt: skip
+        return self._own_steps(frequencies).compile(forward, self.context.n_ctx, report)
 
-        if not capture:
-            return self._host_or_none(launches())
-        key = (bucket, len(out_rows))
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(launches)
-        graph = self._graphs[key]
-        graph.replay()
-        self.forms |= graph.forms
-        return self._host_or_none(graph.logits)
+    def can_sample(self, sampling: SamplingParams, banned: Iterable[int]) -> bool:
+        return cuda_sampling.can_run(sampling, len(list(banned)))
 
-    def _capture(self, launches: Callable[[], Array | None]) -> _Graph:
-        with self.device.prepared():
-            launches()
-        launches()  # outside of the capture first: whatever fails, fails here
-        logits: list[Array | None] = []
-        replay = self.device.capture(lambda: logits.append(launches()))
-        return _Graph(replay, logits[0], set(self.forms))
+    def execute_ahead(
+        self, token: int, n_past: int, n_steps: int, frequencies: Sequence[float],
+        sampling: SamplingParams, seed: int, banned: Iterable[int], forward: Forward,
+    ) -> list[int]:  # fmt: skip
+        steps, n_vocab = self._own_steps(frequencies), self.hp.n_vocab
+        n_steps = steps.n_ahead(n_past, n_steps)
+        return steps.run_ahead(token, n_past, n_steps, sampling, seed, banned, n_vocab, forward)
 
-    def _host_or_none(self, logits: Array | None) -> Host | None:
-        if logits is None:
-            self.device.synchronize()
-            return None
-        return self.device.get(logits)
+    def _own_steps(self, frequencies: Sequence[float]) -> Steps:
+        if self._steps is None:
+            self._counter = self.put(np.zeros(1, np.int32))
+            self.attention.take_buffers(self.context.n_ubatch)
+            most = self.context.n_ubatch
+            self._steps = Steps(self, self.device, most, np.array(frequencies))
+        return self._steps
 
-    def _step(self, n: int, n_kv: int, n_out: int) -> Step:
-        """The step in the input buffers, padded to `n` tokens."""
-        tokens, self._pos, wanted = (
-            self._inputs[0, :n],
-            self._inputs[1, :n],
-            self._inputs[2, :n_out],
-        )
-        half = len(self._frequencies)
-        cos, sin = self.new((n, half)), self.new((n, half))
-        block = min(512, half)
-        self.run("rope_table_f32", (n,), block, cos, sin, self._pos, self._frequencies, half)
-        return Step(tokens, self._pos, cos, sin, n, n_kv, wanted)
+    def begin_step(self, n: int, pos: Array) -> None:
+        """A step of `n` real tokens at `pos` follows."""
+        self._pos = pos
+        self.attention.begin_step(n)
+
+    def step_kind(self, n: int, n_kv: int) -> tuple[Any, ...]:
+        """What a captured step depends on beside its size."""
+        return self.attention.step_kind(n, n_kv)
 
     def host(self, x: Act) -> Host:
         return self.device.get(self.f32(x))
@@ -124,7 +99,7 @@ class CudaOps(Ops):
         cuda_weights.begin(self.device, shards)
 
     def upload(self, pieces: Any, shard: Shard) -> CudaWeight:
-        return cuda_weights.upload(self.device, pieces, shard, tiled=False)
+        return cuda_weights.upload(self.device, pieces, shard, tiled=self.capability >= 80)
 
     def end_upload(self) -> None:
         self.device.end_sends()
@@ -132,9 +107,12 @@ class CudaOps(Ops):
     def download(self, w: CudaWeight) -> Any:
         return cuda_weights.download(self.device, w)
 
-    def new_rows(self, n_ctx: int, width: int, cache_type: str, transposed: bool = False) -> Array:
+    def new_rows(self, n_ctx: int, width: int, cache_type: str, transposed: bool = False) -> Any:
         assert not transposed, "-fa off is refused on GPUs"
-        return self.device.take((n_ctx, width), _CACHE_TYPES[cache_type][1])
+        return self.attention.new_rows(n_ctx, width, cache_type)
+
+    def new_index_rows(self, n_ctx: int, width: int, cache_type: str) -> Any:
+        return self.attention.new_index_rows(n_ctx, width, cache_type)
 
     # ---- the residual stream ----------------------------------------------------------------
 
@@ -146,7 +124,8 @@ class CudaOps(Ops):
         return Act((n, d), residual)
 
     def rms_norm(self, x: Act, w: CudaWeight, eps: float) -> Act:
-        return Act(x.shape, normed=(self.f32(x), w.raw, eps))
+        """Not taken yet: products of few tokens fold it in."""
+        return Act(x.shape, normed=(self.f32(x), w, eps))
 
     def reduce_add_norm(
         self, partial: Act | None, residual: Act, norm: CudaWeight | None, eps: float
@@ -178,18 +157,48 @@ class CudaOps(Ops):
         """Pending: it may yet add into the residual stream."""
 
         def run(into: Array | None) -> Array:
-            y = plain.product(self, self.f32(x), w)
-            return y if into is None else plain.add(self, into, y, into=into)
+            y = self.new((len(x), w.shape[0])) if into is None else into
+            self.products(x, [(w, y)], add=into is not None)
+            return y
 
         return Act((len(x), w.shape[0]), run=run)
 
     def project(self, x: Act, q: CudaWeight, kv_a: CudaWeight, r: int) -> tuple[Act, Act, Act]:
-        kv = plain.product(self, self.f32(x), kv_a)
-        return self.matmul(x, q), _held(kv[:, :r]), _held(kv[:, r:])
+        y, kv = self.new((len(x), q.shape[0])), self.new((len(x), kv_a.shape[0]))
+        self.products(x, [(q, y), (kv_a, kv)])
+        return _held(y), _held(kv[:, :r]), _held(kv[:, r:])
+
+    def products(
+        self, x: Act, pairs: Sequence[tuple[CudaWeight, Array]], add: bool = False
+    ) -> None:
+        """out = x w^T for each (w, out [n, rows]); `add`: added to it."""
+        if not len(x):  # a ubatch whose logits nobody wants
+            return
+        tiled = [(w, out) for w, out in pairs if w.tiles is not None]
+        if tiled and len(x) <= FEW:
+            values, norm = self._unnormed(x)
+            matvec.products(self, tiled, values, norm, add)
+        elif tiled and gemm.fits(self, *(w for w, _ in tiled)):
+            gemm.products(self, tiled, self.f16(x), add=add)
+        elif tiled:
+            for pair in tiled:
+                gemm.products(self, [pair], self.f16(x), add=add)
+        for w, out in pairs:
+            if w.tiles is None:
+                plain.product(self, self.f32(x), w, out, add)
 
     def gated(self, x: Act, gate: CudaWeight, up: CudaWeight) -> Act:
-        both = [plain.product(self, self.f32(x), w) for w in (gate, up)]
-        return _held(plain.silu_mul(self, *both))
+        n, f = len(x), gate.shape[0]
+        if not matvec.takes(gate, up):
+            both = [self.new((n, f)), self.new((n, f))]
+            self.products(x, list(zip((gate, up), both, strict=True)))
+            return _held(plain.silu_mul(self, *both))
+        if n > FEW:
+            return Act((n, f), f16=gemm.gated(self, gate, up, self.f16(x)))
+        h = self.new((n, f))
+        values, norm = self._unnormed(x)
+        matvec.gated(self, gate, up, h, values, norm)
+        return _held(h)
 
     # ---- attention --------------------------------------------------------------------------
 
@@ -197,88 +206,108 @@ class CudaOps(Ops):
         self, q: Act, c_kv: Act, k_pe: Act, w: LayerWeights, kv: LayerCache, step: Step, hp: Any,
         chosen: Any = None,
     ) -> Act:  # fmt: skip
-        self.forms.add(AttentionForm("absorbed", True))
-        normed = plain.rms_norm(self, self.f32(c_kv), w.attn_kv_a_norm.raw, hp.eps)
-        self.run(
-            "store", (step.n,), 256, kv.rows, normed, self._rotated(self.f32(k_pe), step), step.pos,
-            hp.r, hp.p, CACHE=self._cached,
-        )  # fmt: skip
-        queries = self.f32(q)
-        if hp.temperature is not None:
-            plain_q, queries = queries, self.new(queries.shape)
-            self.run(
-                "temper_f32", (step.n,), 256, queries, plain_q, step.pos, queries.shape[1],
-                hp.temperature.length, hp.temperature.scale,
-            )  # fmt: skip
-        queries = queries.reshape(step.n, -1, hp.k + hp.p)
-        q_lat = plain.heads(self, queries[..., : hp.k], w.attn_k_b)
-        q_pe = self._rotated(queries[..., hp.k :], step)
-        n, h, _ = q_pe.shape
-        splits = max(1, min(_SPLITS, -(-256 // (n * h))))
-        part, o = self.new((n, h, splits, hp.r + 2)), self.new((n, h, hp.r))
-        self.run(
-            "mla_decode_split", (splits, h, n), 256, part, q_lat, q_pe, kv.rows, step.pos,
-            hp.softmax_scale, R=hp.r, P=hp.p, CACHE=self._cached, HALF=self._half,
-        )  # fmt: skip
-        self.run("mla_combine_f32", (n * h,), 256, o, part, splits, hp.r)
-        return _held(plain.heads(self, o, w.attn_v_b).reshape(n, -1))
+        return self.attention.attend(
+            self.f32(q), self.f32(c_kv), self.f32(k_pe), w, kv.rows, step, chosen
+        )
 
     def choose_rows(
         self, x: Act, q_a: Act, w: LayerWeights, rows: Any, step: Step, indexer: Indexer
     ) -> Any:
-        raise AssertionError("prepare.py refuses sparse attention on GPUs")
-
-    def _rotated(self, x: Array, step: Step) -> Array:
-        """x [n, p] or [n, h, p] with pairs (2i, 2i+1) rotated."""
-        heads, half = x.shape[1] if x.ndim == 3 else 1, x.shape[-1] // 2
-        y = self.new(x.shape)
-        self.run(
-            "rope_f32", (step.n, heads), 32, y, x, step.cos, step.sin, half, x.stride(0),
-            x.stride(1) if x.ndim == 3 else 0,
-        )  # fmt: skip
-        return y
-
-    @property
-    def _cached(self) -> str:
-        return _CACHE_TYPES[self.context.cache_type_k][0]
+        return self.attention.choose(x, q_a, w, rows, step, indexer)
 
     # ---- routed experts ---------------------------------------------------------------------
 
     def route(self, x: Act, gate: CudaWeight, bias: CudaWeight | None, routing: Routing) -> Chosen:
-        return plain.route(self, plain.product(self, self.f32(x), gate), bias, routing, self._pos)
+        n, n_experts = len(x), gate.shape[0]
+        if n > FEW or not matvec.routes(gate):
+            if gate.qtype.name == "F32":
+                scores = gemm.route_scores(self, self.f32(x), gate)
+            else:
+                scores = self.new((n, n_experts))
+                self.products(x, [(gate, scores)])
+            return plain.route(self, scores, bias, routing, self._pos)
+        chosen = Chosen(self.new((n, routing.n_used), np.int32), self.new((n, routing.n_used)))
+        values, norm = self._unnormed(x)
+        matvec.route(
+            self, chosen.ids, chosen.weights, self.new((n, n_experts)), self._counter, gate,
+            values, routing, norm, bias, self._pos,
+        )  # fmt: skip
+        return chosen
 
     def experts(self, x: Act, chosen: Chosen | None, w: LayerWeights) -> Act | None:
-        y = None
-        if chosen is not None:
-            merged = w.ffn_gate_up_exps
-            gate, up = (w.ffn_gate_exps, w.ffn_up_exps) if merged is None else (merged, None)
+        """Pending, as matmul()."""
+        if chosen is None and w.ffn_down_shexp is None:
+            return None
+
+        def run(into: Array | None) -> Array:
+            y = self.new(x.shape) if into is None else into
+            self._experts(x, chosen, w, y, into is not None)
+            return y
+
+        return Act(x.shape, run=run)
+
+    def _experts(self, x: Act, chosen: Chosen | None, w: LayerWeights, y: Array, add: bool) -> None:
+        """y [n, d] (+)= routed and shared experts."""
+        merged, down = w.ffn_gate_up_exps, w.ffn_down_exps
+        gate, up = (w.ffn_gate_exps, w.ffn_up_exps) if merged is None else (merged, None)
+        shared = None if w.ffn_down_shexp is None else (w.ffn_gate_shexp, w.ffn_up_shexp)
+        if chosen is not None and not matvec.takes(gate, up, down):
             h = plain.experts_up(self, self.f32(x), chosen, gate, up)
-            y = plain.experts_down(self, h, chosen, w.ffn_down_exps)
-        if w.ffn_down_shexp is not None:
-            h = self.f32(self.gated(x, w.ffn_gate_shexp, w.ffn_up_shexp))
-            shared = plain.product(self, h, w.ffn_down_shexp)
-            y = shared if y is None else plain.add(self, y, shared)
-        return None if y is None else _held(y)
+            plain.experts_down(self, h, chosen, down, y, add)
+        elif chosen is not None and len(x) > FEW:
+            gemm.experts(self, self.f16(x), chosen, gate, up, down, y, add)
+        elif chosen is not None:
+            beside = shared is not None and matvec.takes(*shared, w.ffn_down_shexp)
+            self._few_experts(x, chosen, w, (gate, up), shared if beside else None, y, add)
+            if beside:
+                return
+        if shared is not None:
+            gated = self.gated(x, *shared)
+            self.products(gated, [(w.ffn_down_shexp, y)], add=add or chosen is not None)
+
+    def _few_experts(
+        self, x: Act, chosen: Chosen, w: LayerWeights, routed: tuple[CudaWeight, CudaWeight | None],
+        shared: tuple[CudaWeight, CudaWeight] | None, y: Array, add: bool,
+    ) -> None:  # fmt: skip
+        (gate, up), (n, n_used), down = routed, chosen.ids.shape, w.ffn_down_exps
+        width = n_used * down.shape[2] + (0 if shared is None else shared[0].shape[0])
+        h = self.new((n, width))
+        values, norm = self._unnormed(x)
+        matvec.experts_up(self, h, chosen.ids, values, gate, up, shared, norm)
+        last = None if shared is None else w.ffn_down_shexp
+        matvec.experts_down(
+            self, y, h, chosen.ids, chosen.weights, down, last, add=add, after_up=True
+        )
 
     # ---- plumbing ---------------------------------------------------------------------------
 
-    @property
-    def n_sm(self) -> int:
-        return self.device.n_sm
-
-    @property
-    def capability(self) -> int:
-        return self.device.capability
-
     def f32(self, x: Act) -> Array:
         """The float32 values of `x`, computed now if nobody asked before."""
-        if x.f32 is None:
-            if x.run is not None:
-                x.f32, x.run = x.run(None), None
+        if x.f32 is None and x.run is not None:
+            x.f32, x.run = x.run(None), None
+        elif x.f32 is None and x.normed is not None:
+            if len(x) > FEW and self.capability >= 80:
+                x.f32, x.f16 = gemm.norm16(self, *x.normed, keep=True)
             else:
-                assert x.normed is not None
-                x.f32 = plain.rms_norm(self, *x.normed)
+                values, weight, eps = x.normed
+                x.f32 = plain.rms_norm(self, values, weight.raw, eps)
+        assert x.f32 is not None, "float16 alone goes to products of many tokens"
         return x.f32
+
+    def f16(self, x: Act) -> Array:
+        """A sixteenth of `x` as float16, computed now if nobody asked before."""
+        if x.f16 is None and x.f32 is None and x.normed is not None:
+            _, x.f16 = gemm.norm16(self, *x.normed)
+        elif x.f16 is None:
+            x.f16 = gemm.to16(self, self.f32(x))
+        return x.f16
+
+    def _unnormed(self, x: Act) -> tuple[Array, matvec.Norm | None]:
+        """Values in float32, and the norm that is still to be taken of them."""
+        if x.f32 is None and x.normed is not None:
+            values, weight, eps = x.normed
+            return values, (weight, eps)
+        return self.f32(x), None
 
     def new(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
         """Scratch until the end of the half layer; its content is whatever was there."""
@@ -296,13 +325,3 @@ class CudaOps(Ops):
 
 def _held(array: Array) -> Act:
     return Act(array.shape, array)
-
-
-def _bucket(n: int, most: int) -> int:
-    """The number of tokens that a step of `n` is padded to, so that few graphs serve all."""
-    if n <= FEW:
-        return n
-    size = 16
-    while size < n:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
-    return min(size, most)

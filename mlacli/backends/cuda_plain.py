@@ -21,11 +21,12 @@ _COLS = 8  # tokens that one pass over a weight row serves
 _MOST_SHARED = 96 << 10  # bytes of shared memory that a CTA may take; two fit an SM
 
 
-def product(ops: CudaOps, x: Array, w: CudaWeight) -> Array:
-    """x w^T [n, out]."""
-    y = ops.new((len(x), w.shape[0]))
+def product(ops: CudaOps, x: Array, w: CudaWeight, out: Array, add_: bool = False) -> None:
+    """out [n, rows] = x w^T, or added to it."""
+    y = ops.new((len(x), w.shape[0])) if add_ else out
     _launch(ops, y, w, x, 1, w.shape[0])
-    return y
+    if add_:
+        add(ops, out, y, into=out)
 
 
 def heads(ops: CudaOps, x: Array, w: CudaWeight) -> Array:
@@ -57,7 +58,8 @@ def _launch(ops: CudaOps, y: Array, w: CudaWeight, x: Array, batches: int, out: 
 def rms_norm(ops: CudaOps, x: Array, weight: Array, eps: float) -> Array:
     n, d = x.shape
     y = ops.new((n, d))
-    ops.run("rms_norm_f32", (n,), 256, y, x, weight, d, x.stride(0), eps)
+    if n:  # no rows of a ubatch whose logits nobody wants
+        ops.run("rms_norm_f32", (n,), 256, y, x, weight, d, x.stride(0), eps)
     return y
 
 
@@ -107,16 +109,19 @@ def experts_up(
     return h
 
 
-def experts_down(ops: CudaOps, h: Array, chosen: Chosen, down: CudaWeight) -> Array:
-    """Weighted sum over chosen experts held here [n, d]."""
+def experts_down(
+    ops: CudaOps, h: Array, chosen: Chosen, down: CudaWeight, out: Array, add_: bool
+) -> None:
+    """out [n, d] = weighted sum over chosen experts held here, or added to it."""
     (n, n_used), (held, d, f) = chosen.ids.shape, down.shape
-    y = ops.new((n, d))
+    y = ops.new((n, d)) if add_ else out
     ops.run(
         "experts_down_f32", (-(-d // 8), n), 256, y, down.raw, h, chosen.ids, chosen.weights,
         n_used, f, d, down.first, held, down.skip, down.row_bytes, d * down.row_bytes,
         shared=n_used * _staged(f), WTYPE=down.qtype.id, WTYPE_UP=down.qtype.id,
     )  # fmt: skip
-    return y
+    if add_:
+        add(ops, out, y, into=out)
 
 
 def _typed(w: CudaWeight) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def index(
 
 def select(
     ops: Any, queries: Queries | None, rows: IndexRows, step: Step, top_k: int,
-    imposed: Any = None,
+    imposed: Any = None, into: Array | None = None,
 ) -> Array:  # fmt: skip
     """The top_k best rows of each token, ascending [n, top_k], ties to the lower row, -1 = none.
 
@@ -109,7 +109,7 @@ def select(
         taken: Array = ops.put(np.sort(imposed, axis=1).astype(np.int32))
         return taken
     assert queries is not None, "index() had no queries"
-    chosen: Array = ops.new((step.n, top_k), "i4")
+    chosen: Array = ops.new((step.n, top_k), "i4") if into is None else into
     ld = score_stride(len(rows.keys))
     at_once = tokens_at_once(step.n, len(rows.keys))
     scores = ops.new((at_once, ld), "f4")

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from mlacli.cli import console
 from mlacli.cli.flag_command import FlagCommand
-from mlacli.cli.start import prepared_model
+from mlacli.cli.start import open_engines, prepared_model
 from mlacli.cli.words import CommandLine
 from mlacli.errors import ContextFull, MlacliError, UsageError
 
@@ -48,7 +49,6 @@ class IdDecoder:
 
 def run(line: CommandLine) -> None:
     prompt = read_prompt(line)  # before the heavy imports: a wrong line should fail at once
-    from mlacli.engine import Engine
     from mlacli.sampling import Sampler
 
     prepared = prepared_model(line)
@@ -62,10 +62,8 @@ def run(line: CommandLine) -> None:
     if prepared.params.sampling.temp > 0:
         console.log(f"seed: {sampler.seed}")
     shown = ids if prompt_wanted(line) else ()
-    with console.LoadProgress() as progress, Engine(prepared, progress) as engine:
-        progress.close()
-        if engine.checked is not None:
-            console.checked(engine.checked)
+    with ExitStack() as stack:
+        (engine,) = open_engines(stack, [prepared])
         made = False
         try:
             with console.TokenStream() as out:

@@ -13,6 +13,9 @@ from mlacli.flags import to_params
 
 if TYPE_CHECKING:
     from mlacli.engine import Engine
+    from mlacli.loading.presets import Preset
+    from mlacli.loading.synthetic import SyntheticFile
+    from mlacli.params import Params
     from mlacli.prepare import Prepared
 
 _SLOW = 1.0  # predicted tokens a second under which a run is announced as slow
@@ -26,8 +29,9 @@ def prepared_model(line: CommandLine, **settled: Any) -> Prepared:
     from mlacli.parallel.plan_report import plan_as_dict, plan_rows, shard_rows
     from mlacli.prepare import prepare
 
-    prepared = prepare(line["model"], to_params(line.values | settled, line.typed))
-    if line["model"] is None:
+    params, preset = to_params(line.values | settled, line.typed), line.values.get("synthetic")
+    prepared = prepare(_synthetic(line, preset, params) if preset else line["model"], params)
+    if line["model"] is None and not preset:
         console.log(f"no -m given: running the bundled model {prepared.path.name}")
     console.findings(f for f in prepared.findings if f.level != "note")  # notes: in the rows below
     console.event("plan", **plan_as_dict(prepared.plan))
@@ -38,6 +42,16 @@ def prepared_model(line: CommandLine, **settled: Any) -> Prepared:
     if prepared.predicted_tps is not None and prepared.predicted_tps < _SLOW:
         console.warning(f"this will be slow: about {prepared.predicted_tps:.2g} tokens a second")
     return prepared
+
+
+def _synthetic(line: CommandLine, preset: Preset, params: Params) -> SyntheticFile:
+    """--synthetic: random weights in the place of a file."""
+    from mlacli.loading.synthetic import SyntheticFile
+
+    if line["model"] is not None:
+        raise UsageError("--synthetic takes the place of a model file", "leave -m out")
+    on_gpus = "cpu" not in params.split.devices and params.split.n_gpu_layers is None
+    return SyntheticFile(preset, override_kv=params.model.override_kv, copied=on_gpus)
 
 
 def prepared_modes(line: CommandLine, modes: Sequence[str], **settled: Any) -> list[Prepared]:
@@ -64,8 +78,19 @@ def open_engines(stack: ExitStack, prepared: Sequence[Prepared]) -> list[Engine]
 
     engines = []
     for p in prepared:
-        with console.LoadProgress() as progress:
-            engines.append(stack.enter_context(Engine(p, progress)))
+        with console.LoadProgress() as progress, console.StatusLine() as status:
+
+            def compiling(
+                done: int, total: int,
+                progress: console.LoadProgress = progress, status: console.StatusLine = status,
+            ) -> None:  # fmt: skip
+                progress.close()
+                status.show(f"compiling kernels: {done} of {total}")
+
+            engine = stack.enter_context(Engine(p, progress, compiling))
+        if engine.n_compiled:
+            console.log(f"compiled {engine.n_compiled} kernels in {engine.compile_s:.1f} s")
+        engines.append(engine)
         if engines[-1].checked is not None:
             console.checked(engines[-1].checked)
     return engines

@@ -90,6 +90,7 @@ class FakeModel:
     params: object = None
     weights_loaded: bool = False
     error: MlacliError | None = None
+    kernels: int = 0  # that a load compiles
 
     @property
     def engine_class(self):
@@ -112,10 +113,14 @@ class FakeModel:
             check_memory=lambda: None,
         )
 
-    def engine(self, prepared, progress=None):
+    def engine(self, prepared, progress=None, compiling=None):
         self.weights_loaded = True
         progress(1, 2)
-        return FakeEngine(self, prepared)
+        engine = FakeEngine(self, prepared)
+        if self.kernels:
+            compiling(0, self.kernels)
+            engine.n_compiled = self.kernels
+        return engine
 
 
 class FakeEngine:
@@ -125,6 +130,7 @@ class FakeEngine:
         self.model, self.prepared, self.params = model, prepared, prepared.params
         self.n_ctx, self.n_kv, self.context_full = model.n_ctx, 0, False
         self.closed, self.checked = False, None
+        self.n_compiled, self.compile_s = 0, 1.25
         self.timings = SimpleNamespace(
             load_s=0.5, prompt_s=0.25, n_prompt=5, decode_s=2.0, n_decoded=7, ttft_s=0.3
         )

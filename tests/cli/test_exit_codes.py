@@ -15,10 +15,10 @@ from types import SimpleNamespace
 from pathlib import Path
 
 class Engine:
-    n_ctx, checked = 64, None
+    n_ctx, checked, n_compiled = 64, None, 0
     context_full = False
     timings = SimpleNamespace(load_s=1, prompt_s=1, n_prompt=1, decode_s=1, n_decoded=1, ttft_s=1)
-    def __init__(self, prepared, progress): pass
+    def __init__(self, prepared, progress, compiling): pass
     def __enter__(self): return self
     def __exit__(self, *e): pass
     def peak_memory(self): return 0

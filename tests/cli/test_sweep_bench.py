@@ -274,3 +274,20 @@ def test_three_modes_of_a_real_model(mlacli):
     assert max(map(len, lines)) <= 80
     said = [line for line in done.out.splitlines() if line.startswith(("S_PP: ", "S_TG: "))]
     assert len(said) >= 6 and all("ahead of" in x or "overtakes" in x for x in said)
+
+
+def test_synthetic_weights_need_no_file(mlacli):
+    words = ("--synthetic", "tiny:2", "-c", "256", "-ub", "128", "-n", "2")
+    done = mlacli("sweep-bench", *words)
+    assert done.code == 0 and len(done.out.splitlines()) == 4, done.err
+    assert "synthetic tiny:2 q4_k_m" in done.err
+    done = mlacli("sweep-bench", "--synthetic", "tiny", "-m", "x.gguf")
+    assert done.code == 2 and "leave -m out" in done.err
+    done = mlacli("sweep-bench", "--synthetic", "v2lit")
+    assert done.code == 2 and "did you mean v2lite?" in done.err
+
+
+def test_compiling_is_shown_apart_from_loading(mlacli, fake_model):
+    assert "compiled" not in mlacli(*FLAGS).err
+    fake_model.kernels = 21
+    assert "compiled 21 kernels in 1.2 s\n" in mlacli(*FLAGS).err

@@ -9,7 +9,6 @@ from kit.compare import nmse, row_nmse, same_top1
 from kit.toy_gguf import QTYPES, Toy, write_toy
 
 import mlacli
-from mlacli.errors import UnsupportedFeature
 
 MODELS = Path(__file__).parents[1] / "golden" / "models"
 FILES = {path.stem: path for path in sorted(MODELS.glob("*.gguf"))}
@@ -88,11 +87,6 @@ def test_greedy_text_of_the_bundled_model_is_that_of_the_cpu() -> None:
         with mlacli.load(None, device=device, temp=0, **EXACT) as engine:
             texts.append("".join(engine.generate("Once upon a time", 60)))
     assert texts[0] == texts[1]
-
-
-def test_sparse_attention_is_refused() -> None:
-    with pytest.raises(UnsupportedFeature, match="sparse attention"):
-        mlacli.load(FILES["glm_dsa"], device="cuda0")
 
 
 def test_memory_in_use_is_what_the_plan_says() -> None:

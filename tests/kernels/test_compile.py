@@ -7,7 +7,7 @@ variants there are, what it needs and whether it promises not to spill (kit/kern
 import re
 
 import pytest
-from kit.kernel_texts import FILES, needs, promises_no_spills, variants, waits
+from kit.kernel_texts import FILES, promises_no_spills, variants, waits
 
 from mlacli.backends.cuda_sources import signatures
 from mlacli.errors import KernelCompileError
@@ -31,8 +31,7 @@ def cases(archs: tuple[int, ...]) -> list[tuple[Unit, str]]:
     """Every variant of every file for each of `archs` that it is for; 75 means its lowest."""
     found = {}
     for file in FILES:
-        lowest, alone = needs(file)
-        for defines in variants(file):
+        for defines, (lowest, alone) in variants(file):
             unit = Unit.of(file, defines or DEFINES.get(file, {}))
             for arch in archs:
                 arch = lowest if arch == 75 else arch

@@ -5,7 +5,6 @@ kit/tiled.py; test_tiles.py holds it against gguf-py through the device's unpack
 """
 
 import ctypes
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
+from kit.simt import include_path
 from kit.tiled import TILED, cut_row, qtype_of, shapes, tile_weight
 from kit.toy_gguf import random_weight
 
@@ -23,14 +23,13 @@ from mlacli.parallel.shards import Shard
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "kernels"
-CUDA = [Path(os.environ.get(f"CUDA_{x}", "/usr/local/cuda")) / "include" for x in ("PATH", "HOME")]
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if shutil.which("g++") is None:
         pytest.skip("no g++ to build the kernel with")
-    cuda = next((f for f in CUDA if (f / "crt" / "host_defines.h").exists()), None)
+    cuda = include_path()
     if cuda is None:
         pytest.skip("no CUDA toolkit: simt.h needs its headers")
     built = tmp_path_factory.mktemp("repack") / "repack.so"

@@ -43,14 +43,14 @@ class Weight:
         self.exact = local(dequantize(flat, T[name]))
         self.rounded = local(scaled_values(flat, name, by)) / by
         self.held = CudaWeight(
-            name, shape, q, None, ops.put(tiles), tiled_shape(shape, q, skip), skip, first
+            name, shape, q, ops.put(tiles), tiled_shape(shape, q, skip), skip, first
         )
 
 
 def plain(ops: Any, values: np.ndarray) -> CudaWeight:
     """A float32 weight in GGUF bytes."""
     raw = ops.put(np.ascontiguousarray(values).view(np.uint8))
-    return CudaWeight("w", values.shape, qtype_of("F32"), raw, None, None)
+    return CudaWeight("w", values.shape, qtype_of("F32"), raw)
 
 
 def rounded16(x: np.ndarray) -> np.ndarray:
@@ -59,16 +59,18 @@ def rounded16(x: np.ndarray) -> np.ndarray:
 
 
 def put16(ops: Any, x: np.ndarray) -> Any:
-    """x [n, ..] as float16 activations of rows padded to 8; beyond each row NaN."""
-    padded = np.full((*x.shape[:-1], -(-x.shape[-1] // 8) * 8), np.nan, np.float16)
+    """x [n, ..] as float16 activations of rows padded to 8."""
+    padded = np.ones((*x.shape[:-1], -(-x.shape[-1] // 8) * 8), np.float16)
     padded[..., : x.shape[-1]] = np.clip(x / 16, -65504, 65504)
     return ops.put(padded)[..., : x.shape[-1]]
 
 
 def nmse(got: np.ndarray, want: np.ndarray) -> float:
     assert got.shape == want.shape, (got.shape, want.shape)
-    return float(np.mean((got - want) ** 2) / np.mean(want**2)) if want.any() else float(
-        np.abs(got).max(initial=0)
+    return (
+        float(np.mean((got - want) ** 2) / np.mean(want**2))
+        if want.any()
+        else float(np.abs(got).max(initial=0))
     )
 
 
@@ -173,6 +175,7 @@ def routed(
             t, k = np.nonzero(ids == first + e)
             h = silu(values[t] @ parts[0][i][e].T) * (values[t] @ parts[1][i][e].T)
             out = (rounded16(h) if i == 0 else h) @ parts[2][i][e].T
+            out = rounded16(out) if i == 0 else out
             np.add.at(total, t, weights[t, k, None] * out)
         sums.append(total)
     case = f"experts {types} n {n} top {n_used} of {n_experts} held {held} merged {merged}"

@@ -98,28 +98,74 @@ def inputs(case: Case, seed: int = 0) -> Inputs:
 
 
 def cached(x: Inputs, cache: str) -> np.ndarray:
-    """The rows in the cache's type; bf16 as uint16."""
+    """The rows in the cache's type: bf16 as uint16, q8_0 as int8 without its scales."""
+    if cache == "q8_0":
+        return quantized(x)[0]
     if cache == "bf16":
         return ((x.rows.view(np.uint32) + 0x8000) >> 16).astype(np.uint16)
     return x.rows.astype({"f16": np.float16, "f32": np.float32}[cache])
 
 
+def quantized(x: Inputs) -> tuple[np.ndarray, np.ndarray]:
+    """The rows as q8_0: int8 [t, 32 * blocks] and float16 scales [t, blocks], NaN where x's are."""
+    padded = np.pad(x.rows, ((0, 0), (0, -x.rows.shape[1] % 32)))
+    blocks = padded.reshape(len(padded), -1, 32)
+    scales = np.abs(blocks).max(-1) / 127
+    with np.errstate(invalid="ignore"):
+        numbers = np.nan_to_num(np.round(blocks / scales[..., None]), nan=127)
+    return numbers.astype(np.int8).reshape(len(padded), -1), scales.astype(np.float16)
+
+
+def values_of(x: Inputs, cache: str) -> np.ndarray:
+    """What the cached rows stand for."""
+    stored = cached(x, cache)
+    if cache == "q8_0":
+        scales = np.repeat(quantized(x)[1].astype(np.float32), 32, axis=1)
+        return (stored * scales)[:, : x.rows.shape[1]]
+    if cache == "bf16":
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored
+
+
+class Attention:
+    """A case's inputs on a device; called, it launches the kernels and returns their result."""
+
+    def __init__(self, ops: Any, case: Case, x: Inputs) -> None:
+        self.ops, self.case = ops, case
+        self.step = SimpleNamespace(
+            n=case.n, n_kv=case.n_kv, pos=ops.put(x.pos), cos=ops.put(x.cos), sin=ops.put(x.sin)
+        )
+        self.kv = SimpleNamespace(
+            cache_type=case.cache, values=ops.put(cached(x, case.cache)),
+            scales=ops.put(quantized(x)[1]) if case.cache == "q8_0" else None,
+        )  # fmt: skip
+        self.q = ops.put(x.q)
+        self.weights = x.k_b.put(ops, case.tiled), x.v_b.put(ops, case.tiled)
+
+    def __call__(self) -> Any:
+        s = self.case.sizes
+        return attend_expanded(
+            self.ops, self.q, self.kv, *self.weights, self.step, s, float((s.k + s.p) ** -0.5),
+            self.case.temperature,
+        )  # fmt: skip
+
+    def refill(self, x: Inputs) -> None:
+        """Other tokens and rows in the same places; the weights stay."""
+        places = (self.q, self.kv.values, self.step.pos, self.step.cos, self.step.sin)
+        hosts = (x.q, cached(x, self.case.cache), x.pos, x.cos, x.sin)
+        for place, host in zip(places, hosts, strict=True):
+            self.ops.copy_in(place, host)
+
+    def result(self, o: Any) -> np.ndarray:
+        """o [n, h, v] on the host."""
+        o16 = self.ops.get(o).astype(np.float64)
+        return np.asarray(16.0 * o16.reshape(self.case.n, self.case.sizes.h, -1))
+
+
 def run(ops: Any, case: Case, x: Inputs) -> np.ndarray:
     """o [n, h, v] of the kernels."""
-    o = ops.get(launch(ops, case, x)())
-    return 16.0 * o.astype(np.float64).reshape(case.n, case.sizes.h, -1)
-
-
-def launch(ops: Any, case: Case, x: Inputs) -> Any:
-    """A function that launches the kernels on uploaded inputs."""
-
-    step = SimpleNamespace(
-        n=case.n, n_kv=case.n_kv, pos=ops.put(x.pos), cos=ops.put(x.cos), sin=ops.put(x.sin)
-    )
-    weights = x.k_b.put(ops, case.tiled), x.v_b.put(ops, case.tiled)
-    args = ops.put(x.q), ops.put(cached(x, case.cache)), *weights
-    scale = float((case.sizes.k + case.sizes.p) ** -0.5)
-    return lambda: attend_expanded(ops, *args, step, case.sizes, scale, case.temperature)
+    attention = Attention(ops, case, x)
+    return attention.result(attention())
 
 
 def expected(
@@ -134,10 +180,7 @@ def expected(
     def up(w: np.ndarray) -> np.ndarray:  # in tiles they are rounded after scaling
         return w.astype(np.float64) if case.tiled else f16(w)
 
-    rows = cached(x, case.cache)[: case.n_kv]
-    if case.cache == "bf16":
-        rows = (rows.astype(np.uint32) << 16).view(np.float32)
-    rows = f16(rows)
+    rows = f16(values_of(x, case.cache)[: case.n_kv])
     c_kv, k_pe = rows[:, : s.r], rows[:, s.r :]
     q = x.q[tokens].astype(np.float64).reshape(len(tokens), s.h, -1)
     even, odd = q[..., s.k :: 2].copy(), q[..., s.k + 1 :: 2].copy()
@@ -158,7 +201,9 @@ def expected(
     return out
 
 
-def compare(case: Case, x: Inputs, got: np.ndarray, n_tokens: int = 10**9) -> tuple[float, float, str]:
+def compare(
+    case: Case, x: Inputs, got: np.ndarray, n_tokens: int = 10**9
+) -> tuple[float, float, str]:
     """NMSE against float64 and against float64 with the kernels' roundings; where it is worst."""
     rng, s = np.random.default_rng(1), case.sizes
     tokens = np.arange(case.n)
@@ -181,6 +226,6 @@ def compare(case: Case, x: Inputs, got: np.ndarray, n_tokens: int = 10**9) -> tu
     return errors[0], errors[1], worst
 
 
-def shorter(case: Case, h: int) -> Case:
+def few(sizes: Sizes, h: int) -> Sizes:
     """The same with h heads."""
-    return replace(case, sizes=replace(case.sizes, h=h))
+    return replace(sizes, h=h)

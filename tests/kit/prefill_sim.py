@@ -66,8 +66,8 @@ class SimulatedOps:
         text = sizes + text  # not as options: K and the like are names in the C++ library
         flags = [f"-DKERNEL={name}"]
         kit = "".join((KIT / f).read_text() for f in ("simt.h", "warpgroup_sim.h"))
-        key = hashlib.sha256(repr((text, flags, kit, HARNESS.read_text())).encode()).hexdigest()[:16]
-        folder = self.folder / key
+        made_of = repr((text, flags, kit, HARNESS.read_text()))
+        folder = self.folder / hashlib.sha256(made_of.encode()).hexdigest()[:16]
         if not (folder / "kernel.so").exists():
             folder.mkdir(exist_ok=True)
             (folder / "kernel_text.h").write_text(text)

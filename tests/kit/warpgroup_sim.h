@@ -20,7 +20,9 @@ struct SimBarrier {
 };
 static std::map<unsigned, SimBarrier> sim_barriers;
 
-inline void sim_fail(const char* what) { fprintf(stderr, "%s in thread %d\n", what, threadIdx.x), abort(); }
+inline void sim_fail(const char* what) {
+    fprintf(stderr, "%s in thread %d\n", what, threadIdx.x), abort();
+}
 inline SimBarrier& sim_barrier(unsigned bar) {
     if (!sim_barriers.count(bar)) sim_fail("unknown barrier");
     return sim_barriers[bar];
@@ -70,8 +72,10 @@ template <int LEFT> inline void copies_wait() {}
 inline void store_matrices(unsigned to, unsigned a, unsigned b, unsigned c, unsigned d) {
     struct In { unsigned to, v[4]; } in{to, {a, b, c, d}};
     simt::collective(&in, [&](std::vector<void*>& s) {
-        for (int m = 0; m < 4; m++)
-            memcpy(shared + ((In*)s[8 * m + simt::lane() / 4])->to + 4 * (simt::lane() % 4), &in.v[m], 4);
+        for (int m = 0; m < 4; m++) {
+            const unsigned row = ((In*)s[8 * m + simt::lane() / 4])->to;
+            memcpy(shared + row + 4 * (simt::lane() % 4), &in.v[m], 4);
+        }
     });
 }
 

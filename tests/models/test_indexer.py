@@ -12,13 +12,11 @@ import mlacli
 from mlacli.backends.numpy_dsa import select
 from mlacli.backends.numpy_ops import LatentRows, NumpyOps
 from mlacli.compat import check
-from mlacli.devices import Device
 from mlacli.errors import (
     BadTensorShape,
     GgufError,
     MissingTensor,
     PlanError,
-    UnsupportedFeature,
     UsageError,
 )
 from mlacli.flag_values import rows_kept
@@ -28,7 +26,7 @@ from mlacli.models import glm_dsa
 from mlacli.parallel.comm import SoloComm
 from mlacli.parallel.memory import scratch_bytes
 from mlacli.params import ContextParams
-from mlacli.prepare import prepare, refuse_on_gpus, settle_indexer
+from mlacli.prepare import prepare, settle_indexer
 
 ALL = (0, 1, 2, 3)
 TOY = Toy(arch="glm-dsa", layers=4, indexed=ALL)
@@ -299,12 +297,3 @@ def test_sparse_attention_needs_latent_rows(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="-mla 0 keeps no latent rows"):
         settle_indexer(hp, ContextParams(mla=0))
     assert settle_indexer(hp, ContextParams(mla=0, no_dsa=True)).sparse is None
-
-
-def test_gpus_refuse_what_they_cannot_compute_yet(tmp_path: Path) -> None:
-    gpu, cpu, planned = (Device("x", kind, 1, 1) for kind in ("cuda", "cpu", "planned"))
-    sparse, dense = ask(toy(tmp_path)).hparams, ask(toy(tmp_path), no_dsa=True).hparams
-    with pytest.raises(UnsupportedFeature, match="sparse attention is not supported on GPUs"):
-        refuse_on_gpus(sparse, [cpu, gpu])
-    refuse_on_gpus(sparse, [cpu, planned])
-    refuse_on_gpus(dense, [gpu])

@@ -1,0 +1,54 @@
+"""bench_ops.py without a GPU: what it records on the recorder, its fit and its table."""
+
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from kit.recorder import Recorder, active_bytes, recorded, recorder
+
+from mlacli.loading.presets import PRESETS
+
+SOURCE = Path(__file__).parents[2] / "examples" / "bench_ops.py"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench_ops", SOURCE)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("n", [1, 64])
+def test_a_step_is_recorded_with_its_bytes(bench, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    model = replace(PRESETS["v2lite"], layers=3)
+    with recorded(monkeypatch, model, ctx_size=1024) as engine:
+        device = recorder(engine)
+        arena = Recorder("cuda0", 1 << 40)
+        arena._next = 1 << 44
+        device.blocks_of = device.block_of
+        device.block_of = lambda ptr, what: (arena if ptr >= 1 << 44 else device).blocks_of(
+            ptr, what
+        )
+        arena.blocks_of = arena.block_of
+        launches = bench.recorded_step(engine, n, 512, arena)
+        hp = engine.prepared.hparams
+        tensors = {t for one in launches for t in one.tensors} - {"cache"}
+        assert tensors == {shard.tensor for shard in engine.prepared.plan.shards}
+        least = sum(active_bytes(shard, hp, n) for shard in engine.prepared.plan.shards)
+        assert least <= sum(one.nbytes for one in launches) < 1.1 * least + 20e6
+    found = bench.rows(launches, lambda of: 2.0 + of[0].nbytes / 4e6)
+    assert sum(row.count for row in found) == len(launches)
+    assert any("ffn_down_exps" in row.what and row.count == 2 for row in found)
+    table = bench.markdown(found, 4e6)
+    assert table.startswith("| kernel |") and "TB/s" in table
+
+
+def test_the_fit_finds_what_made_the_times(bench) -> None:
+    row = lambda kernel, nbytes: bench.Row(kernel, "", 3, 1.5 + nbytes / 4.2e6, nbytes)  # noqa: E731
+    found = [row("a", 1e6), row("a", 8e6), row("a", 30e6), row("b", 5e6)]
+    (kernel, (a, rate)), *others = bench.fits(found).items()
+    assert kernel == "a" and not others
+    assert a == pytest.approx(1.5) and rate == pytest.approx(4.2e6)

@@ -1,0 +1,79 @@
+"""Products of few tokens: the kernels' arithmetic on the CPU (kit/simt.h), against float64.
+
+Weakest link: simt.h's mma, which sums in float64. Small shapes; tests/gpu/test_cuda_matvec.py has
+every type and real sizes.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kit import few_tokens as few
+from kit.kernel_ops import SimtOps
+
+from mlacli.backends.cuda_matvec import DownGeometry, Geometry
+from mlacli.models.parts import Routing
+
+BAR = 1e-9  # x keeps 16 bits of its mantissa, everything else 24
+
+
+@pytest.fixture(scope="module")
+def ops(tmp_path_factory: pytest.TempPathFactory) -> SimtOps:
+    if reason := SimtOps.why_not():
+        pytest.skip(reason)
+    return SimtOps(Path(tmp_path_factory.mktemp("simt")))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(7)
+
+
+def test_three_weights_of_one_normed_x(ops, rng) -> None:
+    segments = [("Q4_0", 37), ("Q8_0", 21), ("Q5_1", 16)]
+    assert few.products(ops, rng, 1, 320, segments, normed=True, geometry=Geometry(2, 2)) < BAR
+
+
+def test_another_ranks_columns_and_the_residual(ops, rng) -> None:
+    how = Geometry(2, 1, 1, 1)  # several batches, two row tiles, the last of them past the end
+    assert few.products(ops, rng, 1, 160, [("Q6_K", 37)], add=True, skip=32, geometry=how) < BAR
+
+
+def test_several_tokens(ops, rng) -> None:
+    assert few.products(ops, rng, 3, 320, [("MXFP4", 37)], True, geometry=Geometry(2, 2)) < BAR
+
+
+def test_gated_product(ops, rng) -> None:
+    assert few.gated(ops, rng, 1, 256, 37, "Q4_K", "IQ4_XS", geometry=Geometry(2, 1, 1, 1)) < BAR
+
+
+def test_experts_with_a_shared_one(ops, rng) -> None:
+    case = few.Experts(("Q4_K", "Q4_K", "Q5_0"), ("Q4_K", "Q5_K", "Q8_0"))
+    assert max(few.experts(ops, rng, case, Geometry(2, 2, 1, 1), DownGeometry(1, 2, 2))) < BAR
+
+
+def test_merged_experts_of_a_part_of_the_ranks(ops, rng) -> None:
+    case = few.Experts(
+        ("Q4_0", "", "Q6_K"), None, n=2, f=40, first=1, held=5, skip=32, add=True, padded=True
+    )
+    assert max(few.experts(ops, rng, case, Geometry(2, 2), DownGeometry(2, 0, 2))) < BAR
+
+
+@pytest.mark.parametrize(
+    "routing", [Routing(4, False), Routing(3, True, 4, 2, True, 2.5)], ids=["softmax", "groups"]
+)
+def test_route(ops, rng, routing) -> None:
+    padded = routing.sigmoid
+    assert few.route(ops, rng, 1 + padded, 64, 32, routing, bias=padded, padded=padded) < BAR
+
+
+def test_an_error_in_a_weight_is_seen(ops, rng, monkeypatch) -> None:
+    """The bar holds the kernels to something: one per mille on x breaks it."""
+    inputs = few.inputs
+
+    def bent(*args):
+        x, values, norm = inputs(*args)
+        return x, values * 1.001, norm
+
+    monkeypatch.setattr(few, "inputs", bent)
+    assert few.products(ops, rng, 3, 320, [("MXFP4", 37)], True, geometry=Geometry(2, 2)) > BAR

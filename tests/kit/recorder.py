@@ -1,0 +1,266 @@
+"""A GPU that only writes down what it is told: the CUDA ops run on it without CuPy and without GPU.
+
+`recorded(monkeypatch)` puts it in the place of every cudaN. Memory has addresses but no content,
+and an address is never given out twice, so that the use of what was rewound is found out.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlacli import devices, engine
+from mlacli.backends import cuda_device, cuda_devices, cuda_ops
+from mlacli.backends.cuda_array import Array
+from mlacli.backends.cuda_sources import signatures
+from mlacli.devices import Device
+from mlacli.engine import Engine
+from mlacli.errors import MemoryBudgetError
+from mlacli.flags import LOADED, library_values, to_params
+from mlacli.loading.gguf_file import TensorInfo
+from mlacli.loading.presets import Preset
+from mlacli.loading.synthetic import SyntheticFile
+from mlacli.parallel.shards import Shard
+from mlacli.prepare import prepare
+
+H200 = 141 << 30
+LAUNCH_US, BYTES_US = 1.2, 4.3e6  # a launch with PDL, and bytes read per microsecond
+_MOST_SHARED = 227 << 10
+_HINTS = {"latent": range(21, 26)}  # arguments that are fetched into L2, not read
+_ALIGN = 256
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """One array that was taken from the arena."""
+
+    ptr: int
+    nbytes: int
+    place: int  # in the arena
+    live: bool = True
+    shard: Shard | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One launch, with the blocks that its pointers point into."""
+
+    name: str
+    grid: tuple[int, ...]
+    block: int
+    shared: int
+    defines: tuple[tuple[str, Any], ...]
+    blocks: tuple[Block, ...]
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The weights that it reads."""
+        found = {id(b.shard): b.shard for b in self.blocks if b.shard is not None}
+        return list(found.values())
+
+
+@dataclass
+class Recorder:
+    """What ops told a device of `nbytes`; stands in for CudaDevice."""
+
+    name: str
+    nbytes: int
+    n_sm: int = 132
+    capability: int = 90
+    launches: list[Launch] = field(default_factory=list)
+    units: set[tuple[str, tuple[tuple[str, Any], ...]]] = field(default_factory=set)
+    n_reads: int = 0
+    n_compiled: int = 0
+    peak: int = 0
+    loaded: int = 0  # bytes of weights and cache
+
+    def __post_init__(self) -> None:
+        self._at = 0
+        self._next = 1 << 40
+        self._blocks: list[Block] = []
+        self._live: list[Block] = []
+        self._quiet = self._capturing = False
+
+    # ---- memory
+
+    def take(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        array = self._new(shape, dtype)
+        if self._at + array.nbytes > self.nbytes:
+            raise MemoryBudgetError(self.name, self._at + array.nbytes, self.nbytes)
+        self._live.append(self._blocks[-1])
+        self._at += -(-array.nbytes // _ALIGN) * _ALIGN
+        self.peak = max(self.peak, self._at)
+        return array
+
+    def _new(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        array = Array.dense(self._next, shape, dtype)
+        self._blocks.append(Block(self._next, array.nbytes, self._at))
+        room = -(-max(1, array.nbytes) // _ALIGN) * _ALIGN
+        self._next += room + _ALIGN  # a gap, which belongs to nobody
+        return array
+
+    def spare(self, most: int) -> Array:
+        free = (self.nbytes - self._at) // _ALIGN * _ALIGN
+        return self._new((min(most, free),), np.uint8)
+
+    def mark(self) -> int:
+        return self._at
+
+    def rewind(self, mark: int) -> None:
+        self._at = mark
+        while self._live and self._live[-1].place >= mark and self._live[-1].nbytes:
+            self._live.pop().live = False
+
+    def block_of(self, ptr: int, what: str) -> Block:
+        """The block that an address lies in, which must not have been rewound."""
+        at = bisect.bisect_right(self._blocks, ptr, key=lambda block: block.ptr) - 1
+        block = self._blocks[at]
+        assert at >= 0 and ptr < block.ptr + max(1, block.nbytes), f"{what} points at no array"
+        assert block.live, f"{what} was rewound before"
+        return block
+
+    # ---- launches
+
+    def launch(
+        self, name: str, grid: tuple[int, ...], block: int, *args: Any, shared: int = 0,
+        **defines: Any,
+    ) -> None:  # fmt: skip
+        said = tuple(sorted(defines.items()))
+        self.units.add((name, said))
+        if self._quiet:  # an empty launch names a kernel ahead
+            return
+        signature = signatures()[name][1]
+        assert len(args) == len(signature), f"{name}: {len(args)} arguments for {signature}"
+        blocks = []
+        for i, (arg, kind) in enumerate(zip(args, signature, strict=True)):
+            what = f"argument {i} of {name}"
+            if kind == "p":
+                assert arg is None or isinstance(arg, Array), f"{what} is no array"
+                if arg is not None:
+                    block_ = self.block_of(arg.ptr, what)
+                    if i not in _HINTS.get(name, ()):
+                        blocks.append(block_)
+                    last = sum((n - 1) * s for n, s in zip(arg.shape, arg.strides, strict=True))
+                    end = arg.ptr + (last + arg.dtype.itemsize if arg.size else 0)
+                    assert end <= block_.ptr + block_.nbytes, f"{what} is too long"
+            else:
+                assert isinstance(arg, (int, float, np.number, bool)), f"{what} is no number"
+                assert kind != "i" or -(2**31) <= int(arg) < 2**31, f"{what} is no int: {arg}"
+        x, y, z = (*grid, 1, 1)[:3]
+        assert 0 < x < 2**31 and 0 < y < 2**16 and 0 < z < 2**16, f"{name}: grid {grid}"
+        assert 0 < block <= 1024 and shared <= _MOST_SHARED, f"{name}: {block=}, {shared=}"
+        self.launches.append(Launch(name, grid, block, shared, said, tuple(blocks)))
+
+    @contextmanager
+    def prepared(self, report: Any = None) -> Iterator[None]:
+        self._quiet = True
+        yield
+        self._quiet = False
+
+    def capture(self, launches: Callable[[], Any]) -> Callable[[], None]:
+        before = len(self.launches)
+        self._capturing = True
+        launches()
+        self._capturing = False
+        graph = self.launches[before:]
+        del self.launches[before:]
+        return lambda: self.launches.extend(graph)
+
+    # ---- host
+
+    def copy_in(self, array: Array, host: Any) -> None:
+        assert not self._capturing, "a step reads the host"
+        assert host.nbytes == array.nbytes, "a copy changes no sizes"
+        self.block_of(array.ptr, "the target of a copy")
+
+    send = copy_in
+
+    def end_sends(self) -> None:
+        self.synchronize()
+
+    def get(self, array: Array) -> Any:
+        assert not self._capturing, "a step reads back to the host"
+        self.block_of(array.ptr, "the source of a copy")
+        self.n_reads += 1
+        return np.zeros(array.shape, array.dtype)
+
+    def synchronize(self) -> None:
+        assert not self._capturing, "a step waits for the device"
+
+
+class Header(SyntheticFile):
+    """A preset whose tensors have sizes but no content: memory that nobody touches."""
+
+    def data(self, info: TensorInfo) -> memoryview:
+        return np.zeros(info.nbytes, np.uint8).data
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch, preset: Preset, **flags: Any) -> Engine:
+    """An engine of `preset` on a recorder, loaded; flags as for mlacli.load."""
+    upload = cuda_ops.CudaOps.upload
+
+    def tagged(ops: Any, pieces: Any, shard: Shard) -> Any:
+        weight = upload(ops, pieces, shard)
+        for name in weight.__slots__:
+            array = getattr(weight, name)
+            if isinstance(array, Array):
+                ops.device.block_of(array.ptr, "a weight").shard = shard
+        return weight
+
+    monkeypatch.setattr(cuda_ops.CudaOps, "upload", tagged)
+    monkeypatch.setattr(devices, "_device", lambda name: Device(name, "cuda", H200, H200))
+    monkeypatch.setattr(cuda_devices, "use_device", lambda name: None)
+    monkeypatch.setattr(cuda_device, "CudaDevice", Recorder)
+    monkeypatch.setattr(engine, "bytes_in_use", lambda name: 0)
+    compile_ahead = cuda_ops.CudaOps.compile
+
+    def compiled(ops: Any, *args: Any) -> int:
+        ops.device.loaded = ops.device.mark()
+        return compile_ahead(ops, *args)
+
+    monkeypatch.setattr(cuda_ops.CudaOps, "compile", compiled)
+    params = to_params(library_values(LOADED, {"device": "cuda0"} | flags))
+    return Engine(prepare(Header(preset), params))
+
+
+def recorder(engine: Engine) -> Recorder:
+    return engine._ops(0).device
+
+
+def step(engine: Engine, n: int) -> list[Launch]:
+    """The launches of one step of `n` tokens from what is cached now, which is put back."""
+    n_kv, device = engine.n_kv, recorder(engine)
+    engine.prefill([1] * n) if n > 1 else engine.decode(1)
+    engine.rewind(n_kv)
+    device.launches.clear()
+    engine.prefill([1] * n) if n > 1 else engine.decode(1)  # the graph again
+    found = list(device.launches)
+    engine.rewind(n_kv)
+    return found
+
+
+def read_bytes(launch: Launch, hp: Any, n: int) -> float:
+    """Weight bytes that a launch reads at least: of chosen experts, of n embedding rows."""
+    return sum(active_bytes(shard, hp, n) for shard in launch.shards)
+
+
+def active_bytes(shard: Shard, hp: Any, n: int) -> float:
+    if shard.tensor == "token_embd.weight":
+        return n * shard.nbytes / shard.shape[0]
+    share = min(1.0, n * hp.routing.n_used / hp.E) if "_exps." in shard.tensor else 1.0
+    return shard.nbytes * share
+
+
+def predicted_us(launches: Sequence[Launch], engine: Engine, n_kv: int) -> float:
+    """Microseconds of a decode step: launches with PDL, and all bytes at an H200's rate."""
+    prepared = engine.prepared
+    weights = sum(read_bytes(launch, prepared.hparams, 1) for launch in launches)
+    plan = prepared.plan
+    cache = n_kv * plan.ranks[0].cache / plan.n_ctx
+    return LAUNCH_US * len(launches) + (weights + cache) / BYTES_US
