@@ -17,7 +17,6 @@
 // Bound by  4 n I n_kv i flops; _few: 2 n_kv i bytes
 // Sources   own
 // Tested by tests/gpu/test_cuda_sparse.py
-#define WGMMA 1
 #include <cuda_fp16.h>
 
 #include "mma.cuh"
