@@ -62,7 +62,7 @@ class Driven:
 
 
 def admissible(sampler: Sampler, logits: np.ndarray, position: int) -> set[int]:
-    """Tokens of the chain when sums of probabilities are off by 1e-12, many times their rounding."""
+    """Tokens of the chain when sums of probabilities are off by 1e-12, far more than rounding."""
     p, found = sampler.params, set()
     for nudge in (-1e-12, 0.0, 1e-12):
         nudged = Sampler(replace(p, top_p=p.top_p + nudge if p.top_p < 1 else p.top_p))
