@@ -112,6 +112,7 @@ def select(
     chosen: Array = ops.new((step.n, top_k), "i4") if into is None else into
     ld = score_stride(len(rows.keys))
     at_once = tokens_at_once(step.n, len(rows.keys))
+    mark = ops.device.mark()
     scores = ops.new((at_once, ld), "f4")
     for start in range(0, step.n, at_once):
         stop = min(step.n, start + at_once)
@@ -122,6 +123,7 @@ def select(
             "dsa_select", (cluster, n), 1024, chosen[start:stop], scores, pos, top_k, ld,
             CLUSTER=cluster,
         )  # fmt: skip
+    ops.device.rewind(mark)  # kernels run in order: what comes next may overwrite the scores
     return chosen
 
 
