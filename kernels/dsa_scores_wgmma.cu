@@ -1,4 +1,4 @@
-// Op        dsa.cu's scores on Hopper's warpgroup products, of many tokens, of a few and of one:
+// Op        dsa_scores.cu's scores on Hopper's warpgroup products, of many tokens, of a few and of one:
 //           score[t][j] = sum_I w[t][I] max(0, q[t][I] . key_j) / root, j <= pos[t]
 // Shapes    scores [n, ld]; parts by dsa_prepare: with LAYOUT=1 [n, 2, i / 64, I, 64], _one with
 //           LAYOUT=2 [2, I, i]; head_weights [n, I]; keys [n_ctx, i]; pos [n], -1 = padded

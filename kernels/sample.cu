@@ -25,6 +25,8 @@ struct Candidates {
     unsigned id[MOST], value[MOST];
     bool kept[MOST];
     double u;
+    long long chain[6];
+    int position;  // of the token to draw
     double sums[SELECT_WARPS];
     unsigned best[2][16];
     int first, last;
@@ -128,8 +130,10 @@ __device__ __forceinline__ void argmax(RowShare& share, Candidates& c) {
 // The place among k candidates (ascending ids) that the chain and the random number c.u lead to; all
 // threads of a CTA. `top` is their largest value, `space` holds 1024 words.
 __device__ __forceinline__ int drawn(Candidates& c, unsigned long long* space, int k, float top,
-                                     double temp, double top_p, double log_min_p) {
+                                     double temp) {
     const int i = threadIdx.x;
+    const double top_p = __longlong_as_double(c.chain[1]);
+    const double log_min_p = __longlong_as_double(c.chain[2]);
     const bool there = i < k;
     const float value = there ? __uint_as_float(c.value[i]) : NONE;
     bool kept = there;
@@ -166,12 +170,17 @@ sample(int* token, int* pos, int* ring, float* logits, const long long* chain, i
     pdl_launch();
     select_clear(s);
     pdl_wait();
-    const double temp = __longlong_as_double(chain[0]), top_p = __longlong_as_double(chain[1]);
-    const int k = (int)chain[4], n_banned = (int)chain[5];
+    const int n_banned = (int)chain[5];
     for (int i = threadIdx.x; i < n_banned; i += SELECT_THREADS) logits[chain[6 + i]] = NONE;
+    if (threadIdx.x < 6) c.chain[threadIdx.x] = chain[threadIdx.x];
+    if (threadIdx.x == 6) c.position = pos[0] + 1;
     __syncthreads();  // every CTA of the cluster bans for itself
     RowShare share(logits, n_vocab);
+    if (threadIdx.x == MOST - 1 && cluster_rank() == 0)  // while the logits are on their way
+        c.u = uniform((unsigned long long)c.chain[3], c.position);
     cluster_wait();
+    const double temp = __longlong_as_double(c.chain[0]);
+    const int k = (int)c.chain[4];
     int id;
     float top;
     if (temp <= 0) {
@@ -189,16 +198,12 @@ sample(int* token, int* pos, int* ring, float* logits, const long long* chain, i
         for (int i = threadIdx.x & 31; i < k; i += 32)
             key = max(key, ordered(__uint_as_float(c.value[i])));
         top = unordered(warp_max(key));
-        if (threadIdx.x == MOST - 1)  // of a warp that seldom has a candidate
-            c.u = uniform((unsigned long long)chain[3], pos[0] + 1);
-        const int place = drawn(c, (unsigned long long*)s.count, k, top, temp, top_p,
-                                __longlong_as_double(chain[2]));
+        const int place = drawn(c, (unsigned long long*)s.count, k, top, temp);
         id = (int)c.id[place];
     }
     if (threadIdx.x) return;
     const bool finite = fabsf(top) < __int_as_float(0x7f800000);
-    const int position = pos[0] + 1;
     token[0] = finite ? id : 0;
-    ring[position % ring_size] = finite ? id : -1;
-    pos[0] = position;
+    ring[c.position % ring_size] = finite ? id : -1;
+    pos[0] = c.position;
 }

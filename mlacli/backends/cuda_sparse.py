@@ -1,4 +1,4 @@
-"""The lightning indexer of sparse attention (DSA) on a CUDA device: launches of kernels/dsa.cu.
+"""The lightning indexer of sparse attention (DSA) on a CUDA device: launches of kernels/dsa*.cu.
 
 A layer calls `index` once its products are there: it stores the tokens' keys and, where the step is
 sparse (step.n_kv > top_k, known on the host: two graphs), prepares their queries, which `select`
@@ -26,8 +26,8 @@ _LAYOUTS = {"dsa_scores_wgmma": 1, "dsa_scores_wgmma_few": 1, "dsa_scores_wgmma_
 _PARTS = {"f16": 2, "bf16": 3}  # 16-bit pieces of a query; other key types take float32 products
 _BLOCK = 32  # columns of a q8_0 scale
 _FEW = 3  # tokens whose queries fit shared memory together, twice an SM
-_TOKENS_AT_ONCE = 16  # kernels/dsa.cu
-_PLAIN_ROWS = 64  # kernels/dsa.cu
+_TOKENS_AT_ONCE = 16  # kernels/dsa_scores.cu
+_PLAIN_ROWS = 64  # kernels/dsa_scores.cu
 _SCORES = 64 << 20  # bytes of scores held at once; fewer tokens go together where rows are many
 _MOST_WIDTH, _MOST_PLAIN_WIDTH = 128, 1024  # of tensor kernels: registers; of all: shared memory
 _MOST_SHARED = 200 << 10
@@ -161,7 +161,7 @@ def _n_parts(ops: Any, rows: IndexRows, heads: int) -> int:
 
 
 def _score_kernel(ops: Any, rows: IndexRows, heads: int, n: int) -> str:
-    """Which kernel of dsa.cu or dsa_scores_wgmma.cu scores the rows for n tokens."""
+    """Which kernel of dsa_scores.cu or dsa_scores_wgmma.cu scores the rows for n tokens."""
     if not _n_parts(ops, rows, heads):
         return "dsa_scores_plain"
     if ops.capability == 90 and rows.cache_type == "f16" and rows.width in (64, 128):
