@@ -21,7 +21,6 @@
 // Spills    none
 // Sources   own
 // Tested by tests/kernels/test_mla.py, tests/gpu/test_cuda_attention.py
-#include "ahead.cuh"
 #include "heads_many.cuh"
 #include "matvec_cta.cuh"
 #include "mla_store.cuh"
@@ -113,10 +112,7 @@ extern "C" __global__ void __launch_bounds__(128)
 latent(OUT* q_lat, OUT* q_pe, char* cache, __half* scales, const float* q, const float* q_lat_f32,
        const float* c_kv, const float* k_pe, const float* norm, const unsigned char* k_b,
        const float* cosine, const float* sine, const int* pos, int n, int h, int ld_lat, int ld_pe,
-       long long ldkv, float eps, float scale, int length, const unsigned char* ahead0,
-       const unsigned char* ahead1, const unsigned char* ahead2, const unsigned char* ahead3,
-       const unsigned char* ahead4, long long n0, long long n1, long long n2, long long n3,
-       long long n4) {
+       long long ldkv, float eps, float scale, int length) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, first = blockIdx.y * GROUP;
     pdl_launch();
     if (blockIdx.x >= h * PARTS) {
@@ -224,14 +220,6 @@ latent(OUT* q_lat, OUT* q_pe, char* cache, __half* scales, const float* q, const
         const int o = 16 * row_tile + (lane >> 2) + 8 * (i & 1);
         put(q_lat + ((long long)t * h + head) * ld_lat + o,
             acc[0][i] * temper(pos[t], scale, length));
-    }
-    if (threadIdx.x == 0) {
-        const int cta = blockIdx.x, n_ctas = h * PARTS;
-        fetch_ahead(ahead0, n0, cta, n_ctas);
-        fetch_ahead(ahead1, n1, cta, n_ctas);
-        fetch_ahead(ahead2, n2, cta, n_ctas);
-        fetch_ahead(ahead3, n3, cta, n_ctas);
-        fetch_ahead(ahead4, n4, cta, n_ctas);
     }
 #endif
 }

@@ -75,9 +75,8 @@ class Attention:
             return Act((step.n, h * hp.v), f16=o16)
         ops.forms.add(AttentionForm("absorbed", True) if chosen is None else SPARSE)
         q_lat = absorbed.latent(
-            ops, q, c_kv, k_pe, norm, hp.eps, k_b, rows, step, half, hp.temperature,
-            _read_next(w) if step.n == 1 else (),
-        )  # fmt: skip
+            ops, q, c_kv, k_pe, norm, hp.eps, k_b, rows, step, half, hp.temperature
+        )
         parts = absorbed.attend(
             ops, q_lat, rows, step, hp.r, hp.softmax_scale, half, chosen, early=True
         )
@@ -113,9 +112,3 @@ class Attention:
             return None
         into = self._chosen[: step.n]
         return sparse.select(ops, queries, rows, step, indexer.top_k, ops.imposed_rows, into)
-
-
-def _read_next(w: LayerWeights) -> list[Array]:
-    """What a layer reads after attention, whatever the token: L2 holds it."""
-    names = ("attn_output", "ffn_gate_inp", "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
-    return [weight.held for name in names if (weight := getattr(w, name)) is not None]
