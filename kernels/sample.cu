@@ -6,6 +6,8 @@
 // Dtypes    logits float32; probabilities and their sums float64
 // Grid      (CLUSTER), 1024 threads
 // Assumes   logits 16-byte aligned; banned ids' logits are overwritten with -inf
+// Variants  CLUSTER=1; CLUSTER=8 @9.0
+// Spills    none
 // Numerics  the candidates are exactly NumPy's; probabilities differ by an ulp of exp, their sums
 //           by the order of at most 1024 float64 terms: an edge or a draw within 1e-12 of a step may
 //           fall on the other side. temp <= 0: the largest logit, of equals the lowest id. Logits
