@@ -68,7 +68,6 @@ experts_up_few(float* h, const unsigned char* gate, const unsigned char* up,
         const int n = (row_tiles - cta + shared_ctas - 1) / shared_ctas;
         auto& pairs = reinterpret_cast<OneSums<N_WARPS, N_ROWS, 2>&>(sums);
         one_cta<WITH_NORM, AT_EDGE>(pairs, staged, streams, n, seek, x, norm, d, 0);
-        pdl_launch();
         __syncthreads();
         const float scale = WITH_NORM ? pairs.norm(d, eps) : 1.f;
         for (int k = threadIdx.x >> 4; k < n; k += 2 * N_WARPS) {
@@ -83,6 +82,7 @@ experts_up_few(float* h, const unsigned char* gate, const unsigned char* up,
     const auto of_gate = tile_view<WTYPE0>(gate, (long long)held * gate_row_tiles, N_COL_TILES);
     const auto of_up = tile_view<WTYPE1>(up, (long long)held * up_row_tiles, N_COL_TILES);
     pdl_wait();
+    pdl_launch();  // not earlier: experts_down_few with AFTER_UP relies on this launch having waited
     const auto expert = [&](int slot) {  // -1: not here
         const int e = ids[slot] - first;
         return e < held ? max(e, -1) : -1;
@@ -112,7 +112,6 @@ experts_up_few(float* h, const unsigned char* gate, const unsigned char* up,
     };
     const int n = (n_used * row_tiles - cta + ctas - 1) / ctas;
     one_cta<WITH_NORM, AT_EDGE>(sums, staged, streams, n, seek, x, norm, d, 0);
-    pdl_launch();  // only now: experts_down_few with AFTER_UP relies on this launch having waited
     __syncthreads();
     const float scale = WITH_NORM ? sums.norm(d, eps) : 1.f;
     for (int k = threadIdx.x >> 4; k < n; k += 2 * N_WARPS) {

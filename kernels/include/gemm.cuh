@@ -18,10 +18,9 @@ constexpr int GEMM_ROWS = 256, GEMM_TOKENS = 128, GEMM_TILES = 16;
 constexpr int GEMM_X_BYTES = GEMM_TOKENS * 128;  // of a stage
 #ifdef WGMMA
 constexpr int GEMM_THREADS = 384, GEMM_COPIERS = 128, GEMM_FIRST_COPIER = 256;
-constexpr int GEMM_AHEAD = STAGES - 3;  // stages whose copies are under way
 #else
 constexpr int GEMM_THREADS = 256, GEMM_COPIERS = 256, GEMM_FIRST_COPIER = 0;
-constexpr int GEMM_AHEAD = STAGES - 1;
+constexpr int GEMM_AHEAD = STAGES - 1;  // stages whose copies are under way
 #endif
 constexpr int GEMM_OWN_TOKENS = GEMM_TOKENS * 8 / GEMM_COPIERS;  // that a thread copies pieces of
 constexpr int GEMM_OWN_TILES = GEMM_TILES * 32 / GEMM_COPIERS;   // that a warp copies
@@ -253,8 +252,8 @@ struct Gemm {
             return false;
         }
         registers_down<40>();
-        int to = 0, ready = 0, n = 0;  // slot copied to; slot whose copies come next to an end; stages
-        unsigned wanted = 1;           // phase of free[to]: at first all are free
+        int to = 0;           // slot copied to
+        unsigned wanted = 1;  // phase of free[to]: at first all are free
         for (int item = blockIdx.x; item < items.n; item += gridDim.x) {
             GemmSource from;
             items.open(item, from);
@@ -262,24 +261,12 @@ struct Gemm {
             for (int step = 0; step < from.steps; step++) {
                 barrier_wait(free + to, wanted);
                 copy_stage<TILE_BYTES>(ring, to, from, step);
-                cp_async_commit();
+                barrier_arrive_copied(full + to);
                 if (++to == STAGES) to = 0, wanted ^= 1;
-                if (n < GEMM_AHEAD) {
-                    n++;
-                    continue;
-                }
-                cp_async_wait<GEMM_AHEAD>();
-                wgmma_publish();
-                barrier_arrive(full + ready);
-                ready = ready + 1 == STAGES ? 0 : ready + 1;
             }
         }
+        cp_async_commit();
         cp_async_wait<0>();
-        wgmma_publish();
-        for (; n > 0; n--) {
-            barrier_arrive(full + ready);
-            ready = ready + 1 == STAGES ? 0 : ready + 1;
-        }
         return true;
     }
 
@@ -293,6 +280,7 @@ struct Gemm {
 #pragma unroll 1
         for (int k = 0; k < steps; k++) {
             barrier_wait(full + at, phase);
+            wgmma_publish();  // here, because whoever copies would wait for all its copies
             const unsigned char* x = ring + at * GEMM_X_BYTES;
             const unsigned char* tile =
                 ring + STAGES * GEMM_X_BYTES + (at * GEMM_TILES + warp) * TILE_BYTES;

@@ -373,3 +373,8 @@ __device__ __forceinline__ void few_rows(float (&acc)[2]) {
         acc[i] += __shfl_xor_sync(~0u, acc[i], 2);
     }
 }
+
+// silu(gate) * up
+__device__ __forceinline__ float few_swiglu(float gate, float up) {
+    return gate / (1.f + __expf(-gate)) * up;
+}

@@ -207,8 +207,3 @@ __device__ __forceinline__ void few_cta(
     few_store(to, acc);
     if constexpr (NORM) x.store_squares(lane, to.squares[warp]);
 }
-
-// silu(gate) * up
-__device__ __forceinline__ float few_swiglu(float gate, float up) {
-    return gate / (1.f + __expf(-gate)) * up;
-}

@@ -121,6 +121,7 @@ __device__ __forceinline__ void one_warp(
         fetch_weight(i, SHARE::has_first(i, count));
     }
     if constexpr (WAIT) pdl_wait();
+    pdl_launch();
 #pragma unroll
     for (int i = 0; i < depth; i++) fetch(i, SHARE::has_first(i, count));
 #pragma unroll 1
@@ -181,6 +182,7 @@ __device__ __forceinline__ void one_stage(
     };
     if constexpr (NORM) fetch_weights(0);
     pdl_wait();
+    pdl_launch();
 #pragma unroll 1
     for (int first = 0; first < SHARE::most; first += group) {
 #pragma unroll

@@ -31,7 +31,7 @@ template <int N>
 __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
-// What this thread wrote to shared memory (cp.async too, once waited for) becomes visible to wgmma.
+// What was written to shared memory and this thread may read (cp.async too) becomes visible to wgmma.
 __device__ __forceinline__ void wgmma_publish() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -43,6 +43,11 @@ __device__ __forceinline__ void barrier_init(unsigned long long* barrier, int ar
 }
 __device__ __forceinline__ void barrier_arrive(unsigned long long* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];"
+                 :: "r"((unsigned)__cvta_generic_to_shared(barrier)) : "memory");
+}
+// The same once all cp.async of this thread so far are done; doesn't wait for them.
+__device__ __forceinline__ void barrier_arrive_copied(unsigned long long* barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];"
                  :: "r"((unsigned)__cvta_generic_to_shared(barrier)) : "memory");
 }
 // Until the phase of this parity has ended.

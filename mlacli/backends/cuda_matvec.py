@@ -20,6 +20,7 @@ Weight = Any
 Norm = tuple[Weight, float]
 MOST = 8  # tokens
 _STAGED = 128  # column tiles of x that fit shared memory as fragments (OneStaged)
+_CLUSTER_BYTES = 1 << 20  # of a gate that 8 SMs read in about a microsecond
 _SHARED = 46 << 10  # bytes of static shared memory
 
 
@@ -150,6 +151,42 @@ def route(
     )  # fmt: skip
 
 
+def route_gated(
+    ops: Any, ids: Array, weights: Array, h: Array, gate: Weight, shared: tuple[Weight, Weight],
+    x: Array, routing: Routing, norm: Norm, bias: Weight | None = None, pos: Array | None = None,
+    imposed: Array | None = None, geometry: Geometry | None = None,
+) -> None:  # fmt: skip
+    """`route` and h [n, fs] = the shared expert's part of experts_up, in one launch.
+
+    Only where `can_route_gated`. h is the end of experts_up's, which then gets no `shared`.
+    """
+    n, n_experts, fs = len(x), gate.shape[0], shared[0].shape[0]
+    how = geometry or Geometry(8, _ahead(shared, 8, 4), 1, 1)
+    tiles = [row_tiles(fs)]
+    ctas = [-(-_ctas(ops, tiles, how, col_tiles(shared[0]), 2)[0] // 8) * 8]
+    ops.run(
+        "route_gated", (8 + ctas[0], n), 256, ids, weights, h, gate.raw, shared[0].tiles,
+        shared[1].tiles, x, _raw(norm), None if bias is None else bias.raw, pos, imposed, fs, ctas[0],
+        routing.n_used, routing.n_groups, routing.n_groups_used, int(routing.sigmoid),
+        int(routing.renormalise), _read(x), _stride(h), routing.scale, _eps(norm),
+        N_EXPERTS=n_experts, N_ROWS=_most(tiles, ctas), N_CTAS=how.ctas, N_AHEAD=how.ahead,
+        N_COL_TILES=col_tiles(shared[0]), **_types(shared, 2),
+    )  # fmt: skip
+
+
+def can_route_gated(ops: Any, gate: Weight, shared: tuple[Weight, Weight] | None, x: Array) -> bool:
+    """Whether a cluster of CTAs is there and chooses fast enough: it reads the gate by 8 SMs."""
+    if ops.capability < 90 or shared is None or not takes(*shared) or gate.tiles is not None:
+        return False
+    (n_experts, d), stride = gate.shape, x.stride(0)
+    aligned = x.ptr % 16 == 0 and (stride % 4 == 0 or len(x) == 1)
+    tiles = col_tiles(shared[0])
+    return (
+        aligned and d == tiles * COLS and d % 128 == 0 and tiles <= _STAGED and n_experts <= 1024
+        and 4 * n_experts * d <= _CLUSTER_BYTES
+    )  # fmt: skip
+
+
 def experts_up(
     ops: Any, h: Array, ids: Array, x: Array, gate: Weight, up: Weight | None = None,
     shared: tuple[Weight, Weight] | None = None, norm: Norm | None = None,
@@ -208,12 +245,16 @@ def experts_down(
 # ---- geometry -------------------------------------------------------------------------------
 
 
-def _ctas(ops: Any, tiles: Sequence[int], how: Geometry, n_col_tiles: int, streams: int) -> list[int]:
+def _ctas(
+    ops: Any, tiles: Sequence[int], how: Geometry, n_col_tiles: int, streams: int
+) -> list[int]:
     """CTAs for each of several lists of row tiles; n_col_tiles 0: several tokens."""
     total, most = sum(tiles), how.per_sm * ops.n_sm
     if not most or not 0 < n_col_tiles <= _STAGED or total <= most:
         return list(tiles)
-    room = _SHARED - 272 * n_col_tiles - 64 * how.warps  # for sums: 64 bytes a warp, row tile and stream
+    room = (
+        _SHARED - 272 * n_col_tiles - 64 * how.warps
+    )  # for sums: 64 bytes a warp, row tile and stream
     per_cta = max(1, room // (64 * how.warps * streams))
     most = max(most, -(-total // per_cta))
     return [max(1, t * most // total) if t else 0 for t in tiles]

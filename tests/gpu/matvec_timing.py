@@ -98,7 +98,7 @@ def pair(label, t, rows, n_in, geometry, n=1):
     CASES.append((label, geometry, nbytes(*sets[0]), launch))
 
 
-def experts(label, E, K, d, f, fs, types, shared, geometry, up):
+def experts(label, E, K, d, f, fs, types, shared, geometry, up, with_shared=True):
     gate, up_w = fake(types[0], (E, f, d)), fake(types[1], (E, f, d), 150 << 20)
     down = fake(types[2], (E, d, f))
     taker = Weights()
@@ -112,12 +112,12 @@ def experts(label, E, K, d, f, fs, types, shared, geometry, up):
     def launch(i):
         s = sets[i % 12]
         if up:
-            few.experts_up(OPS, h, ids[i % 20], x, gate, up_w, (s[0], s[1]), norm, geometry)
+            few.experts_up(OPS, h, ids[i % 20], x, gate, up_w, (s[0], s[1]) if with_shared else None, norm, geometry)
         else:
             few.experts_down(OPS, y, h, ids[i % 20], weights, down, s[2], True, False, geometry)
 
     s = sets[0]
-    size = (nbytes(gate, up_w) * K // E + nbytes(s[0], s[1])) if up else nbytes(down) * K // E + nbytes(s[2])
+    size = (nbytes(gate, up_w) * K // E + (nbytes(s[0], s[1]) if with_shared else 0)) if up else nbytes(down) * K // E + nbytes(s[2])
     CASES.append((label, geometry, size, launch))
 
 
@@ -128,6 +128,16 @@ def route(label, E, d, routing):
     ids, weights, scores = OPS.new((1, routing.n_used), np.int32), OPS.new((1, routing.n_used)), OPS.new((1, E))
     counter = OPS.put(np.zeros(1, np.int32))
     CASES.append((label, None, 4 * E * d, lambda i: few.route(OPS, ids, weights, scores, counter, gates[i % 40], x, routing, norm)))
+
+
+def route_gated(label, E, d, fs, t, routing, geometry):
+    gates = [ft.Held((E, d), qtype_of("F32"), None, raw=Array.dense(POOL.data.ptr + i * (8 << 20), (E, 4 * d), np.uint8)) for i in range(40)]
+    x = OPS.put(RNG.standard_normal((1, d)).astype(np.float32))
+    norm = (ft.vector(OPS, np.ones(d, np.float32)), 1e-6)
+    ids, weights, h = OPS.new((1, routing.n_used), np.int32), OPS.new((1, routing.n_used)), OPS.new((1, fs))
+    taker = Weights()
+    sets = [[taker.take(t, (fs, d)), taker.take(t, (fs, d))] for _ in range(20)]
+    CASES.append((label, geometry, 4 * E * d + nbytes(*sets[0]), lambda i: few.route_gated(OPS, ids, weights, h, gates[i % 40], sets[i % 20], x, routing, norm, geometry=geometry)))
 
 
 def run():
@@ -171,6 +181,11 @@ def first():
         experts("GLM up", 64, 4, 2048, 1536, 1536, ("Q4_K", "Q4_K", "Q6_K"), ("Q4_K", "Q4_K", "Q6_K"), g, True)
     for g in (D(3, 3), D(6, 6)):
         experts("GLM down", 64, 4, 2048, 1536, 1536, ("Q4_K", "Q4_K", "Q6_K"), ("Q4_K", "Q4_K", "Q6_K"), g, False)
+    for g in (G(8, 4, 1, 1), G(8, 4, 2, 2), G(8, 2, 2, 2)):
+        route_gated("route+shared V2L", 64, 2048, 2816, "Q4_K", Routing(6, False), g)
+        route_gated("route+shared GLM", 64, 2048, 1536, "Q4_K", Routing(4, True, 1, 1, True), g)
+    for g in (G(8, 4, 1, 1), G(8, 4, 2, 2), G(8, 2, 2, 2), G(8, 2, 3, 3), G(4, 4, 4, 4), G(16, 2, 1, 1)):
+        experts("V2L up routed", 64, 6, 2048, 1408, 2816, ("Q4_K", "Q4_K", "Q5_0"), ("Q4_K", "Q4_K", "Q6_K"), g, True, False)
     route("route 64x2048", 64, 2048, Routing(6, False))
 
 
@@ -193,6 +208,9 @@ def check():
         yield "gated 5", lambda: ft.gated(OPS, RNG, 5, 2048, 1000, "Q6_K", "Q6_K")
         yield "experts", lambda: max(ft.experts(OPS, RNG, ft.Experts(("Q4_K", "Q4_K", "Q5_0"), ("Q4_K", "Q5_K", "Q6_K"), d=512, f=352, fs=768, n_used=6)))
         yield "experts n", lambda: max(ft.experts(OPS, RNG, ft.Experts(("Q4_K", "Q4_K", "Q6_K"), ("Q4_K", "Q5_K", "Q8_0"), n=5, d=512, f=320, fs=512, skip=160, n_used=4, first=2, held=4, padded=True, add=True)))
+        for n in (1, 5):
+            yield f"route+shared {n}", lambda n=n: ft.route(OPS, np.random.default_rng(n), n, 2048, 64, Routing(6, False), shared="Q4_K")
+            yield f"route+shared 40 {n}", lambda n=n: ft.route(OPS, np.random.default_rng(n), n, 1024, 40, Routing(4, True, 1, 1, True, 1.8), shared="Q8_0", bias=True, padded=n > 1, imposed=n > 1)
         yield "merged", lambda: max(ft.experts(OPS, RNG, ft.Experts(("Q4_K", "", "Q5_0"), None, d=512, f=96)))
         yield "uneven", lambda: max(ft.experts(OPS, RNG, ft.Experts(("Q4_K", "", "F16"), None, d=512, f=90)))
         for r, e, d, kw in ((Routing(6, False), 64, 2048, {}), (Routing(8, True, 8, 4, True, 2.5), 256, 7168, dict(bias=True)), (Routing(6, False, 8, 3, False, 16.0), 160, 5120, {}), (Routing(4, True, 1, 1, True, 1.8), 64, 2048, dict(bias=True, imposed=True))):

@@ -72,7 +72,7 @@ def inputs(
     ops: Any, rng: np.random.Generator, n: int, n_in: int, normed: bool, scale: float = 1.0
 ) -> tuple[Any, np.ndarray, Any]:
     """(x as rows of a wider array, what the weight meets, norm)."""
-    wide = rng.standard_normal((n, n_in + 6)).astype(np.float32) * np.float32(scale)
+    wide = rng.standard_normal((n, n_in + 8)).astype(np.float32) * np.float32(scale)
     x = ops.put(wide)[:, 4 : 4 + n_in]
     values = wide[:, 4 : 4 + n_in].astype(np.float64)
     if not normed:
@@ -192,9 +192,12 @@ def experts(
 def route(
     ops: Any, rng: np.random.Generator, n: int, d: int, n_experts: int, routing: Any,
     gate_type: str = "F32", bias: bool = False, padded: bool = False, imposed: bool = False,
-    times: int = 2,
+    times: int = 2, shared: str = "",
 ) -> float:  # fmt: skip
-    """NMSE of the weights; the ids must be those of NumPy in float64 (ties apart, there are none)."""
+    """NMSE of the weights; the ids must be those of NumPy in float64 (ties apart, there are none).
+
+    `shared`: the shared expert's type, computed beside; the worse of both NMSE then.
+    """
     gate = weight(ops, rng, gate_type, (n_experts, d))
     x, values, norm = inputs(ops, rng, n, d, True)
     b = rng.standard_normal(n_experts).astype(np.float32) * 0.1 if bias else None
@@ -205,10 +208,22 @@ def route(
     fixed = np.stack([rng.permutation(n_experts)[:K] for _ in range(n)]).astype(np.int32)
     ids, weights = ops.new((n, K), np.int32), ops.new((n, K))
     counter = ops.put(np.zeros(1, np.int32))
+    biases = None if b is None else vector(ops, b)
+    where, given = ops.put(pos), ops.put(fixed) if imposed else None
+    worst = 0.0
+    if shared:
+        times, fs = 0, 352
+        both = weight(ops, rng, shared, (fs, d)), weight(ops, rng, shared, (fs, d))
+        h = ops.new((n, fs + 8))
+        assert few.can_route_gated(ops, gate, both, x)
+        few.route_gated(
+            ops, ids, weights, h[:, 8:], gate, both, x, routing, norm, biases, where, given
+        )
+        worst = nmse(ops.get(h)[:, 8:], swiglu(*(values @ w.values.T for w in both)))
     for _ in range(times):  # the counter is as it was afterwards
         few.route(
             ops, ids, weights, ops.new((n, n_experts)), counter, gate, x, routing, norm,
-            None if b is None else vector(ops, b), ops.put(pos), ops.put(fixed) if imposed else None,
+            biases, where, given,
         )  # fmt: skip
     assert ops.get(counter)[0] == 0
     logits = values @ gate.values.T
@@ -217,7 +232,7 @@ def route(
         want_ids, want = choose(logits, b, routing, fixed)
     want_ids[pos < 0], want[pos < 0] = -1, 0
     assert np.array_equal(ops.get(ids), want_ids), (ops.get(ids), want_ids)
-    return nmse(ops.get(weights), want)
+    return max(worst, nmse(ops.get(weights), want))
 
 
 def choose(

@@ -1,0 +1,122 @@
+"""Products of few tokens on a GPU: every tiled type and real sizes, against float64."""
+
+import numpy as np
+import pytest
+from kit import few_tokens as few
+from kit.kernel_ops import GpuOps
+from kit.tiled import qtype_of
+
+from mlacli.backends.cuda_matvec import Geometry
+from mlacli.models.parts import Routing
+
+BAR = 1e-9  # x keeps 16 bits of its mantissa, everything else 24
+TYPES = (
+    "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "Q4_K", "Q5_K",
+    "Q6_K", "IQ4_XS",
+)  # fmt: skip
+V2L, V3 = Routing(6, False), Routing(8, True, 8, 4, True, 2.5)
+
+
+@pytest.fixture
+def ops() -> GpuOps:
+    return GpuOps()
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(11)
+
+
+@pytest.mark.parametrize("n", [1, 3, 8])
+@pytest.mark.parametrize("name", TYPES)
+def test_every_type(ops, rng, name, n) -> None:
+    n_in = {256: 1024, 32: 992, 1: 1000}[qtype_of(name).block]
+    assert few.products(ops, rng, n, n_in, [(name, 205)], normed=n != 3, add=n == 3) < BAR
+
+
+@pytest.mark.parametrize("scale", [1e5, 1.0, 1e-6])
+def test_any_size_of_x(ops, rng, scale) -> None:
+    assert few.products(ops, rng, 1, 2048, [("Q4_K", 64)], scale=scale) < BAR
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_several_weights_of_one_x(ops, rng, n) -> None:
+    segments = [("Q4_K", 3072), ("Q8_0", 576), ("Q5_1", 40)]
+    assert few.products(ops, rng, n, 2048, segments, normed=True) < BAR
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (1, 2048, ("Q6_K", 12000), Geometry(8, 4, 1, 1)),  # a CTA has many row tiles
+        (1, 10944, ("Q8_0", 512), None),  # x doesn't fit shared memory
+        (1, 768, ("Q4_K", 5120), None),
+        (1, 7168, ("Q4_K", 1536), None),
+        (1, 5120, ("IQ4_XS", 300), None),
+        (5, 1536, ("Q5_K", 1000), None),
+    ],
+    ids=str,
+)
+def test_shapes_of_models(ops, rng, case) -> None:
+    n, n_in, segment, how = case
+    assert few.products(ops, rng, n, n_in, [segment], normed=n == 1, geometry=how) < BAR
+
+
+def test_another_ranks_columns(ops, rng) -> None:
+    assert few.products(ops, rng, 1, 1376, [("Q6_K", 300)], skip=160) < BAR
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_gated_product(ops, rng, n) -> None:
+    assert few.gated(ops, rng, n, 2048, 1000, "Q4_K", "Q5_K") < BAR
+
+
+EXPERTS = {
+    "V2-Lite": few.Experts(
+        ("Q4_K", "Q4_K", "Q5_0"), ("Q4_K", "Q5_K", "Q6_K"), d=512, f=352, fs=768, n_used=6
+    ),
+    "tokens": few.Experts(
+        ("Q4_K", "Q4_K", "Q6_K"), ("Q4_K", "Q5_K", "Q8_0"), n=5, d=512, f=320, fs=512, skip=160,
+        n_used=4, first=2, held=4, padded=True, add=True, after_up=False,
+    ),
+    "merged": few.Experts(("Q4_K", "", "Q5_0"), None, d=512, f=96),
+    "up mid-tile": few.Experts(("Q4_K", "", "F16"), None, d=512, f=90),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EXPERTS.values(), ids=EXPERTS)
+def test_experts(ops, rng, case) -> None:
+    assert max(few.experts(ops, rng, case)) < BAR
+
+
+@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize(
+    "size, routing, bias, imposed",
+    [
+        ((64, 2048), V2L, False, False),
+        ((256, 7168), V3, True, False),
+        ((160, 5120), Routing(6, False, 8, 3, False, 16.0), False, False),
+        ((64, 2048), Routing(4, True, 1, 1, True, 1.8), True, True),
+    ],
+    ids=["V2-Lite", "V3", "V2", "imposed"],
+)
+def test_route(ops, rng, n, size, routing, bias, imposed) -> None:
+    n_experts, d = size
+    error = few.route(ops, rng, n, d, n_experts, routing, bias=bias, padded=n > 1, imposed=imposed)
+    assert error < BAR
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_route_beside_the_shared_expert(ops, rng, n) -> None:
+    if ops.capability < 90:
+        pytest.skip("needs clusters")
+    assert few.route(ops, rng, n, 2048, 64, V2L, shared="Q4_K") < BAR
+    routing = Routing(4, True, 1, 1, True, 1.8)
+    assert few.route(ops, rng, n, 1024, 40, routing, bias=True, padded=n > 1, shared="Q8_0") < BAR
+
+
+def test_twice_the_same_bits(ops) -> None:
+    def once() -> float:
+        return few.products(ops, np.random.default_rng(3), 1, 2048, [("Q4_K", 3000)], normed=True)
+
+    assert once() == once()
