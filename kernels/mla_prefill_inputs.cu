@@ -13,8 +13,8 @@
 //           R=32 K=16 P=8 V=16 TILE=128 WTYPE=30 TILED=1 WTYPE_V=11 TILED_V=0
 // Grid      (RS * h * (KS + VS) + 128 ceil(n / 128)), 128 threads: first blocks of 64 columns x 64
 //           of depth of up, then tokens
-// Assumes   k, p, v, r at compile time, k and p multiples of 8; whole rows (nothing is cut along k
-//           or r)
+// Assumes   k, p, v, r at compile time, k and p multiples of 8, q at a multiple of 16 bytes and ldq
+//           of 4; whole rows (nothing is cut along k or r)
 // Numerics  up = boost * weight, rounded as tiles.cuh says (raw: boost 1, rounded once);
 //           unboost = 1 / boost of keys, of values; queries rounded once, within +-65504, padded
 //           ones 0
@@ -135,8 +135,10 @@ mla_prefill_inputs(unsigned char* up, float* unboost, unsigned char* queries,
         if (at >= 0 && first < (in_nope ? K : P)) {
             const float* from =
                 q + t * ldq + (long long)head * (K + P) + (in_nope ? first : K + first);
-#pragma unroll
-            for (int j = 0; j < 8; j++) v[j] = from[j];
+            const float4 low = *reinterpret_cast<const float4*>(from);
+            const float4 high = *reinterpret_cast<const float4*>(from + 4);
+            v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
+            v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
             if (!in_nope)
 #pragma unroll
                 for (int j = 0; j < 8; j += 2) {

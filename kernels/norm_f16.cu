@@ -14,6 +14,8 @@
 #include "pdl.cuh"
 #include "reduce.cuh"
 
+constexpr int PIECES = 8;  // four columns each, of a thread
+
 // ---------------------------------------------------------------- device helpers ------------
 // float16 bits of two sixteenths, the largest finite number instead of infinity.
 __device__ __forceinline__ unsigned sixteenths(float lo, float hi) {
@@ -37,17 +39,46 @@ rms_norm_f16(unsigned short* y16, float* y, float* x, const float* add, const fl
     pdl_launch();
     pdl_wait();
     x += blockIdx.x * ldx, y16 += blockIdx.x * ldy;
+    if (add) add += (long long)blockIdx.x * d;
+    if (y) y += (long long)blockIdx.x * d;
     float sum = 0.f;
+    if (d % 4 == 0 && ldx % 4 == 0 && d <= 1024 * PIECES) {  // the row stays in registers
+        float4 v[PIECES];
+#pragma unroll
+        for (int p = 0; p < PIECES; p++) {
+            const int i = 1024 * p + 4 * threadIdx.x;
+            if (i >= d) break;
+            v[p] = *(const float4*)(x + i);
+            if (add) {
+                const float4 more = *(const float4*)(add + i);
+                v[p].x += more.x, v[p].y += more.y, v[p].z += more.z, v[p].w += more.w;
+                *(float4*)(x + i) = v[p];
+            }
+            sum += v[p].x * v[p].x + v[p].y * v[p].y + v[p].z * v[p].z + v[p].w * v[p].w;
+        }
+        const float scale = rsqrtf(block_sum(sum) / d + eps);
+#pragma unroll
+        for (int p = 0; p < PIECES; p++) {
+            const int i = 1024 * p + 4 * threadIdx.x;
+            if (i >= d) break;
+            const float4 by = *(const float4*)(w + i);
+            const float4 out = {v[p].x * scale * by.x, v[p].y * scale * by.y, v[p].z * scale * by.z,
+                                v[p].w * scale * by.w};
+            if (y) *(float4*)(y + i) = out;
+            *(uint2*)(y16 + i) = make_uint2(sixteenths(out.x, out.y), sixteenths(out.z, out.w));
+        }
+        if (threadIdx.x < d % 8) y16[d + threadIdx.x] = 0;  // d % 8 is 0 or 4
+        return;
+    }
     for (int i = threadIdx.x; i < d; i += 256) {
         float v = x[i];
-        if (add) x[i] = v += add[(long long)blockIdx.x * d + i];
+        if (add) x[i] = v += add[i];
         sum += v * v;
     }
     const float scale = rsqrtf(block_sum(sum) / d + eps);  // its barriers publish x too
-    float* out = y ? y + (long long)blockIdx.x * d : nullptr;
     store_rows(y16, d, [&](int i) {
         const float v = x[i] * scale * w[i];
-        if (out) out[i] = v;
+        if (y) y[i] = v;
         return v;
     });
 }

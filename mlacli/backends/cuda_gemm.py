@@ -27,7 +27,7 @@ _THREADS = 256
 _ROWS = 256  # weight rows of a work item; half of them when gated
 _WIDTHS = (32, 64, 96, 128)  # tokens of a work item
 _X_BYTES = 128 * 128  # of a stage: activations
-_MOST_STAGES = 8
+_LEAST_STAGES, _MOST_STAGES = 2, 8
 # Bytes of shared memory that a CTA may have, by compute capability.
 _SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 _STORE, _ADD, _HALF = range(3)  # OUT of gemm.cu
@@ -49,7 +49,7 @@ def fits(ops: Any, *weights: CudaWeight) -> bool:
     """Whether these functions take the weights on this device, together in one launch."""
     if ops.device.capability < 80 or any(w.layout is None for w in weights):
         return False
-    return _stages(ops, weights) >= _least(ops)
+    return _stages(ops, weights) >= _LEAST_STAGES
 
 
 # ---- activations ----------------------------------------------------------------------------
@@ -174,9 +174,12 @@ def sort(ops: Any, ids: Array, first: int, held: int) -> Sorted:
     most = n_slots // 128 + held
     slots, tiles = ops.new((n_slots,), "i4"), ops.new((most, 4), "i4")
     ends = ops.new((4,), "i4")
+    shared = 132 * held + 4 * n_slots
+    staged = shared + 4 * n_slots <= _shared(ops) - 1024
+    assert staged or shared <= _shared(ops) - 1024, "too many tokens for one sort"
     ops.run(
-        "moe_sort", (1,), 1024, slots, tiles, ends, ids, n_slots, first, held,
-        shared=132 * held + 4 * n_slots,
+        "moe_sort", (1,), 1024, slots, tiles, ends, ids, n_slots, first, held, int(staged),
+        shared=shared + 4 * n_slots * staged,
     )  # fmt: skip
     return Sorted(slots, tiles, ends, first, held)
 
@@ -228,10 +231,6 @@ def _tile_bytes(w: CudaWeight) -> int:
     return each + shape.planes["d"][1] * 4 // n
 
 
-def _least(ops: Any) -> int:
-    return 4 if ops.device.capability == 90 else 2
-
-
 def _shared(ops: Any) -> int:
     return _SHARED.get(ops.device.capability, 99) << 10
 
@@ -255,7 +254,7 @@ def _launch(
     ops: Any, name: str, n_items: int, weights: Sequence[CudaWeight], *args: Any, **defines: int
 ) -> None:
     stages = _stages(ops, weights)
-    assert stages >= _least(ops), "see fits()"
+    assert stages >= _LEAST_STAGES, "see fits()"
     threads = _THREADS + (128 if ops.device.capability == 90 else 0)  # that copy, for wgmma
     ops.run(
         name, (min(ops.device.n_sm, n_items),), threads, *args,

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from mlacli.models.parts import Temperature
     from mlacli.ops import Step
 
-_CHUNK = 8192  # most cache rows that are expanded at a time
-_CHUNK_BYTES = 128 << 20  # what their keys and values may take, but for _LEAST_CHUNK rows
+_CHUNK = 16384  # most cache rows that are expanded at a time
+_CHUNK_BYTES = 160 << 20  # what their keys and values may take, but for _LEAST_CHUNK rows
 _LEAST_CHUNK = 1024
 _MOST_SHARED = 227 << 10  # bytes of shared memory of a CTA
 _SLAB = 128 * 128  # bytes of 128 rows of 64 float16
@@ -92,10 +92,14 @@ def takes(capability: int, sizes: Sizes) -> bool:
 
 
 def chunk_rows(sizes: Sizes, n_ctx: int) -> int:
-    """Cache rows that are expanded at a time."""
+    """Cache rows that are expanded at a time: a power of two, unless it holds all n_ctx.
+
+    So a step over n_kv and one over more rows that have as many chunks for all heads have as many
+    for some of them, and all ranks' steps can be told apart alike.
+    """
     a_row = 128 * sizes.h * (_slabs(sizes.k) + _slabs(sizes.v))
     fitting = max(_LEAST_CHUNK, min(_CHUNK, _CHUNK_BYTES // a_row))
-    return min(fitting, n_ctx + 127) // 128 * 128
+    return min(1 << (fitting.bit_length() - 1), -(-n_ctx // 128) * 128)
 
 
 def chunks(sizes: Sizes, n_ctx: int, n_kv: int) -> int:
@@ -144,7 +148,7 @@ def attend_expanded(
     o = ops.new((n, h * sizes.v), np.float16)
     for row0 in range(0, n_chunks * chunk, chunk):
         ops.run(
-            "mla_expand", (max(ops.n_sm, chunk // 128),), 384, keys, values, rope, up, unboost,
+            "mla_expand", (ops.n_sm,), 384, keys, values, rope, up, unboost,
             kv.values, kv.scales, step.pos, n, row0, chunk, h, shared=sizes.expand_shared,
             R=sizes.r, CACHE_KIND=_CACHES[kv.cache_type], **attending,
         )  # fmt: skip

@@ -136,13 +136,14 @@ def _built(name: str, defines: tuple[tuple[str, Any], ...]) -> Any:
         for kind, array in arrays.items()
     )
     parameters = "".join(f", {_TYPES[kind]} a{i}" for i, kind in enumerate(kinds))
+    given = "\n".join(f"#define {key} {value}" for key, value in defines)
     unit = (
-        f'#include "{HERE}/simt.h"\n{_MORE}\n{text}\n{shared}'
+        f'#include "{HERE}/simt.h"\n{_MORE}\n{given}\n{text}\n{shared}'
         f'extern "C" void run(int x, int y, int z, int block{parameters}) {{\n'
         f"    simt::launch(dim3(x, y, z), dim3(block), {name}, {', '.join(casts)});\n}}\n"
     )
     flags = ["-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=off"]
-    flags += [f"-D{key}={value}" for key, value in defines] + [f"-I{_include()}"]
+    flags += [f"-I{_include()}"]
     simt = (HERE / "simt.h").read_text()
     digest = hashlib.sha256(repr((unit, simt, flags)).encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / "mlacli-simt"
