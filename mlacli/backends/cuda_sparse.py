@@ -37,14 +37,14 @@ _MOST_SHARED = 200 << 10
 class IndexRows:
     """One layer's index keys [n_ctx, width]; q8_0 keeps int8 and float16 scales apart."""
 
-    keys: Array
+    values: Array
     scales: Array | None
     cache_type: str
     width: int
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        return self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def index(
         parts = ops.new((step.n, (n_parts or 2) * heads * width), "u2")
         prepared = Queries(parts, ops.new((step.n, heads), "f4"), n_parts, kernel)
     ops.run(
-        "dsa_prepare", (step.n, 1 + -(-heads // 8)), 256, rows.keys, rows.scales,
+        "dsa_prepare", (step.n, 1 + -(-heads // 8)), 256, rows.values, rows.scales,
         None if prepared is None else prepared.parts,
         None if prepared is None else prepared.weights, key, norm, bias, q, weights, step.pos,
         step.cos, step.sin, width, half, heads, key.stride(0), 0 if q is None else q.stride(0),
@@ -110,8 +110,8 @@ def select(
         return taken
     assert queries is not None, "index() had no queries"
     chosen: Array = ops.new((step.n, top_k), "i4") if into is None else into
-    ld = score_stride(len(rows.keys))
-    at_once = tokens_at_once(step.n, len(rows.keys))
+    ld = score_stride(len(rows.values))
+    at_once = tokens_at_once(step.n, len(rows.values))
     mark = ops.device.mark()
     scores = ops.new((at_once, ld), "f4")
     for start in range(0, step.n, at_once):
@@ -185,7 +185,7 @@ def _scores(
     heads, width, ld = queries.weights.shape[1], rows.width, scores.shape[1]
     parts, weights = queries.parts[start : start + n], queries.weights[start : start + n]
     key_type = _KEYS[rows.cache_type][0]
-    args = scores, parts, weights, rows.keys
+    args = scores, parts, weights, rows.values
     if queries.kernel == "dsa_scores_plain":
         columns, heads4 = -(-width // 4) * 4, -(-heads // 4) * 4
         shared = 4 * (heads4 * (columns + 1) + _PLAIN_ROWS * (columns + 1))
