@@ -156,7 +156,8 @@ def _n_parts(ops: Any, rows: IndexRows, heads: int) -> int:
     """16-bit pieces of a query for tensor cores; 0 where sizes or the device leave them out."""
     n_parts = _PARTS.get(rows.cache_type, 0) if ops.capability >= 80 else 0
     fits = heads % 8 == 0 and rows.width % 32 == 0 and rows.width <= _MOST_WIDTH
-    return n_parts if fits and 3 * _token_bytes(n_parts, heads, rows.width) <= _most_shared(ops) else 0
+    fits = fits and 3 * _token_bytes(n_parts, heads, rows.width) <= _most_shared(ops)
+    return n_parts if fits else 0
 
 
 def _most_shared(ops: Any) -> int:
