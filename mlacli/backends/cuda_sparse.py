@@ -30,7 +30,6 @@ _TOKENS_AT_ONCE = 16  # kernels/dsa_scores.cu
 _PLAIN_ROWS = 64  # kernels/dsa_scores.cu
 _SCORES = 64 << 20  # bytes of scores held at once; fewer tokens go together where rows are many
 _MOST_WIDTH, _MOST_PLAIN_WIDTH = 128, 1024  # of tensor kernels: registers; of all: shared memory
-_MOST_SHARED = 200 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +156,13 @@ def _n_parts(ops: Any, rows: IndexRows, heads: int) -> int:
     """16-bit pieces of a query for tensor cores; 0 where sizes or the device leave them out."""
     n_parts = _PARTS.get(rows.cache_type, 0) if ops.capability >= 80 else 0
     fits = heads % 8 == 0 and rows.width % 32 == 0 and rows.width <= _MOST_WIDTH
-    return n_parts if fits and 3 * _token_bytes(n_parts, heads, rows.width) <= _MOST_SHARED else 0
+    fits = fits and 3 * _token_bytes(n_parts, heads, rows.width) <= _most_shared(ops)
+    return n_parts if fits else 0
+
+
+def _most_shared(ops: Any) -> int:
+    """Bytes of shared memory that a CTA may have."""
+    return {75: 64, 80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(ops.capability, 99) << 10
 
 
 def _score_kernel(ops: Any, rows: IndexRows, heads: int, n: int) -> str:
@@ -189,7 +194,7 @@ def _scores(
     if queries.kernel == "dsa_scores_plain":
         columns, heads4 = -(-width // 4) * 4, -(-heads // 4) * 4
         shared = 4 * (heads4 * (columns + 1) + _PLAIN_ROWS * (columns + 1))
-        assert shared <= _MOST_SHARED, "index queries of one token fit shared memory"
+        assert shared <= _most_shared(ops), "index queries of one token fit shared memory"
         ops.run(
             queries.kernel, (max(1, 2 * ops.n_sm // n), n), 256, *args, rows.scales, pos, width,
             heads, ld, shared=shared, KEYS=key_type, PARTS=0,
