@@ -10,7 +10,8 @@
 //           (1 if TOKEN_BLOCKS is 0, else 4 TOKEN_BLOCKS) a warp computes 16 rows of one head; a head's
 //           first CTA rotates its q_pe; the last CTAs write a token's cache row each
 // Assumes   r a multiple of 16, k and p even, R = r, K = k, P = p
-// Numerics  k_b as in matvec.cuh (NMSE about 2e-11); TOKEN_BLOCKS 8: as in heads_many.cuh (1e-7); norm: sum of squares by a fixed tree
+// Numerics  k_b as in matvec.cuh (NMSE about 2e-11), with TOKEN_BLOCKS 8 as in heads_many.cuh (1e-7);
+//           norm: sum of squares by a fixed tree
 // Bound by  bytes of k_b
 // Variants  R=512 K=128 P=64 CACHE_KIND=0 OUT=__half WTYPE=8 TOKEN_BLOCKS=0;
 //           R=512 K=192 P=64 CACHE_KIND=3 OUT=__half WTYPE=12 TOKEN_BLOCKS=4;

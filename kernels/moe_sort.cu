@@ -5,7 +5,7 @@
 //           n_slots / 128 + held; ends [4]: tiles over 96, over 64, over 32, all; ids and weights
 //           [n, n_used], y [n, d], part [n n_used, d] at row stride ldp
 // Dtypes    int32, float32; part float16 of value / 16
-// Grid      moe_sort (1), 1024 threads, shared bytes 132 held + 4 n_slots;
+// Grid      moe_sort (1), 1024 threads, shared bytes 132 held + 4 n_slots (`staged`: 8 n_slots);
 //           moe_combine (n), 256 threads
 // Assumes   held <= 1024; experts first .. first + held - 1 are here, others (and -1) join no tile;
 //           ldp a multiple of 8, part's rows finite up to there, n_used <= 16
@@ -42,24 +42,27 @@ __device__ __forceinline__ T sum_before(T v, T* warps, T& total) {
 }
 
 // Lanes with the same e as this one.
-__device__ __forceinline__ unsigned same(int e, int bits) {
-    unsigned lanes = ~0u;
-    for (int b = 0; b < bits; b++) {
-        const unsigned set = __ballot_sync(~0u, e >> b & 1);
-        lanes &= e >> b & 1 ? set : ~set;
-    }
+__device__ __forceinline__ unsigned same(int e) {
+#if !defined(SIMT) && __CUDA_ARCH__ >= 700
+    return __match_any_sync(~0u, e);
+#else
+    unsigned lanes = 0;
+    for (int i = 0; i < 32; i++) lanes |= (unsigned)(__shfl_sync(~0u, e, i) == e) << i;
     return lanes;
+#endif
 }
 
 // ---------------------------------------------------------------- kernels -------------------
 extern "C" __global__ void __launch_bounds__(1024)
-moe_sort(int* slots, int* tiles, int* ends, const int* ids, int n_slots, int first, int held) {
+moe_sort(int* slots, int* tiles, int* ends, const int* ids, int n_slots, int first, int held,
+         int staged) {
     extern __shared__ uint4 shared[];
     __shared__ int warp_slots[32];
     __shared__ unsigned long long warp_tiles[32];
     int* place = (int*)shared;        // [32 warps][held], then [held]
     int* slot = place + 33 * held;    // [n_slots]: expert (held: none), 65536 * place in the warp's
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, bits = 32 - __clz(held);
+    int* sorted = staged ? slot + n_slots : slots;  // scattered stores to global memory are slow
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     pdl_launch();
     for (int i = threadIdx.x; i < 32 * held; i += 1024) place[i] = 0;
     pdl_wait();
@@ -77,7 +80,7 @@ moe_sort(int* slots, int* tiles, int* ends, const int* ids, int n_slots, int fir
     int* own = place + warp * held;
     for (int r = 0; r < rounds; r++) {
         const int i = (warp * rounds + r) * 32 + lane, e = i < n_slots ? slot[i] : held;
-        const unsigned lanes = same(e, bits);
+        const unsigned lanes = same(e);
         const int before = e < held ? own[e] : 0, rank = __popc(lanes & ((1u << lane) - 1));
         __syncwarp();
         if (e < held && rank == 0) own[e] = before + __popc(lanes);
@@ -115,8 +118,11 @@ moe_sort(int* slots, int* tiles, int* ends, const int* ids, int n_slots, int fir
     for (int r = 0; r < rounds; r++) {
         const int i = (warp * rounds + r) * 32 + lane;
         const int e = i < n_slots ? slot[i] & 0xFFFF : held;
-        if (e < held) slots[place[32 * held + e] + own[e] + (slot[i] >> 16)] = i;
+        if (e < held) sorted[place[32 * held + e] + own[e] + (slot[i] >> 16)] = i;
     }
+    if (!staged) return;
+    __syncthreads();
+    for (int i = threadIdx.x; i < all; i += 1024) slots[i] = sorted[i];
 }
 
 extern "C" __global__ void __launch_bounds__(256)

@@ -12,7 +12,7 @@ from mlacli.errors import UsageError
 from mlacli.flags import library_values, to_params
 from mlacli.flags_generation import PROMPT, SAMPLING
 from mlacli.params import Params, SamplingParams
-from mlacli.sampling import Sampler
+from mlacli.sampling import AHEAD, Sampler
 from mlacli.timings import Timings
 
 if TYPE_CHECKING:
@@ -51,6 +51,9 @@ class Generation(ABC):
     def decode(self, token_id: int) -> Floats: ...
 
     @abstractmethod
+    def decode_ahead(self, token_id: int, n: int, sampler: Sampler) -> list[int]: ...
+
+    @abstractmethod
     def rewind(self, n_kv: int) -> None: ...
 
     def generate_ids(
@@ -76,30 +79,52 @@ class Generation(ABC):
         logits = self.prefill(prompt_ids[known:])[-1]
         self.timings.prompt_s = time.perf_counter() - start
         n, here = 0, (self._turn, self.n_kv)
-        while n_predict < 0 or n < n_predict:
-            began = time.perf_counter()
-            token_id = sampler.next(logits, self.n_kv)
-            self.timings.sample_s += time.perf_counter() - began
-            self.timings.n_sampled += 1
-            if n == 0:
-                self.timings.ttft_s = time.perf_counter() - start
-            n += 1
-            yield token_id
-            if token_id in eog_ids or n == n_predict:
-                return
-            if self.n_kv == self.n_ctx:
-                self.context_full = True
-                return
-            if (self._turn, self.n_kv) != here:
-                raise UsageError(
-                    "another call used the engine during this generation",
-                    "finish one generation before the next, or load two engines",
-                )
-            began = time.perf_counter()
-            logits = self.decode(token_id)
-            here = self._turn, self.n_kv
-            self.timings.decode_s += time.perf_counter() - began
-            self.timings.n_decoded += 1
+        ahead: list[int] = []  # drawn on the device, not yet handed out
+        try:
+            while n_predict < 0 or n < n_predict:
+                if ahead:
+                    token_id = ahead.pop(0)
+                else:
+                    began = time.perf_counter()
+                    token_id = sampler.next(logits, self.n_kv)
+                    self.timings.sample_s += time.perf_counter() - began
+                self.timings.n_sampled += 1
+                if n == 0:
+                    self.timings.ttft_s = time.perf_counter() - start
+                n += 1
+                yield token_id
+                if token_id in eog_ids or n == n_predict:
+                    return
+                if (self._turn, self.n_kv) != here:
+                    raise UsageError(
+                        "another call used the engine during this generation",
+                        "finish one generation before the next, or load two engines",
+                    )
+                if ahead:
+                    continue
+                if self.n_kv == self.n_ctx:
+                    self.context_full = True
+                    return
+                began = time.perf_counter()
+                most = self.n_ctx - self.n_kv if n_predict < 0 else n_predict - n
+                ahead = self.decode_ahead(token_id, self._n_ahead(most), sampler)
+                if not ahead:
+                    logits = self.decode(token_id)
+                here = self._turn, self.n_kv
+                self.timings.decode_s += time.perf_counter() - began
+                self.timings.n_decoded += max(1, len(ahead))
+        finally:
+            if ahead and (self._turn, self.n_kv) == here:
+                self.rewind(self.n_kv - len(ahead))
+                self.timings.n_decoded -= len(ahead)
+
+    def _n_ahead(self, most: int) -> int:
+        """Tokens to draw at one go: a power of two, less than 50 ms of work, `most` at most."""
+        a_token = self.timings.decode_s / max(1, self.timings.n_decoded)
+        n = AHEAD
+        while n > 1 and (n > most or n * a_token > 0.05):
+            n //= 2
+        return n
 
     def generate(
         self, prompt: str | Sequence[int], n_predict: int = -1, **sampling: Any

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mlacli.attention_forms import AttentionForm
-from mlacli.errors import UnsupportedFeature
 
 if TYPE_CHECKING:
     from mlacli.models.indexer import Indexer
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 Act = Any  # an activation of the backend
 Weight = Any  # a weight of the backend, in its GGUF bytes or repacked
-_NO_SESSIONS = "this backend can't save or load its cache in this version"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +126,11 @@ class Ops(Protocol):
 
     def read_rows(self, rows: Any, n: int) -> Any:
         """Cache rows 0..n-1 on the host as float32 [n, width], whatever their type and layout."""
-        raise UnsupportedFeature(_NO_SESSIONS, "leave --prompt-cache out")
+        ...
 
     def write_rows(self, rows: Any, values: Any) -> None:
         """The inverse: host values [n, width] into cache rows 0..n-1."""
-        raise UnsupportedFeature(_NO_SESSIONS, "leave --prompt-cache out")
+        ...
 
     # ---- what models call --------------------------------------------------------------------
 

@@ -14,11 +14,14 @@
 #endif
 
 #ifdef WGMMA
-// Descriptor of B from a shared address; + 2 per 16 columns of K.
-__device__ __forceinline__ unsigned long long wgmma_descriptor(const void* shared) {
+// Descriptor of B from a shared address and 32 bytes per 16 columns of K.
+__device__ __forceinline__ unsigned long long wgmma_descriptor(const void* shared, int more) {
     const unsigned at = (unsigned)__cvta_generic_to_shared(shared);
-    constexpr unsigned long long swizzle_128 = 1ull << 62, group_stride = 1024ull >> 4 << 32;
-    return swizzle_128 | group_stride | 1ull << 16 | (at & 0x3FFFF) >> 4;
+    constexpr unsigned swizzle_128 = 1u << 30, group_stride = 1024 >> 4;
+    unsigned long long both;  // the upper half is a constant: no carries
+    asm("mov.b64 %0, {%1, %2};" : "=l"(both)
+        : "r"(((at & 0x3FFFF) >> 4 | 1u << 16) + (more >> 4)), "r"(swizzle_128 | group_stride));
+    return both;
 }
 
 // Before the first product after registers of d or a were written.
@@ -55,6 +58,13 @@ __device__ __forceinline__ void barrier_wait(unsigned long long* barrier, unsign
     asm volatile("{\n.reg .pred p;\nWAIT_%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
                  "@!p bra WAIT_%=;\n}\n"
                  :: "r"((unsigned)__cvta_generic_to_shared(barrier)), "r"(parity) : "memory");
+}
+// Two warpgroups take turns: turn_wait() until the other has passed the turn on.
+__device__ __forceinline__ void turn_wait(int own) {
+    asm volatile("bar.sync %0, 256;" :: "r"(1 + own) : "memory");
+}
+__device__ __forceinline__ void turn_pass(int own) {
+    asm volatile("bar.arrive %0, 256;" :: "r"(2 - own) : "memory");
 }
 // N registers for each thread of this warpgroup from here on; all its warps call it.
 template <int N>

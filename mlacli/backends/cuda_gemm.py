@@ -174,9 +174,12 @@ def sort(ops: Any, ids: Array, first: int, held: int) -> Sorted:
     most = n_slots // 128 + held
     slots, tiles = ops.new((n_slots,), "i4"), ops.new((most, 4), "i4")
     ends = ops.new((4,), "i4")
+    shared = 132 * held + 4 * n_slots
+    staged = shared + 4 * n_slots <= _shared(ops) - 1024
+    assert staged or shared <= _shared(ops) - 1024, "too many tokens for one sort"
     ops.run(
-        "moe_sort", (1,), 1024, slots, tiles, ends, ids, n_slots, first, held,
-        shared=132 * held + 4 * n_slots,
+        "moe_sort", (1,), 1024, slots, tiles, ends, ids, n_slots, first, held, int(staged),
+        shared=shared + 4 * n_slots * staged,
     )  # fmt: skip
     return Sorted(slots, tiles, ends, first, held)
 

@@ -14,7 +14,7 @@ import numpy as np
 from mlacli.backends import cuda_gemm as gemm
 from mlacli.backends import cuda_matvec as matvec
 from mlacli.backends import cuda_plain as plain
-from mlacli.backends import cuda_sampling, cuda_weights
+from mlacli.backends import cuda_rows, cuda_sampling, cuda_weights
 from mlacli.backends.cuda_acts import Act, Chosen
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_device import Device, Host
@@ -114,6 +114,12 @@ class CudaOps(Ops):
 
     def new_index_rows(self, n_ctx: int, width: int, cache_type: str) -> Any:
         return self.attention.new_index_rows(n_ctx, width, cache_type)
+
+    def read_rows(self, rows: Any, n: int) -> Host:
+        return cuda_rows.read(self.device, rows, n)
+
+    def write_rows(self, rows: Any, values: Host) -> None:
+        cuda_rows.write(self.device, rows, values)
 
     # ---- the residual stream ----------------------------------------------------------------
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mlacli.models.parts import Temperature
     from mlacli.ops import Step
 
-_CHUNK = 8192  # most cache rows that are expanded at a time
+_CHUNK = 16384  # most cache rows that are expanded at a time
 _CHUNK_BYTES = 160 << 20  # what their keys and values may take, but for _LEAST_CHUNK rows
 _LEAST_CHUNK = 1024
 _MOST_SHARED = 227 << 10  # bytes of shared memory of a CTA
@@ -148,7 +148,7 @@ def attend_expanded(
     o = ops.new((n, h * sizes.v), np.float16)
     for row0 in range(0, n_chunks * chunk, chunk):
         ops.run(
-            "mla_expand", (max(ops.n_sm, chunk // 128),), 384, keys, values, rope, up, unboost,
+            "mla_expand", (ops.n_sm,), 384, keys, values, rope, up, unboost,
             kv.values, kv.scales, step.pos, n, row0, chunk, h, shared=sizes.expand_shared,
             R=sizes.r, CACHE_KIND=_CACHES[kv.cache_type], **attending,
         )  # fmt: skip

@@ -36,14 +36,14 @@ _MOST_SHARED = 200 << 10
 class IndexRows:
     """One layer's index keys [n_ctx, width]; q8_0 keeps int8 and float16 scales apart."""
 
-    keys: Array
+    values: Array
     scales: Array | None
     cache_type: str
     width: int
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        return self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def index(
         parts = ops.new((step.n, (n_parts or 2) * heads * width), "u2")
         prepared = Queries(parts, ops.new((step.n, heads), "f4"), n_parts, slabs)
     ops.run(
-        "dsa_prepare", (step.n, 1 + -(-heads // 8)), 256, rows.keys, rows.scales,
+        "dsa_prepare", (step.n, 1 + -(-heads // 8)), 256, rows.values, rows.scales,
         None if prepared is None else prepared.parts,
         None if prepared is None else prepared.weights, key, norm, bias, q, weights, step.pos,
         step.cos, step.sin, width, half, heads, key.stride(0), 0 if q is None else q.stride(0),
@@ -112,8 +112,8 @@ def select(
         ops.device.copy_in(chosen, rows_of)
         return chosen
     assert queries is not None, "index() had no queries"
-    ld = score_stride(len(rows.keys))
-    at_once = tokens_at_once(step.n, len(rows.keys))
+    ld = score_stride(len(rows.values))
+    at_once = tokens_at_once(step.n, len(rows.values))
     scores = ops.new((at_once, ld), "f4")
     for start in range(0, step.n, at_once):
         stop = min(step.n, start + at_once)
@@ -184,7 +184,7 @@ def _scores(
         assert shared <= _MOST_SHARED, "index queries of one token fit shared memory"
         grid = (max(1, 2 * ops.n_sm // n), n)
         ops.run(
-            "dsa_scores_plain", grid, 256, scores, parts, weights, rows.keys, rows.scales, pos,
+            "dsa_scores_plain", grid, 256, scores, parts, weights, rows.values, rows.scales, pos,
             width, heads, ld, shared=shared, KEYS=key_type, PARTS=0,
         )  # fmt: skip
         return
@@ -192,12 +192,12 @@ def _scores(
     if queries.slabs:
         name, block = ("dsa_scores_wgmma_few", 512) if few else ("dsa_scores_wgmma", 384)
         ops.run(
-            name, (ops.n_sm,), block, scores, parts, weights, rows.keys, pos, n, ld,
+            name, (ops.n_sm,), block, scores, parts, weights, rows.values, pos, n, ld,
             shared=n * token if few else 2 * (512 * width + 512), HEADS=heads, WIDTH=width,
         )  # fmt: skip
         return
     ops.run(
         "dsa_scores_few" if few else "dsa_scores_many", (2 * ops.n_sm if few else ops.n_sm,), 256,
-        scores, parts, weights, rows.keys, pos, n, ld, shared=(n if few else 3) * token,
+        scores, parts, weights, rows.values, pos, n, ld, shared=(n if few else 3) * token,
         KEYS=key_type, PARTS=queries.n_parts, HEADS=heads, WIDTH=width,
     )  # fmt: skip

@@ -26,7 +26,7 @@ from mlacli.cli.prompts import (
 )
 from mlacli.cli.start import open_engines, prepared_model
 from mlacli.cli.words import CommandLine
-from mlacli.errors import UnsupportedFeature, UsageError
+from mlacli.errors import UsageError
 
 if TYPE_CHECKING:
     from mlacli.chat_template import ChatTemplate
@@ -55,7 +55,6 @@ def run(line: CommandLine) -> None:
 
     prepared = prepared_model(line, **texts)
     tokenizer = prepared.tokenizer()
-    _check_cache(line, prepared)
     sampler = Sampler.for_tokenizer(prepared.params.sampling, tokenizer)
     chat, ids = None, [0]
     if prompt is None or line["conversation"]:
@@ -134,13 +133,6 @@ def _refuse_without_template(line: CommandLine) -> None:
             raise UsageError(f"{what}, and {which} has no chat template", hint)
     finally:
         file.close()
-
-
-def _check_cache(line: CommandLine, prepared: Prepared) -> None:
-    if line["prompt_cache"] is not None and any(r.kind == "cuda" for r in prepared.plan.ranks):
-        raise UnsupportedFeature(
-            "--prompt-cache is not supported on GPUs by this version", "run on -dev cpu"
-        )
 
 
 def _chat(line: CommandLine, prepared: Prepared, tokenizer: Tokenizer | None) -> Chat:

@@ -141,7 +141,7 @@ def fill_cache(engine: Any, value: float) -> None:
     device = engine._ops(0).device
     cache = engine._caches[0]
     held = [layer.rows.values for layer in cache.rows.values()]
-    held += [rows.keys for rows in cache.index_rows.values()]
+    held += [rows.values for rows in cache.index_rows.values()]
     for rows in held:
         device.copy_in(rows, np.full(rows.shape, value, rows.dtype))
     device.synchronize()

@@ -90,7 +90,7 @@ def test_chunks_and_shared_items_are_merged(
     monkeypatch.setattr(cuda_prefill, "_CHUNK", 256)
     monkeypatch.setattr(cuda_prefill, "_LEAST_CHUNK", 128)
     monkeypatch.setattr(cuda_prefill, "_splits", lambda *_: 2)
-    ops = simulated(4)
+    ops = simulated(1)  # one CTA expands all in turn
     check(ops, Case(replace(SMALL, h=1), 300, 250, n_padded=10, sharp=6.0))
     names = ["mla_prefill_inputs", *["mla_expand", "mla_prefill"] * 3, "mla_prefill_merge"]
     assert ops.launched == names

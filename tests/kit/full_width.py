@@ -75,6 +75,6 @@ def fill(engines: tuple[Engine, Engine], n: int, seed: int) -> None:
         rows = layer.rows
         both(rows.width, rows.write, gpu.rows[il].rows.values)
     for il, rows in cpu.index_rows.items():
-        both(rows.width, rows.write, gpu.index_rows[il].keys)
+        both(rows.width, rows.write, gpu.index_rows[il].values)
     for engine in engines:
         engine.n_kv = n

@@ -86,10 +86,10 @@ class SparseCase:
         rows = cuda_sparse.new_index_rows(ops.device.take, self.n_ctx, self.width, self.cache_type)
         raw = np.ascontiguousarray(self.numpy._rows)
         if rows.scales is None:
-            ops.device.copy_in(rows.keys, raw)
+            ops.device.copy_in(rows.values, raw)
         else:
             blocks = raw.reshape(self.n_ctx, -1, 34)
-            ops.device.copy_in(rows.keys, np.ascontiguousarray(blocks[..., 2:]))
+            ops.device.copy_in(rows.values, np.ascontiguousarray(blocks[..., 2:]))
             ops.device.copy_in(rows.scales, np.ascontiguousarray(blocks[..., :2]))
         return rows
 
@@ -100,12 +100,12 @@ class SparseCase:
         key, norm, bias, q, w = map(ops.put, (self.key, self.norm, self.bias, self.q, self.w))
         queries = cuda_sparse.index(ops, rows, key, norm, bias, 1e-6, step, q, w)
         chosen = cuda_sparse.select(ops, queries, rows, step, self.top_k)
-        stored = ops.get(rows.keys)
+        stored = ops.get(rows.values)
         if rows.scales is not None:
             scales = ops.get(rows.scales).astype(np.float32)
             blocks = stored.reshape(self.n_ctx, -1, 32) * scales[..., None]
             stored = blocks.reshape(self.n_ctx, -1)[:, : self.width]
-        elif rows.keys.dtype == np.uint16:
+        elif rows.values.dtype == np.uint16:
             stored = (stored.astype(np.uint32) << 16).view(np.float32)
         return stored.astype(np.float32), ops.get(chosen)
 
