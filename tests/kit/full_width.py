@@ -6,13 +6,13 @@ number of experts are cut too: products stay as wide as they are, NumPy has fewe
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from mlacli.backends import cuda_rows
 from mlacli.engine import Engine
 from mlacli.flags import LOADED, library_values, to_params
 from mlacli.loading.presets import PRESETS, Preset
@@ -58,23 +58,19 @@ def _unpack(engine: Engine) -> None:
 
 
 def fill(engines: tuple[Engine, Engine], n: int, seed: int) -> None:
-    """The same n random rows of spread 1 in the float16 caches of a CPU and a GPU engine.
+    """The same n random rows of spread 1 in the caches of a CPU and a GPU engine.
 
-    So spread are real rows too: a normed latent, and a key part that is a product of a normed row.
+    Real rows are as large: a normed latent, and a key part that is a product of a normed row.
     """
     rng = np.random.default_rng(seed)
     cpu, gpu = (engine._caches[0] for engine in engines)
     device = engines[1]._ops(0).device
-
-    def both(width: int, write: Callable[..., None], held: Any) -> None:
-        values = rng.standard_normal((n, width), np.float32).astype(np.float16)
-        write(np.arange(n), values.astype(np.float32))
-        device.copy_in(held[:n], values)
-
-    for il, layer in cpu.rows.items():
-        rows = layer.rows
-        both(rows.width, rows.write, gpu.rows[il].rows.values)
-    for il, rows in cpu.index_rows.items():
-        both(rows.width, rows.write, gpu.index_rows[il].values)
+    pairs = [(layer.rows, gpu.rows[il].rows) for il, layer in cpu.rows.items()]
+    pairs += [(rows, gpu.index_rows[il]) for il, rows in cpu.index_rows.items()]
+    for here, there in pairs:
+        values = rng.standard_normal((n, here.width), np.float32)
+        here.write(np.arange(n), values)
+        if n:
+            cuda_rows.write(device, there, values)
     for engine in engines:
         engine.n_kv = n
