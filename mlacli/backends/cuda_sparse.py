@@ -102,13 +102,16 @@ def select(
 ) -> Array:  # fmt: skip
     """The top_k best rows of each token, ascending [n, top_k], ties to the lower row, -1 = none.
 
-    `imposed` host rows [n, top_k] are taken instead (a test hook; not in a captured step).
+    `imposed` host rows [tokens, top_k] are taken instead (a test hook; not in a captured step).
     """
+    n = step.n if imposed is None else max(len(imposed), 0 if into is None else len(into))
+    chosen: Array = ops.new((n, top_k), "i4") if into is None else into
     if imposed is not None:
-        taken: Array = ops.put(np.sort(imposed, axis=1).astype(np.int32))
-        return taken
+        rows_of = np.full((n, top_k), -1, np.int32)  # of padded tokens as well
+        rows_of[: len(imposed)] = np.sort(imposed, axis=1)
+        ops.device.copy_in(chosen, rows_of)
+        return chosen
     assert queries is not None, "index() had no queries"
-    chosen: Array = ops.new((step.n, top_k), "i4") if into is None else into
     ld = score_stride(len(rows.values))
     at_once = tokens_at_once(step.n, len(rows.values))
     mark = ops.device.mark()
