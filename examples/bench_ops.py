@@ -30,7 +30,7 @@ FLUSH = 256 << 20  # bytes that are written to empty the L2 cache
 COLD = 160 << 20  # bytes of a kernel's launches from which on they push each other out of it
 REPLAYS = 7
 LEAST = 100_000  # bytes of weights or cache from which on a rate says something
-WRITERS = ("latent", "store", "dsa_prepare")  # kernels that only add rows to the cache
+WRITERS = ("latent", "dsa_prepare")  # kernels that only add rows to the cache
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,8 +62,8 @@ struct Items {
     __device__ __forceinline__ void set_tiles(
             GemmSource& from, const Segment& s, int rows, int batch) const {
         const int row_tile = rows * 16 + 8 * gemm_own_part() + gemm_own_tile();
-        from.tiles = tile_source<QTYPE>(s.w, batches * s.row_tiles, s.col_tiles,
-                                        batch * s.row_tiles + row_tile, s.row_tiles - row_tile);
+        from.set_tiles<QTYPE>(s.w, batches * s.row_tiles, s.col_tiles,
+                              batch * s.row_tiles + row_tile, s.row_tiles - row_tile);
     }
     __device__ __forceinline__ void open(int item, GemmSource& from) const {
         int rows, token, batch;
@@ -72,8 +72,8 @@ struct Items {
         if (T1 != T0 && i == 1) set_tiles<T1>(from, s, rows, batch);
         else if (T2 != T0 && i == 2) set_tiles<T2>(from, s, rows, batch);
         else set_tiles<T0>(from, s, rows, batch);
-        from.x = x + batch * xb, from.cols = cols, from.steps = s.col_tiles, from.skip = s.skip;
-        set_tokens(from, token, n_tokens, TOKENS, ldx);
+        from.set_x(x + batch * xb + token * ldx, min(n_tokens - token, TOKENS), s.col_tiles, s.skip,
+                   cols, [&](int t) { return t * ldx; });
     }
 };
 

@@ -45,34 +45,29 @@ struct Items {
 #ifdef GATED
         const int row_tile = item % n_row_items * 8 + gemm_own_tile(), n = part_tiles - row_tile;
         if (Q0 == Q1 || gemm_own_part() == 0)
-            from.tiles = tile_source<Q0>(
+            from.set_tiles<Q0>(
                 gemm_own_part() ? w1 : w0, total, col_tiles,
                 base + row_tile + (gemm_own_part() ? w1_tile : 0), n);
         else
-            from.tiles = tile_source<Q1>(w1, total, col_tiles, base + row_tile + w1_tile, n);
+            from.set_tiles<Q1>(w1, total, col_tiles, base + row_tile + w1_tile, n);
 #else
         const int row_tile = item % n_row_items * 16 + 8 * gemm_own_part() + gemm_own_tile();
-        from.tiles = tile_source<Q0>(w0, total, col_tiles, base + row_tile, part_tiles - row_tile);
+        from.set_tiles<Q0>(w0, total, col_tiles, base + row_tile, part_tiles - row_tile);
 #endif
-        from.x = x, from.cols = cols, from.steps = col_tiles, from.skip = skip;
-#pragma unroll
-        for (int i = 0; i < GEMM_OWN_TOKENS; i++) {
-            const int t = gemm_own_token(i);
-            from.row[i] = -1;
-            if (t >= tile.z) continue;
+        from.set_x(x, tile.z, col_tiles, skip, cols, [&](int t) {
 #ifdef GATED
-            from.row[i] = (int)(tokens.slots[tile.y + t] / n_used * ldx >> 3);
+            return tokens.slots[tile.y + t] / n_used * ldx;
 #else
-            from.row[i] = (int)((tile.y + t) * ldx >> 3);
+            return (tile.y + t) * ldx;
 #endif
-        }
+        });
     }
 };
 
-// ---------------------------------------------------------------- kernels -------------------
 // Items of one width after the other: tiles are in order of their width, `ends` counts those so far.
 #define FOR_EACH_WIDTH(RUN) RUN(128, 0) RUN(96, 1) RUN(64, 2) RUN(32, 3)
 
+// ---------------------------------------------------------------- kernels -------------------
 #ifdef GATED
 extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 1)
 gemm_experts_up(unsigned short* h, const unsigned char* gate, const unsigned char* up,

@@ -26,11 +26,12 @@ struct Items {
     __device__ __forceinline__ void open(int item, GemmSource& from) const {
         const int row_tile = item % n_row_items * 8 + gemm_own_tile(), n = row_tiles - row_tile;
         if (Q0 == Q1 || gemm_own_part() == 0)
-            from.tiles = tile_source<Q0>(gemm_own_part() ? up : gate, row_tiles, col_tiles, row_tile, n);
+            from.set_tiles<Q0>(gemm_own_part() ? up : gate, row_tiles, col_tiles, row_tile, n);
         else
-            from.tiles = tile_source<Q1>(up, row_tiles, col_tiles, row_tile, n);
-        from.x = x, from.cols = cols, from.steps = col_tiles, from.skip = skip;
-        set_tokens(from, item / n_row_items * TOKENS, n_tokens, TOKENS, ldx);
+            from.set_tiles<Q1>(up, row_tiles, col_tiles, row_tile, n);
+        const int token = item / n_row_items * TOKENS;
+        from.set_x(x + token * ldx, min(n_tokens - token, TOKENS), col_tiles, skip, cols,
+                   [&](int t) { return t * ldx; });
     }
 };
 

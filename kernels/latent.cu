@@ -10,7 +10,8 @@
 //           (1 if TOKEN_BLOCKS is 0, else 4 TOKEN_BLOCKS) a warp computes 16 rows of one head; a head's
 //           first CTA rotates its q_pe; the last CTAs write a token's cache row each
 // Assumes   r a multiple of 16, k and p even, R = r, K = k, P = p
-// Numerics  k_b as in matvec.cuh (NMSE about 2e-11); TOKEN_BLOCKS 8: as in heads_many.cuh (1e-7); norm: sum of squares by a fixed tree
+// Numerics  k_b as in matvec.cuh (NMSE about 2e-11), with TOKEN_BLOCKS 8 as in heads_many.cuh (1e-7);
+//           norm: sum of squares by a fixed tree
 // Bound by  bytes of k_b
 // Variants  R=512 K=128 P=64 CACHE_KIND=0 OUT=__half WTYPE=8 TOKEN_BLOCKS=0;
 //           R=512 K=192 P=64 CACHE_KIND=3 OUT=__half WTYPE=12 TOKEN_BLOCKS=4;
@@ -21,7 +22,6 @@
 // Spills    none
 // Sources   own
 // Tested by tests/kernels/test_mla.py, tests/gpu/test_cuda_attention.py
-#include "ahead.cuh"
 #include "heads_many.cuh"
 #include "matvec_cta.cuh"
 #include "mla_store.cuh"
@@ -113,10 +113,7 @@ extern "C" __global__ void __launch_bounds__(128)
 latent(OUT* q_lat, OUT* q_pe, char* cache, __half* scales, const float* q, const float* q_lat_f32,
        const float* c_kv, const float* k_pe, const float* norm, const unsigned char* k_b,
        const float* cosine, const float* sine, const int* pos, int n, int h, int ld_lat, int ld_pe,
-       long long ldkv, float eps, float scale, int length, const unsigned char* ahead0,
-       const unsigned char* ahead1, const unsigned char* ahead2, const unsigned char* ahead3,
-       const unsigned char* ahead4, long long n0, long long n1, long long n2, long long n3,
-       long long n4) {
+       long long ldkv, float eps, float scale, int length) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, first = blockIdx.y * GROUP;
     pdl_launch();
     if (blockIdx.x >= h * PARTS) {
@@ -224,14 +221,6 @@ latent(OUT* q_lat, OUT* q_pe, char* cache, __half* scales, const float* q, const
         const int o = 16 * row_tile + (lane >> 2) + 8 * (i & 1);
         put(q_lat + ((long long)t * h + head) * ld_lat + o,
             acc[0][i] * temper(pos[t], scale, length));
-    }
-    if (threadIdx.x == 0) {
-        const int cta = blockIdx.x, n_ctas = h * PARTS;
-        fetch_ahead(ahead0, n0, cta, n_ctas);
-        fetch_ahead(ahead1, n1, cta, n_ctas);
-        fetch_ahead(ahead2, n2, cta, n_ctas);
-        fetch_ahead(ahead3, n3, cta, n_ctas);
-        fetch_ahead(ahead4, n4, cta, n_ctas);
     }
 #endif
 }

@@ -13,7 +13,8 @@
 //           mla_combine_many (h ceil(v / 128), ceil(n / 16)), 256: merges 16 tokens, then a warp a row
 //           tile; mla_combine_f32 (n h), 256
 // Assumes   R = r, a multiple of 32, V = v; at most 256 splits; SLICE a multiple of 4,
-//           at most 256, divides r; pos is complete when this kernel starts (rope.cu sees to it). mla_combine needs clusters: compute capability 9.0
+//           at most 256, divides r; pos is complete when this kernel starts (rope.cu sees to it);
+//           mla_combine needs clusters: compute capability 9.0; mla_combine_many 8.0
 // Numerics  splits in a fixed order, groups of them summed side by side; v_b as in matvec.cuh, of
 //           mla_combine_many as in heads_many.cuh (1e-7); no live split gives 0
 // Bound by  bytes of v_b and of part that live splits wrote: r * live * 4 a row
@@ -40,8 +41,12 @@ constexpr int TILES = (R + EDGE - 1) / EDGE * EDGE / 64, USED = (R + 63) / 64;  
 constexpr int SHARE = R / 8, OWN = (ROW_TILES + 7) / 8;  // columns merged; row tiles of a CTA
 constexpr int DEPTH = (USED + 7) / 8;                    // column tiles of a warp
 
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 
 extern "C" __global__ void __cluster_dims__(8, 1, 1) __launch_bounds__(256)
 mla_combine(float* o, const float* part, const float* stat, const unsigned char* v_b, const int* pos,
@@ -63,7 +68,7 @@ mla_combine(float* o, const float* part, const float* stat, const unsigned char*
                             row_tile < ROW_TILES && col_tile < USED, w[k][i]);
         }
     const long long row = (long long)t * h + head;
-    const int live = live_splits(pos, n, pos[t], top_k, splits);
+    const int live = live_splits(pos, n, position(pos, t), top_k, splits);
     pdl_wait();
     const float y = merge_splits<SHARE>(part + row * splits * R, stat + row * splits * 2, live, R,
                                         rank * SHARE);
@@ -122,7 +127,7 @@ mla_combine_many(float* o, const float* part, const float* stat, const unsigned 
 #pragma unroll
     for (int i = 0; i < TOKENS / 8; i++) {
         const int t = first + warp + 8 * i;
-        live[i] = live_splits(pos, n, t < n ? pos[t] : -1, top_k, splits);
+        live[i] = live_splits(pos, n, t < n ? position(pos, t) : -1, top_k, splits);
     }
     pdl_wait();
 #pragma unroll
@@ -214,7 +219,7 @@ mla_merge_rows_f32(float* o, const float* part, const float* stat, const int* po
     constexpr int OWN = (R / 4 + 31) / 32;  // quadruples of columns of a lane
     const int lane = threadIdx.x & 31, row = blockIdx.x * 8 + (threadIdx.x >> 5);
     pdl_launch();
-    const int last = row < n * h ? pos[row / h] : -1;
+    const int last = row < n * h ? position(pos, row / h) : -1;
     const int live = live_splits(pos, n, last, top_k, splits);
     pdl_wait();
     if (row >= n * h) return;
@@ -254,7 +259,7 @@ mla_merge_f32(float* o, const float* part, const float* stat, const int* pos, in
     const int head = blockIdx.y, t = blockIdx.z, first = blockIdx.x * SLICE;
     const long long row = (long long)t * gridDim.y + head;
     pdl_launch();
-    const int live = live_splits(pos, n, pos[t], top_k, splits);
+    const int live = live_splits(pos, n, position(pos, t), top_k, splits);
     pdl_wait();
     const float y =
         merge_splits<SLICE>(part + row * splits * r, stat + row * splits * 2, live, r, first);

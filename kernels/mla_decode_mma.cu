@@ -6,11 +6,12 @@
 //           pos [n] (-1: attends to nothing)
 // Dtypes    q float16; cache CACHE_KIND 0 float16, 1 bfloat16, 2 float32, 3 int8 with float16 scales; its
 //           values are rounded to float16 and so are probabilities (-gap f16); sums float32
-// Grid      (splits, ceil(rows / (16 MT)), z), 256 threads, MT 1 or 2; z 1 and rows = n h, or CHOSEN: z n and
-//           rows = h. Shared bytes: cuda_attention.decode_shared
+// Grid      (splits, ceil(rows / (16 MT)), z), MT 1 or 2; z 1 and rows = n h, or CHOSEN: z n and
+//           rows = h. 256 threads, and from 9.0 on, with a float16 cache and CHOSEN 0, 64 MT that ask for rows. Shared
+//           bytes: cuda_attention.decode_shared
 // Assumes   r a multiple of 16, r + p of 8, 16-byte aligned rows; rows up to pos are written; EARLY 1:
-//           rows below this step's first position, and pos, were complete when the predecessor
-//           let this kernel start (latent.cu does so)
+//           pos and rows below the step's first position are complete when this kernel starts
+//           (rope.cu sees to it); only rows that the launch before writes come after its end
 // Numerics  online softmax per tile of 32 rows; scores are summed by 4 warps over parts of r + p in
 //           order; dead splits write nothing. NMSE against float64 of the rounded inputs about 4e-8:
 //           the rounding of probabilities
@@ -22,193 +23,11 @@
 //           R=512 P=64 MT=1 CACHE_KIND=2 STAGES=2 CHOSEN=0 EARLY=0;
 //           R=32 P=8 MT=2 CACHE_KIND=1 STAGES=5 CHOSEN=1 EARLY=0
 // Needs     8.0
-// Spills    none
 // Sources   online softmax: arXiv 1805.02867; split-KV: arXiv 2311.01282; own
 // Tested by tests/kernels/test_mla.py, tests/gpu/test_cuda_attention.py
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "mla_splits.cuh"
-#include "mma.cuh"
-#include "pdl.cuh"
-#if !defined(SIMT) && __CUDA_ARCH__ >= 900
-#define BULK 1  // rows come by bulk copies: cp.async would take a third of the load units' time
-#include "bulk_copy.cuh"
-#else
-#define BULK 0
-#endif
-
-constexpr int TILE = SPLIT_ROWS;              // cache rows at a time
-constexpr int M = 16 * MT;                    // query rows of a CTA
-constexpr int W = R + P;
-constexpr int STEPS = (W + 15) / 16;          // of 16 columns, the last may be half empty
-constexpr int LD = 16 * STEPS + 8;            // halves between rows: an odd number of 16 bytes, so
-                                              // that ldmatrix meets every bank once
-constexpr int KG = 4;                         // 8 warps: 4 parts of r + p by 2 halves of a tile
-constexpr int PART = (STEPS + KG - 1) / KG;   // steps of a warp
-constexpr int UNITS = R / 16, OWN = (UNITS + 7) / 8;  // 16 columns of o; those of a warp
-constexpr int LDS = TILE + 8, LDP = TILE + 8;
-constexpr int LANES = 256 / M, COLS = TILE / LANES;   // threads and scores of a row in softmax
-constexpr bool RAW = CACHE_KIND != 0;         // rows are converted after they arrive
-constexpr int CHAINS = MT == 1 ? 2 : 1;       // sums of a score, to shorten what waits on each other
-constexpr int BLOCKS = (W + 31) / 32;         // of a q8_0 row
-constexpr int ROW_BYTES = CACHE_KIND == 2 ? 4 * W : CACHE_KIND == 3 ? 32 * BLOCKS : 2 * W;
-constexpr int CHUNKS = ROW_BYTES / 16;        // of a row
-constexpr int STAGE_ROW = RAW ? ROW_BYTES : 2 * LD;
-constexpr int STAGE_BYTES = TILE * STAGE_ROW;
-constexpr int N_SCALES = CACHE_KIND == 3 ? (TILE * BLOCKS + 255) / 256 : 1;  // of a thread
-#define NONE __int_as_float(0xff800000)       // -inf
+#include "mla_rows.cuh"
 
 // ---------------------------------------------------------------- device helpers ------------
-struct Shared {
-    char* ring;                // STAGES tiles as they come
-    __half* tile;              // [TILE][LD]: a converted tile (RAW)
-    float* score;              // [KG][M][LDS]: parts of scores
-    __half* weight;            // [M][LDP]: probabilities
-    float* keep;               // [M]: what remains of older sums
-    unsigned long long* full;  // [STAGES + 1]: tiles that have arrived; queries
-    float* scale;              // [2][TILE][BLOCKS] of this tile and the next (q8_0)
-    int* wanted;               // [length]: this split's rows (CHOSEN)
-};
-
-__device__ __forceinline__ Shared carve(char* at) {
-    Shared s;
-    s.ring = at, at += STAGES * STAGE_BYTES;
-    s.tile = (__half*)at, at += RAW ? TILE * LD * 2 : 0;
-    s.score = (float*)at, at += KG * M * LDS * 4;
-    s.weight = (__half*)at, at += M * LDP * 2;
-    s.keep = (float*)at, at += M * 4;
-    s.full = (unsigned long long*)at, at += (STAGES + 1) * 8;
-    s.scale = (float*)at, at += CACHE_KIND == 3 ? 2 * TILE * BLOCKS * 4 : 0;
-    s.wanted = (int*)at;
-    return s;
-}
-
-// Cache row that slot `i` of this split shows, -1 for none.
-__device__ __forceinline__ int row_of(const Shared& s, int i, int start, int stop) {
-    if (start + i >= stop) return -1;
-    return CHOSEN ? s.wanted[i] : start + i;
-}
-
-// Starts copying the tile whose first slot is `first`; slots without a row become zeros.
-__device__ __forceinline__ void fetch(const Shared& s, const char* cache, int stage, int first,
-                                      int start, int stop) {
-    char* to = s.ring + stage * STAGE_BYTES;
-#if BULK
-    if (threadIdx.x < TILE) {  // a row a lane
-        const int row = row_of(s, first + threadIdx.x, start, stop);
-        const unsigned bar = shared_address(s.full + stage), rows = __ballot_sync(~0u, row >= 0);
-        if (threadIdx.x == 0) barrier_expect(bar, __popc(rows) * ROW_BYTES);
-        __syncwarp();
-        if (row >= 0)
-            bulk_load(shared_address(to + threadIdx.x * STAGE_ROW),
-                      cache + (long long)row * ROW_BYTES, ROW_BYTES, bar);
-    }
-    if (CHOSEN || start + first + TILE > stop) {
-        for (int chunk = threadIdx.x; chunk < TILE * CHUNKS; chunk += 256)
-            if (row_of(s, first + chunk / CHUNKS, start, stop) < 0)
-                *(uint4*)(to + chunk / CHUNKS * STAGE_ROW + 16 * (chunk % CHUNKS)) =
-                    make_uint4(0, 0, 0, 0);
-        publish_shared();  // a later copy may come to the same place
-    }
-#else
-#pragma unroll
-    for (int i = 0; i < (TILE * CHUNKS + 255) / 256; i++) {
-        const int chunk = i * 256 + threadIdx.x, slot = chunk / CHUNKS, col = chunk % CHUNKS;
-        if (TILE * CHUNKS % 256 && chunk >= TILE * CHUNKS) break;
-        const int row = row_of(s, first + slot, start, stop);
-        cp_async16(to + slot * STAGE_ROW + 16 * col,
-                   cache + (long long)max(row, 0) * ROW_BYTES + 16 * col, row >= 0);
-    }
-#endif
-}
-
-// Ends the copies of a stage: without bulk copies, of as many tiles as were asked for.
-__device__ __forceinline__ void fetched() {
-    if (!BULK) cp_async_commit();
-}
-
-// Until tile i has arrived.
-__device__ __forceinline__ void await(const Shared& s, int i) {
-#if BULK
-    barrier_wait(shared_address(s.full + i % STAGES), i / STAGES & 1);
-#else
-    cp_async_wait<STAGES - 2>();
-#endif
-}
-
-// The CTA's queries to `to`, [M][LD]; rows from `row_end` on hold anything: nobody uses their results.
-__device__ __forceinline__ void take_queries(const Shared& s, __half* to, const __half* q, int row0,
-                                             int row_end) {
-#if BULK
-    const unsigned bar = shared_address(s.full + STAGES);
-    if (threadIdx.x < 32) {
-        if (threadIdx.x == 0) barrier_expect(bar, min(M, row_end - row0) * 2 * W);
-        __syncwarp();
-        if (threadIdx.x < min(M, row_end - row0))
-            bulk_load(shared_address(to + threadIdx.x * LD),
-                      q + (long long)(row0 + threadIdx.x) * W, 2 * W, bar);
-    }
-    barrier_wait(bar, 0);
-#else
-    for (int i = threadIdx.x; i < M * (W / 8); i += 256) {
-        const int row = row0 + i / (W / 8), c = i % (W / 8) * 8;
-        if (row < row_end)
-            *(uint4*)(to + i / (W / 8) * LD + c) = *(const uint4*)(q + (long long)row * W + c);
-    }
-    __syncthreads();
-#endif
-}
-
-// Scales of the tile at `first`: read one tile ahead, since they are too short for cp.async.
-__device__ __forceinline__ void load_scales(float (&own)[N_SCALES], const Shared& s,
-                                            const __half* scales, int first, int start, int stop) {
-#pragma unroll
-    for (int i = 0; i < N_SCALES; i++) {
-        const int at = i * 256 + threadIdx.x, slot = at / BLOCKS;
-        const int row = at < TILE * BLOCKS ? row_of(s, first + slot, start, stop) : -1;
-        own[i] = row < 0 ? 0.f : __half2float(scales[(long long)row * BLOCKS + at % BLOCKS]);
-    }
-}
-
-__device__ __forceinline__ void keep_scales(const Shared& s, const float (&own)[N_SCALES], int which) {
-#pragma unroll
-    for (int i = 0; i < N_SCALES; i++)
-        if (i * 256 + threadIdx.x < TILE * BLOCKS)
-            s.scale[which * TILE * BLOCKS + i * 256 + threadIdx.x] = own[i];
-}
-
-// Eight values from column 8c of a slot as float16 pairs.
-__device__ __forceinline__ uint4 converted(const Shared& s, const char* raw, int slot, int c,
-                                           int which) {
-    float v[8];
-    if (CACHE_KIND == 1) {
-        const uint4 x = *(const uint4*)(raw + slot * ROW_BYTES + 16 * c);
-        const unsigned w[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            v[i] = __uint_as_float(i & 1 ? w[i / 2] & 0xffff0000 : w[i / 2] << 16);
-    } else if (CACHE_KIND == 2) {
-        const float4 a = *(const float4*)(raw + slot * ROW_BYTES + 32 * c);
-        const float4 b = *(const float4*)(raw + slot * ROW_BYTES + 32 * c + 16);
-        v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-    } else {
-        const uint2 x = *(const uint2*)(raw + slot * ROW_BYTES + 8 * c);
-        const float d = s.scale[(which * TILE + slot) * BLOCKS + c / 4];
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            v[i] = (float)(signed char)((i < 4 ? x.x : x.y) >> 8 * (i & 3)) * d;
-    }
-    uint4 out;
-    unsigned* word = &out.x;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const __half2 two = __floats2half2_rn(v[2 * i], v[2 * i + 1]);
-        word[i] = *(const unsigned*)&two;
-    }
-    return out;
-}
-
 // Scores of this warp's part of r + p and half of the tile, to s.score.
 __device__ __forceinline__ void score_part(const Shared& s, const __half* tile,
                                            const unsigned (&q)[MT][PART][4]) {
@@ -314,7 +133,7 @@ __device__ __forceinline__ void add_values(const Shared& s, const __half* tile,
 // ---------------------------------------------------------------- kernels -------------------
 extern __shared__ uint4 attention_memory[];
 
-extern "C" __global__ void __launch_bounds__(256, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, const __half* scales,
                const int* chosen, const int* pos, int rows, int h, int n, int top_k, float scale) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, splits = gridDim.x;
@@ -337,12 +156,15 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
     }
 #if BULK
     if (threadIdx.x == 0) {
-        for (int i = 0; i <= STAGES; i++) barrier_init(shared_address(s.full + i), 1);
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(shared_address(s.full + i), PRODUCERS);
+            barrier_init(shared_address(s.empty + i), 8);
+        }
         barriers_ready();
     }
 #endif
     if (CHOSEN) {  // one token per CTA
-        for (int i = threadIdx.x; i < stop - start; i += 256) {
+        for (int i = threadIdx.x; i < stop - start; i += THREADS) {
             const int row = chosen[(long long)blockIdx.z * top_k + start + i];
             s.wanted[i] = row <= last_seen ? row : -1;
         }
@@ -352,33 +174,31 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
     // the columns that pad the last step: zeros in every tile, never written again
     if (W % 16) {
         __half* padded = RAW ? s.tile : (__half*)s.ring;
-        for (int i = threadIdx.x; i < (RAW ? 1 : STAGES) * TILE; i += 256)
+        for (int i = threadIdx.x; i < (RAW ? 1 : STAGES) * TILE; i += THREADS)
             for (int c = W; c < 16 * STEPS; c++) padded[i * LD + c] = __float2half(0.f);
     }
     if (CHOSEN || BULK || W % 16) __syncthreads();
 
-    // ---- first copies: those of old rows may start before the predecessor ends
-    int issued = 0;
-    if (EARLY) {
-        int fresh = 0x7fffffff;  // this step's first row
-        for (int t = lane; t < n; t += 32) fresh = min(fresh, pos[t] < 0 ? fresh : pos[t]);
-#pragma unroll
-        for (int offset = 16; offset; offset >>= 1)
-            fresh = min(fresh, __shfl_xor_sync(~0u, fresh, offset));
-        for (; issued < min(STAGES - 1, tiles); issued++) {
-            if (start + min((issued + 1) * TILE, stop - start) > fresh) break;
-            fetch(s, cache, issued, issued * TILE, start, stop);
-            fetched();
-        }
-        pdl_wait();
+    // ---- copies begin: those of old rows before the predecessor ends
+    const int fresh = EARLY ? first_position(pos, n) : 0;
+#if BULK
+    if (warp >= 8) {
+#if MT == 2 && !defined(SIMT)
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+#endif
+        produce(s, cache, fresh, start, stop, tiles);
+        return;
     }
-    for (; issued < STAGES - 1; issued++) {
-        if (issued < tiles) fetch(s, cache, issued, issued * TILE, start, stop);
-        fetched();
-    }
+#if MT == 2 && !defined(SIMT)
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+#endif
+    if (EARLY) pdl_wait();
+#else
+    fetch_first(s, cache, fresh, start, stop, tiles);
+#endif
 
     // ---- queries: a warp keeps its part of r + p in registers
-    take_queries(s, queries, q, row0, row_end);
+    take_queries(queries, q, row0, row_end);
     unsigned q_part[MT][PART][4];
 #pragma unroll
     for (int m = 0; m < MT; m++)
@@ -389,6 +209,7 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
                 ldmatrix(q_part[m][i], queries + (16 * m + (lane >> 3 & 1) * 8 + (lane & 7)) * LD +
                                            (lane >> 4) * 8 + 16 * step);
         }
+    leave(s, STAGES - 1);
     float own_scales[N_SCALES];
     if (CACHE_KIND == 3) {
         load_scales(own_scales, s, scales, 0, start, stop);
@@ -396,7 +217,7 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
     }
 
     const int row = row0 + threadIdx.x / LANES;  // this thread's in softmax
-    const int seen = row < row_end ? pos[row / h] + 1 : 0;
+    const int seen = row < row_end ? position(pos, row / h) + 1 : 0;
     const float scale2 = scale * 1.4426950408889634f;
     float top = NONE, sum = 0.f, o[MT][2 * OWN][4];
 #pragma unroll
@@ -406,11 +227,7 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
 
     // ---- tiles
     for (int i = 0; i < tiles; i++) {
-        await(s, i);
-        __syncthreads();  // tile i is there for all, and all are done with tile i - 1
-        if (i + STAGES - 1 < tiles)
-            fetch(s, cache, (i + STAGES - 1) % STAGES, (i + STAGES - 1) * TILE, start, stop);
-        fetched();
+        take_tile(s, cache, i, start, stop, tiles);
         const char* here = s.ring + i % STAGES * STAGE_BYTES;
         const __half* tile = RAW ? s.tile : (const __half*)here;
         if (RAW) {
@@ -423,10 +240,11 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
             __syncthreads();
         }
         score_part(s, tile, q_part);
-        __syncthreads();
+        all_meet();
         softmax(s, scale2, i * TILE, start, stop, seen, top, sum);
-        __syncthreads();
+        all_meet();
         add_values(s, tile, o);
+        leave(s, i % STAGES);
     }
 
     // ---- results: by way of shared memory, since fragments would be written 32 bytes at a time
@@ -436,7 +254,7 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
         *(float2*)(stat + ((long long)row * splits + blockIdx.x) * 2) = make_float2(top, sum);
     constexpr int LDO = R + 8;
     float* sums = (float*)s.ring;
-    __syncthreads();
+    all_meet();
 #pragma unroll
     for (int m = 0; m < MT; m++)
 #pragma unroll
@@ -448,7 +266,7 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
                 *(float2*)(sums + (16 * m + 8 * x + lane / 4) * LDO + col) =
                     make_float2(o[m][c][2 * x], o[m][c][2 * x + 1]);
         }
-    __syncthreads();
+    all_meet();
 #pragma unroll 4
     for (int i = threadIdx.x; i < M * (R / 4); i += 256) {
         const int at = row0 + i / (R / 4), c = i % (R / 4) * 4;

@@ -11,7 +11,7 @@
 //           R=512 K=128 P=64 V=128 TILE=128 CACHE_KIND=1; R=32 K=16 P=8 V=16 TILE=128 CACHE_KIND=2
 // Needs     9.0a
 // Spills    none
-// Grid      any number of CTAs >= n_rows / 128, best one per SM; 384 threads; shared: RS slabs of
+// Grid      any number of CTAs, best one per SM; 384 threads; shared: RS slabs of
 //           128 rows, 4 slabs of up, 2 of output (slab 16 KiB), 256 bytes
 // Assumes   R, K, P, V, TILE at compile time, r and p multiples of 8; rows up to the
 //           highest position are written; n_rows is a multiple of 128
@@ -71,6 +71,18 @@ __device__ __forceinline__ void announce(unsigned ready) {
     if constexpr (FIRST + 1 < RS) announce<FIRST + 1>(ready);
 }
 
+// Into how many items the columns of a row tile are cut: whole waves of CTAs, each with its pairs
+// of slabs and a start that costs about as much as one pair.
+__device__ __forceinline__ int best_splits(int used, int pairs) {
+    int best = 1, least = 0x7fffffff;
+    for (int s = 1; s <= min(pairs, 16); s++) {
+        const int waves = (used * s + gridDim.x - 1) / gridDim.x;
+        const int cost = waves * ((pairs + s - 1) / s + 1);
+        if (cost < least) best = s, least = cost;
+    }
+    return best;
+}
+
 // ---------------------------------------------------------------- kernels -------------------
 extern "C" __global__ void __launch_bounds__(384, 1)
 mla_expand(unsigned char* keys, unsigned char* values, unsigned char* rope,
@@ -81,13 +93,14 @@ mla_expand(unsigned char* keys, unsigned char* values, unsigned char* rope,
     unsigned char* const staged = shared + (RS + STAGES) * SLAB;
     const unsigned weights = shared_address(shared) + RS * SLAB;
     const unsigned full = shared_address(staged) + 2 * SLAB, empty = full + 8 * STAGES;
-    const unsigned ready = empty + 8 * STAGES;
-    int* const tops = reinterpret_cast<int*>(staged + 2 * SLAB + 16 * STAGES + 8 * RS);
+    const unsigned ready = empty + 8 * STAGES, unread = ready + 8 * RS;
+    int* const tops = reinterpret_cast<int*>(staged + 2 * SLAB + 16 * STAGES + 8 * RS + 8);
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
     if (tid == 0) {
         for (int i = 0; i < STAGES; i++)
             barrier_init(full + 8 * i, 1), barrier_init(empty + 8 * i, 8);
         for (int i = 0; i < RS; i++) barrier_init(ready + 8 * i, LOADERS);
+        barrier_init(unread, 8);
         barriers_ready();
     }
     pdl_launch();
@@ -98,23 +111,23 @@ mla_expand(unsigned char* keys, unsigned char* values, unsigned char* rope,
     if (lane == 0) tops[warp] = top;
     __syncthreads();
     for (int i = 0; i < 12; i++) top = max(top, tops[i]);
-    // row tiles in use, each with its columns dealt to `splits` CTAs
+    // row tiles in use, each with its columns dealt to `splits` items that CTAs take in turn
     const int n_here = min(top + 1 - row0, n_rows), used = (n_here + 127) / 128;
     if (used <= 0) return;
-    const int n_slabs = h * (KS + VS), pairs = (n_slabs + 1) / 2;
-    const int splits = min(max((int)gridDim.x / used, 1), pairs);
-    const int tile = blockIdx.x % used, split = blockIdx.x / used;
-    if (split >= splits) return;
-    const int first = pairs * split / splits, stop = pairs * (split + 1) / splits;
+    const int n_slabs = h * (KS + VS), pairs = (n_slabs + 1) / 2, splits = best_splits(used, pairs);
 
     if (warp == 0) {
         give_registers<40>();
-        if (lane == 0) {
-            for (int at = 0; at < (stop - first) * RS; at++) {
+        if (lane > 0) return;
+        int at = 0;
+        for (int item = blockIdx.x; item < used * splits; item += gridDim.x) {
+            const int split = item / used, first = pairs * split / splits * RS;
+            const int stop = pairs * (split + 1) / splits * RS;
+            for (int block = first; block < stop; block++, at++) {
                 const int stage = at % STAGES;
                 barrier_wait(empty + 8 * stage, at / STAGES & 1 ^ 1);
                 barrier_expect(full + 8 * stage, SLAB);
-                bulk_load(weights + stage * SLAB, up + ((long long)first * RS + at) * SLAB, SLAB,
+                bulk_load(weights + stage * SLAB, up + (long long)block * SLAB, SLAB,
                           full + 8 * stage);
             }
         }
@@ -122,33 +135,39 @@ mla_expand(unsigned char* keys, unsigned char* values, unsigned char* rope,
     }
     if (warp < 4) {
         give_registers<40>();
-        const int n_rows_here = n_here - 128 * tile;
-        const long long row_here = row0 + 128 * tile;
+        int turn = 0;
+        for (int item = blockIdx.x; item < used * splits; item += gridDim.x, turn++) {
+            const int tile = item % used, split = item / used;
+            if (turn) barrier_wait(unread, turn - 1 & 1);
+            const int n_rows_here = n_here - 128 * tile;
+            const long long row_here = row0 + 128 * tile;
 #pragma unroll
-        for (int slab = 0; slab < RS; slab++) {
-            for (int i = tid - 32; i < 1024; i += LOADERS) {
-                const int row = i >> 3, column = 64 * slab + 8 * (i & 7);
-                const int valid = row < n_rows_here && column < R;
-                unsigned char* to = latent + slab * SLAB + piece_at(row, i & 7);
-                const Cell* from = cache + (valid ? (row_here + row) * PITCH + column : 0);
-                uint4 v = make_uint4(0, 0, 0, 0);
-                if constexpr (CACHE_KIND == 0) {
-                    copy16(shared_address(to), from, valid);
-                } else {
-                    if (valid) v = piece(cache, scales, row_here + row, column);
-                    *reinterpret_cast<uint4*>(to) = v;
+            for (int slab = 0; slab < RS; slab++) {
+                for (int i = tid - 32; i < 1024; i += LOADERS) {
+                    const int row = i >> 3, column = 64 * slab + 8 * (i & 7);
+                    const int valid = row < n_rows_here && column < R;
+                    unsigned char* to = latent + slab * SLAB + piece_at(row, i & 7);
+                    const Cell* from = cache + (valid ? (row_here + row) * PITCH + column : 0);
+                    uint4 v = make_uint4(0, 0, 0, 0);
+                    if constexpr (CACHE_KIND == 0) {
+                        copy16(shared_address(to), from, valid);
+                    } else {
+                        if (valid) v = piece(cache, scales, row_here + row, column);
+                        *reinterpret_cast<uint4*>(to) = v;
+                    }
                 }
+                copies_commit();
             }
-            copies_commit();
-        }
-        announce<0>(ready);
-        for (int i = tid - 32; i < 128 * 8 * PS && split == 0; i += LOADERS) {
-            const int row = i / (8 * PS), column = i % (8 * PS), at = 128 * tile + row;
-            uint4 v = make_uint4(0, 0, 0, 0);
-            if (row < n_rows_here && 8 * column < P)
-                v = piece(cache, scales, row_here + row, R + 8 * column);
-            unsigned char* to = rope + ((long long)(at / TILE) * PS + column / 8) * TILE * SLAB_ROW;
-            *reinterpret_cast<uint4*>(to + piece_at(at % TILE, column & 7)) = v;
+            announce<0>(ready);
+            for (int i = tid - 32; i < 128 * 8 * PS && split == 0; i += LOADERS) {
+                const int row = i / (8 * PS), column = i % (8 * PS), at = 128 * tile + row;
+                uint4 v = make_uint4(0, 0, 0, 0);
+                if (row < n_rows_here && 8 * column < P)
+                    v = piece(cache, scales, row_here + row, R + 8 * column);
+                unsigned char* to =
+                    rope + ((long long)(at / TILE) * PS + column / 8) * TILE * SLAB_ROW;
+                *reinterpret_cast<uint4*>(to + piece_at(at % TILE, column & 7)) = v;
+            }
         }
         return;
     }
@@ -156,60 +175,65 @@ mla_expand(unsigned char* keys, unsigned char* values, unsigned char* rope,
     const int group = (warp >> 2) - 1;  // rows 64 group .. 64 group + 63 of the tile
     const unsigned a = shared_address(latent) + group * (SLAB / 2);
     unsigned char* const out = staged + group * SLAB;
-    const int row = 16 * (warp & 3) + (lane & 15), here = 128 * tile + 64 * group;
+    const int row = 16 * (warp & 3) + (lane & 15);
     const float unboost_k = unboost[0], unboost_v = unboost[1];
-    int at = 0;
-    for (int pair = first; pair < stop; pair++) {
-        float sum[64];
-        for (int slab = 0; slab < RS; slab++, at++) {
-            const int stage = at % STAGES;
-            barrier_wait(full + 8 * stage, at / STAGES & 1);
-            if (pair == first) barrier_wait(ready + 8 * slab, 0);
-            products_begin();
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                multiply(sum, slab_along(a + slab * SLAB + 32 * i),
-                         slab_along(weights + stage * SLAB + 32 * i), slab | i);
-            products_commit();
-            if (slab) {
-                products_wait<1>();
-                if (lane == 0) barrier_arrive(empty + 8 * ((at - 1) % STAGES));
-            }
-        }
-        products_wait<0>();
-        hold(sum);
-        if (lane == 0) barrier_arrive(empty + 8 * ((at - 1) % STAGES));
-        if ((tid & 127) == 0) bulk_stores_read();
-        meet(1 + group, 128);
-#pragma unroll
-        for (int slab = 0; slab < 2; slab++) {
-            const float scale = (2 * pair + slab) % (KS + VS) < KS ? unboost_k : unboost_v;
-#pragma unroll
-            for (int c = 0; c < 8; c += 2) {
-                const float* s = sum + 32 * slab + 4 * c;
-                unsigned pairs[4];
+    int at = 0, turn = 0;
+    for (int item = blockIdx.x; item < used * splits; item += gridDim.x, turn++) {
+        const int split = item / used, here = 128 * (item % used) + 64 * group;
+        const int first = pairs * split / splits, stop = pairs * (split + 1) / splits;
+        for (int pair = first; pair < stop; pair++) {
+            float sum[64];
+            for (int slab = 0; slab < RS; slab++, at++) {
+                const int stage = at % STAGES;
+                barrier_wait(full + 8 * stage, at / STAGES & 1);
+                if (pair == first) barrier_wait(ready + 8 * slab, turn & 1);
+                products_begin();
 #pragma unroll
                 for (int i = 0; i < 4; i++)
-                    pairs[i] = pack_halves(s[2 * i] * scale, s[2 * i + 1] * scale);
-                unsigned char* to = out + slab * (SLAB / 2) + piece_at(row, c + (lane >> 4));
-                store_matrices(shared_address(to), pairs[0], pairs[1], pairs[2], pairs[3]);
+                    multiply(sum, slab_along(a + slab * SLAB + 32 * i),
+                             slab_along(weights + stage * SLAB + 32 * i), slab | i);
+                products_commit();
+                if (slab) {
+                    products_wait<1>();
+                    if (lane == 0) barrier_arrive(empty + 8 * ((at - 1) % STAGES));
+                }
             }
-        }
-        publish_shared();
-        meet(1 + group, 128);
-        if ((tid & 127) == 0) {
+            products_wait<0>();
+            hold(sum);
+            if (lane == 0) barrier_arrive(empty + 8 * ((at - 1) % STAGES));
+            if ((tid & 127) == 0) bulk_stores_read();
+            meet(1 + group, 128);
+#pragma unroll
             for (int slab = 0; slab < 2; slab++) {
-                const int column = 2 * pair + slab, part = column % (KS + VS);
-                if (column >= n_slabs) break;
-                const long long at =
-                    (long long)(column / (KS + VS)) * (n_rows / TILE) + here / TILE;
-                unsigned char* to = part < KS ? keys + (at * KS + part) * TILE * SLAB_ROW
-                                              : values + (at * VS + part - KS) * TILE * SLAB_ROW;
-                bulk_store(to + here % TILE * SLAB_ROW, shared_address(out + slab * (SLAB / 2)),
-                           SLAB / 2);
+                const float scale = (2 * pair + slab) % (KS + VS) < KS ? unboost_k : unboost_v;
+#pragma unroll
+                for (int c = 0; c < 8; c += 2) {
+                    const float* s = sum + 32 * slab + 4 * c;
+                    unsigned pairs[4];
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        pairs[i] = pack_halves(s[2 * i] * scale, s[2 * i + 1] * scale);
+                    unsigned char* to = out + slab * (SLAB / 2) + piece_at(row, c + (lane >> 4));
+                    store_matrices(shared_address(to), pairs[0], pairs[1], pairs[2], pairs[3]);
+                }
             }
-            bulk_commit();
+            publish_shared();
+            meet(1 + group, 128);
+            if ((tid & 127) == 0) {
+                for (int slab = 0; slab < 2; slab++) {
+                    const int column = 2 * pair + slab, part = column % (KS + VS);
+                    if (column >= n_slabs) break;
+                    const long long at =
+                        (long long)(column / (KS + VS)) * (n_rows / TILE) + here / TILE;
+                    unsigned char* to = values + (at * VS + part - KS) * TILE * SLAB_ROW;
+                    if (part < KS) to = keys + (at * KS + part) * TILE * SLAB_ROW;
+                    bulk_store(to + here % TILE * SLAB_ROW, shared_address(out + slab * (SLAB / 2)),
+                               SLAB / 2);
+                }
+                bulk_commit();
+            }
         }
+        if (lane == 0) barrier_arrive(unread);
     }
     if ((tid & 127) == 0) bulk_stores_done();
 }

@@ -5,11 +5,12 @@
 //           n_slots / 128 + held; ends [4]: tiles over 96, over 64, over 32, all; ids and weights
 //           [n, n_used], y [n, d], part [n n_used, d] at row stride ldp
 // Dtypes    int32, float32; part float16 of value / 16
-// Grid      moe_sort (1), 1024 threads, shared bytes 132 held + 4 n_slots;
+// Grid      moe_sort (1), 1024 threads, shared bytes 132 held + 4 n_slots (`staged`: 8 n_slots);
 //           moe_combine (n), 256 threads
 // Assumes   held <= 1024; experts first .. first + held - 1 are here, others (and -1) join no tile;
 //           ldp a multiple of 8, part's rows finite up to there, n_used <= 16
-// Numerics  slots of an expert stay in order: two runs give the same lists; plain float32 sums
+// Numerics  the order of an expert's slots may differ from run to run: a token's result doesn't depend
+//           on its place; plain float32 sums
 // Bound by  launch latency; moe_combine: bytes, d (2 n_used + 8) a token
 // Sources   own
 // Tested by tests/gpu/test_gemm.py, tests/kernels/test_gemm.py
@@ -41,25 +42,17 @@ __device__ __forceinline__ T sum_before(T v, T* warps, T& total) {
     return (warp > 0 ? base : 0) + sum - v;
 }
 
-// Lanes with the same e as this one.
-__device__ __forceinline__ unsigned same(int e, int bits) {
-    unsigned lanes = ~0u;
-    for (int b = 0; b < bits; b++) {
-        const unsigned set = __ballot_sync(~0u, e >> b & 1);
-        lanes &= e >> b & 1 ? set : ~set;
-    }
-    return lanes;
-}
-
 // ---------------------------------------------------------------- kernels -------------------
 extern "C" __global__ void __launch_bounds__(1024)
-moe_sort(int* slots, int* tiles, int* ends, const int* ids, int n_slots, int first, int held) {
+moe_sort(int* slots, int* tiles, int* ends, const int* ids, int n_slots, int first, int held,
+         int staged) {
     extern __shared__ uint4 shared[];
     __shared__ int warp_slots[32];
     __shared__ unsigned long long warp_tiles[32];
     int* place = (int*)shared;        // [32 warps][held], then [held]
     int* slot = place + 33 * held;    // [n_slots]: expert (held: none), 65536 * place in the warp's
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, bits = 32 - __clz(held);
+    int* sorted = staged ? slot + n_slots : slots;  // scattered stores to global memory are slow
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     pdl_launch();
     for (int i = threadIdx.x; i < 32 * held; i += 1024) place[i] = 0;
     pdl_wait();
@@ -75,15 +68,8 @@ moe_sort(int* slots, int* tiles, int* ends, const int* ids, int n_slots, int fir
     // A warp takes neighbouring slots, 32 at a time, and counts those of each expert.
     const int rounds = (n_slots + 1023) / 1024;
     int* own = place + warp * held;
-    for (int r = 0; r < rounds; r++) {
-        const int i = (warp * rounds + r) * 32 + lane, e = i < n_slots ? slot[i] : held;
-        const unsigned lanes = same(e, bits);
-        const int before = e < held ? own[e] : 0, rank = __popc(lanes & ((1u << lane) - 1));
-        __syncwarp();
-        if (e < held && rank == 0) own[e] = before + __popc(lanes);
-        if (i < n_slots) slot[i] = e | (before + rank) << 16;
-        __syncwarp();
-    }
+    for (int i = warp * rounds * 32 + lane; i < min(n_slots, (warp + 1) * rounds * 32); i += 32)
+        if (slot[i] < held) slot[i] |= atomicAdd(own + slot[i], 1) << 16;
     __syncthreads();
     for (int e = warp; e < held; e += 32) {  // a lane per warp
         const int count = place[lane * held + e], sum = sum_up_to(count);
@@ -115,8 +101,11 @@ moe_sort(int* slots, int* tiles, int* ends, const int* ids, int n_slots, int fir
     for (int r = 0; r < rounds; r++) {
         const int i = (warp * rounds + r) * 32 + lane;
         const int e = i < n_slots ? slot[i] & 0xFFFF : held;
-        if (e < held) slots[place[32 * held + e] + own[e] + (slot[i] >> 16)] = i;
+        if (e < held) sorted[place[32 * held + e] + own[e] + (slot[i] >> 16)] = i;
     }
+    if (!staged) return;
+    __syncthreads();
+    for (int i = threadIdx.x; i < all; i += 1024) slots[i] = sorted[i];
 }
 
 extern "C" __global__ void __launch_bounds__(256)

@@ -10,7 +10,6 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -19,16 +18,19 @@ from mlacli.attention_forms import AttentionForm
 from mlacli.backends import Ranks, open_ranks
 from mlacli.devices import bytes_in_use
 from mlacli.errors import ContextFull, UsageError
-from mlacli.flags import LOADED, PROMPT, SAMPLING, library_values, to_params
+from mlacli.flags import LOADED, library_values, to_params
+from mlacli.generation import SAMPLING_FLAGS, Generation
 from mlacli.latent_cache import LatentCache
 from mlacli.layer_watch import LayerWatch, Watcher
 from mlacli.loading.gather import Checked, check_tensors
+from mlacli.loading.page_lock import PageLock
 from mlacli.loading.weights import load_weights, short_name
 from mlacli.ops import ModelWeights, Ops
 from mlacli.parallel.memory import most_logit_rows
 from mlacli.parallel.ranks import first_result
 from mlacli.prepare import Prepared, prepare
 from mlacli.sampling import Sampler
+from mlacli.timings import Timings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,19 +43,6 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 Phase = Literal["prefill", "decode"]
-_SAMPLING = SAMPLING + tuple(flag for flag in PROMPT if flag.key == "ignore_eos")
-
-
-@dataclass(slots=True)
-class Timings:
-    """Seconds and tokens of the last generation; `load_s` of the load."""
-
-    load_s: float = 0.0
-    prompt_s: float = 0.0
-    n_prompt: int = 0
-    decode_s: float = 0.0
-    n_decoded: int = 0
-    ttft_s: float = 0.0  # from the start of prefill to the first token chosen
 
 
 def load(path: str | Path | None = None, **flags: Any) -> Engine:
@@ -62,7 +51,7 @@ def load(path: str | Path | None = None, **flags: Any) -> Engine:
     Keywords are long flag names with the values of the command line: device="cpu,cpu",
     split_mode="graph", cache_type_k="f32". Unknown names raise UsageError.
     """
-    values = library_values(LOADED + _SAMPLING, flags)
+    values = library_values(LOADED + SAMPLING_FLAGS, flags)
     return Engine(prepare(path, to_params(values)))
 
 
@@ -72,7 +61,7 @@ def _release(ranks: Ranks, gguf: GgufFile) -> None:
     gguf.close()
 
 
-class Engine:
+class Engine(Generation):
     """Runs one sequence, one call at a time. Tokens 0..n_kv-1 are in the cache."""
 
     def __init__(
@@ -86,10 +75,12 @@ class Engine:
         start = time.perf_counter()
         self.prepared, self.params = prepared, prepared.params
         self.n_ctx, self.n_kv = prepared.plan.n_ctx, 0
+        self._ids: list[int] = []  # of the cached tokens
         self.context_full = False
         self.timings = Timings()
         self.forms: dict[Phase, set[AttentionForm]] = {"prefill": set(), "decode": set()}
         self.watch: Watcher | None = None  # is shown the residual stream after every layer
+        self.on_ubatch: Callable[[int, int], None] | None = None  # tokens of a prompt done, in all
         self._used_before = {
             r.device: bytes_in_use(r.device) if r.kind == "cuda" else 0 for r in prepared.plan.ranks
         }
@@ -104,6 +95,7 @@ class Engine:
         self._turn = 0  # grows with each rewind: a generation that lost its cache notices
         self._weights: list[ModelWeights] = []
         self._caches: list[LatentCache] = []
+        self.page_lock = PageLock()  # what --mlock did
         self.checked: Checked | None = None  # what --check-tensors went through
         try:
             self._load(progress)
@@ -130,10 +122,14 @@ class Engine:
                 progress(done, total)
 
         def one_rank(rank: int) -> tuple[ModelWeights, LatentCache]:
-            ops = self._ops(rank)
+            ops, part = self._ops(rank), plan.ranks[rank]
             with np.errstate(all="ignore"):  # of NaN in the file: the sampler refuses the result
-                weights = load_weights(self.prepared.gguf, plan, rank, hp, ops, count)
-            part = plan.ranks[rank]
+                on_cpu, asked = part.kind == "cpu", self.params.model
+                weights = load_weights(
+                    self.prepared.gguf, plan, rank, hp, ops, count,
+                    copied=on_cpu and asked.no_mmap,
+                    lock=self.page_lock if on_cpu and asked.mlock else None,
+                )  # fmt: skip
             layers = range(*part.layers) if part.n_cached_layers else range(0)
             cache = LatentCache(ops, layers, plan.n_ctx, plan.cache)
             if hp.sparse is not None:
@@ -236,6 +232,8 @@ class Engine:
             for start in range(0, len(in_batch), n_ubatch):
                 ubatch = in_batch[start : start + n_ubatch]
                 yield from self._ubatch(ubatch, max(0, first - batch - start))
+                if self.on_ubatch is not None:
+                    self.on_ubatch(batch + start + len(ubatch), len(ids))
 
     def _ubatch(self, ids: Sequence[int], first: int) -> Iterator[Floats]:
         """A ubatch whose rows from `first` on are wanted, in equal parts where they are too many.
@@ -263,7 +261,8 @@ class Engine:
         """
         self._check([token_id])
         n = min(n, self.n_ctx - self.n_kv)
-        if not all(ops.can_sample(sampler.params, sampler.banned) for ops in self._ranks.ops):
+        can = all(ops.can_sample(sampler.params, sampler.banned) for ops in self._ranks.ops)
+        if sampler.on_host or not can:
             return []
         hp, model, n_past = self.prepared.hparams, self.prepared.model, self.n_kv
         frequencies = hp.rope.frequencies(hp.p)
@@ -278,6 +277,7 @@ class Engine:
         ids = self._ranks.group.run(one_rank)[0]
         self._note_forms("decode")
         self.n_kv = n_past + len(ids)
+        self._ids += [token_id, *ids[:-1]]
         return ids
 
     def _note_forms(self, phase: Phase) -> None:
@@ -290,7 +290,40 @@ class Engine:
         if not 0 <= n_kv <= self.n_kv:
             raise UsageError(f"can't rewind to {n_kv}: {self.n_kv} tokens are cached", "")
         self.n_kv = n_kv
+        del self._ids[n_kv:]
         self._turn += 1
+
+    def warm_up(self) -> None:
+        """One token computed and forgotten: later ones find memory and kernels in place."""
+        known, self.timings = self.timings, Timings()
+        self.rewind(0)
+        self.decode(0)
+        self.rewind(0)
+        self.timings = known
+        for used in self.forms.values():
+            used.clear()
+
+    def save_session(self, path: str) -> None:
+        """Write the cached tokens and their rows to a file that any mode and rank count loads."""
+        from mlacli import session_file
+
+        self._check_open()
+        holders: dict[int, session_file.Holder] = {}
+        for ops, cache in zip(self._ranks.ops, self._caches, strict=True):
+            for layer in cache.rows:
+                holders.setdefault(layer, (ops, cache))
+        session_file.save(path, self.prepared, holders, self._ids)
+
+    def load_session(self, path: str, prompt_ids: Sequence[int]) -> int:
+        """Take the rows of as many first tokens of the prompt as the file has; how many."""
+        from mlacli import session_file
+
+        self._check_open()
+        self.rewind(0)
+        ranks = list(zip(self._ranks.ops, self._caches, strict=True))
+        self._ids = session_file.load(path, self.prepared, ranks, prompt_ids)
+        self.n_kv = len(self._ids)
+        return self.n_kv
 
     def logits(self, token_ids: Sequence[int]) -> Floats:
         """Logits [n, V] of every token of a sequence, from an empty cache."""
@@ -336,65 +369,6 @@ class Engine:
         results = self._ranks.group.run(one_rank)
         self._note_forms(phase)
         self.n_kv = n_past + len(ids)
+        self._ids += ids
         logits: Floats = first_result(results)
         return logits
-
-    # ---- generation -------------------------------------------------------------------------
-
-    def generate_ids(
-        self, prompt_ids: Sequence[int], n_predict: int = -1, sampler: Sampler | None = None
-    ) -> Iterator[int]:
-        """Token ids after the prompt, from an empty cache, the end-of-generation one included.
-
-        Ends after `n_predict` tokens (negative: no limit) or at a full context, which sets
-        `context_full`.
-        """
-        sampler = sampler or Sampler(self.params.sampling, self._eog_ids())
-        eog_ids = frozenset() if sampler.params.ignore_eos else self._eog_ids()
-        self.context_full = False
-        self.timings = Timings(load_s=self.timings.load_s, n_prompt=len(prompt_ids))
-        start = time.perf_counter()
-        self.rewind(0)
-        logits = self.prefill(prompt_ids)[-1]
-        self.timings.prompt_s = time.perf_counter() - start
-        n, here = 0, (self._turn, self.n_kv)
-        while n_predict < 0 or n < n_predict:
-            token_id = sampler.next(logits, self.n_kv)
-            if n == 0:
-                self.timings.ttft_s = time.perf_counter() - start
-            n += 1
-            yield token_id
-            if token_id in eog_ids or n == n_predict:
-                return
-            if self.n_kv == self.n_ctx:
-                self.context_full = True
-                return
-            if (self._turn, self.n_kv) != here:
-                raise UsageError(
-                    "another call used the engine during this generation",
-                    "finish one generation before the next, or load two engines",
-                )
-            began = time.perf_counter()
-            logits = self.decode(token_id)
-            here = self._turn, self.n_kv
-            self.timings.decode_s += time.perf_counter() - began
-            self.timings.n_decoded += 1
-
-    def generate(
-        self, prompt: str | Sequence[int], n_predict: int = -1, **sampling: Any
-    ) -> Iterator[str]:
-        """Text pieces after the prompt; `sampling` by long flag name (temp=0, top_k=40, ...)."""
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            raise UsageError("the file has no tokenizer", "use generate_ids")
-        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        chosen = replace(self.params.sampling, **library_values(_SAMPLING, sampling))
-        sampler = Sampler(chosen, self._eog_ids())
-        stream = tokenizer.stream()
-        for token_id in self.generate_ids(ids, n_predict, sampler):
-            if token_id not in tokenizer.eog_ids:
-                yield stream.push(token_id)
-        yield stream.flush()
-
-    def _eog_ids(self) -> frozenset[int]:
-        return self.tokenizer.eog_ids if self.tokenizer else frozenset()

@@ -14,6 +14,7 @@ _ENV_NAMES = {
     "predict": "n_predict",
     "temp": "temperature",
     "verbosity": "log_verbosity",
+    "reasoning_format": "think",
     "log_jsonl": "log_jsonl_file",  # LLAMA_ARG_LOG_JSONL is a switch there
 }
 

@@ -6,6 +6,7 @@ No click, no flag names: `flags.py` says which flag takes which kind and adds th
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from mlacli.errors import UsageError
+from mlacli.params import SAMPLERS
 
 Parse = Callable[[str], Any]
 
@@ -58,6 +60,20 @@ def number(word: str) -> float:
         raise _bad("a number", word, "give a number such as 0.8") from None
     if value != value or value in (float("inf"), float("-inf")):
         raise _bad("a finite number", word, "give a number such as 0.8")
+    return value
+
+
+def positive(word: str) -> float:
+    value = number(word)
+    if value <= 0:
+        raise _bad("above 0", word, "1 switches it off")
+    return value
+
+
+def not_negative(word: str) -> float:
+    value = number(word)
+    if value < 0:
+        raise _bad("0 or more", word, "0 switches it off")
     return value
 
 
@@ -216,3 +232,58 @@ def text(word: str) -> str:
 def seed(word: str) -> int | None:
     value: int = integer(-1)(word)
     return None if value in (-1, 0xFFFFFFFF) else value & 0xFFFFFFFF
+
+
+_ALIASES = {
+    "nucleus": "top_p", "typ": "typ_p", "typical": "typ_p", "typical_p": "typ_p",
+    "temp": "temperature",
+}  # fmt: skip
+_NOT_HERE = ("infill", "adaptive_p", "tfs_z", "tfs")
+_LETTERS = dict(zip("edskypmxt", SAMPLERS, strict=True))
+
+
+def sampler_names(word: str) -> tuple[str, ...]:
+    """Names of samplers in the order they run, separated by `;`; llama.cpp's other spellings too.
+
+    An empty word is the empty chain: every token by its own probability.
+    """
+    names = [part.strip().lower().replace("-", "_") for part in word.split(";") if part.strip()]
+    names = [_ALIASES.get(name, name) for name in names]
+    for name in names:
+        if name not in SAMPLERS:
+            there = "a sampler that mlacli has" if name in _NOT_HERE else "a sampler"
+            raise _bad(there, name, nearest(name, SAMPLERS))
+    return tuple(names)
+
+
+def sampler_letters(word: str) -> tuple[str, ...]:
+    """The same from one letter each."""
+    for letter in word:
+        if letter not in _LETTERS:
+            known = ", ".join(f"{k} {name}" for k, name in _LETTERS.items())
+            raise _bad("a sampler's letter", letter, f"letters are {known}")
+    return tuple(_LETTERS[letter] for letter in word)
+
+
+def logit_bias(word: str) -> tuple[int, float]:
+    """(token id, bias) from ID+X or ID-X; X may be inf."""
+    m = re.fullmatch(r"\s*(\d+)\s*([+-])\s*(\d+(?:\.\d*)?|\.\d+|inf)\s*", word.lower())
+    if not m or word.strip().endswith("+inf"):
+        raise _bad("a token id and its bias", word, "write 15043+1.5, or 15043-inf to forbid it")
+    return int(m[1]), float(m[2] + m[3])
+
+
+def breaker(word: str) -> str:
+    """The text; `none` is the empty one, which breaks nothing."""
+    return "" if word == "none" else word
+
+
+def json_object(word: str) -> tuple[tuple[str, Any], ...]:
+    """The pairs of a JSON object."""
+    try:
+        found = json.loads(word)
+    except ValueError as e:
+        raise _bad("a JSON object", word, f"correct it: {e}") from None
+    if not isinstance(found, dict):
+        raise _bad("a JSON object", word, 'e.g. {"enable_thinking": false}')
+    return tuple(found.items())

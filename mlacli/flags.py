@@ -22,20 +22,18 @@ from mlacli.flag_values import (
     integer,
     layers,
     nearest,
-    number,
     on_off,
     override_kv,
     placement,
     rows_kept,
-    seed,
     shares,
     size,
     sizes,
     split_mode,
     text,
-    token_ids,
 )
 from mlacli.flags_commands import CHECK, LOGS, OTHER
+from mlacli.flags_generation import CHAT, PROMPT, SAMPLING, SESSION, WARMUP
 from mlacli.loading.presets import preset
 from mlacli.params import ContextParams, ModelParams, Params, SamplingParams, SplitParams
 
@@ -158,32 +156,9 @@ LOAD: tuple[Flag, ...] = (
         None,
         "after loading, compare what the devices hold with the file, byte for byte; refuse NaN",
     ),
-)
-
-PROMPT: tuple[Flag, ...] = (
-    Flag(("-p", "--prompt"), text, "prompt", "TEXT"),
-    Flag(("-f", "--file"), text, "read the prompt from a file, - for stdin", "FILE"),
-    Flag(("--prompt-ids",), token_ids, "prompt as token ids, e.g. 1,2,3", "IDS"),
-    Flag(
-        ("-n", "--predict", "--n-predict"),
-        integer(-2),
-        "tokens to generate; -1 no limit, -2 until the context is full",
-        "N",
-        -1,
-    ),
-    Flag(("-e", "--escape"), None, r"expand \n, \t, \xNN in -p (on by default)"),
-    Flag(("--no-escape",), None, "leave escapes in -p alone"),
-    Flag(("--display-prompt",), None, "print the prompt too (on by default)"),
-    Flag(("--no-display-prompt",), None, "don't print the prompt"),
-    Flag(("--ignore-eos",), None, "go on after an end-of-generation token"),
-)
-
-SAMPLING: tuple[Flag, ...] = (
-    Flag(("-s", "--seed"), seed, "seed; -1, the default, draws one", "N"),
-    Flag(("--temp", "--temperature"), number, "temperature; 0 or less is greedy", "T", 0.8),
-    Flag(("--top-k",), integer(), "keep the K likeliest tokens; 0 or less keeps all", "K", 40),
-    Flag(("--top-p",), number, "keep the likeliest tokens up to probability P", "P", 0.95),
-    Flag(("--min-p",), number, "drop tokens under P times the likeliest", "P", 0.05),
+    Flag(("--mmap",), None, "map the model file (on by default)"),
+    Flag(("--no-mmap",), None, "copy what a CPU rank holds of it into memory instead"),
+    Flag(("--mlock",), None, "lock the pages of CPU ranks' weights in memory"),
 )
 
 SWEEP: tuple[Flag, ...] = (
@@ -196,6 +171,7 @@ SWEEP: tuple[Flag, ...] = (
     ),
     Flag(("-nrep", "--n-repetitions"), integer(1), "repetitions of the first row", "N", 1),
     Flag(("-wb", "--warmup-batch"), None, "warm up with one ubatch"),
+    *WARMUP,
     Flag(("--sweep-stride",), integer(1), "measure every Nth row", "N", 1),
     Flag(("--sweep-memory",), None, "report peak resident and device memory per row"),
     Flag(
@@ -245,7 +221,7 @@ PLAN: tuple[Flag, ...] = (
 
 COMMON: tuple[Flag, ...] = MODEL + DEVICES + PLACEMENT + CONTEXT + RUN
 LOADED: tuple[Flag, ...] = COMMON + LOAD  # by commands that read weights
-GENERATION: tuple[Flag, ...] = PROMPT + SAMPLING
+GENERATION: tuple[Flag, ...] = PROMPT + CHAT + SAMPLING + SESSION
 
 Sections = tuple[tuple[str, tuple[Flag, ...]], ...]
 _COMMON_SECTIONS: Sections = (
@@ -273,13 +249,15 @@ COMMANDS: Mapping[str, Sections] = MappingProxyType(
     {
         "run-model": (
             ("Prompt", PROMPT),
+            ("Chat", CHAT),
             ("Sampling", SAMPLING),
+            ("Prompt cache and timings", SESSION + WARMUP),
             *_COMMON_SECTIONS,
-            ("Check", LOAD),
+            _LOADING,
         ),
         "sweep-bench": (("Benchmark", SWEEP), *_COMMON_SECTIONS, _LOADING),
         "plan": (("Plan", PLAN), *_COMMON_SECTIONS),
-        "perplexity": (("Perplexity", PERPLEXITY), *_perplexity_sections(), _LOADING),
+        "perplexity": (("Perplexity", PERPLEXITY + WARMUP), *_perplexity_sections(), _LOADING),
         "check-flags": (("Check", CHECK), ("Other", OTHER)),
     }
 )
@@ -287,6 +265,21 @@ COMMANDS: Mapping[str, Sections] = MappingProxyType(
 EXCLUSIVE: tuple[tuple[str, ...], ...] = (
     ("prompt", "file", "prompt_ids"),
     ("dsa", "no_dsa"),
+    ("mmap", "no_mmap"),
+    ("warmup", "no_warmup"),
+    ("warmup_batch", "no_warmup"),
+    ("perf", "no_perf"),
+    ("conversation", "no_conversation", "prompt_ids"),
+    ("system_prompt", "system_prompt_file"),
+    ("chat_template", "chat_template_file"),
+    ("grammar", "grammar_file", "json_schema", "json_schema_file"),
+    ("grammar", "ignore_eos"),
+    ("grammar_file", "ignore_eos"),
+    ("json_schema", "ignore_eos"),
+    ("json_schema_file", "ignore_eos"),
+    ("samplers", "sampling_seq"),
+    ("no_conversation", "system_prompt"),
+    ("no_conversation", "system_prompt_file"),
     ("split_mode", "compare"),
     ("results", "compare"),
     ("kl_divergence", "compare"),
@@ -356,6 +349,9 @@ def to_params(values: Mapping[str, Any], typed: Mapping[str, str] | None = None)
     settled = {_RENAMED.get(k, k): v for k, v in values.items() if v is not None}
     if "override_kv" in settled:
         settled["override_kv"] = MappingProxyType(dict(settled["override_kv"]))
+
+    if "sampling_seq" in settled:
+        settled["samplers"] = settled.pop("sampling_seq")
 
     def group(cls: type) -> dict[str, Any]:
         return {f.name: settled[f.name] for f in fields(cls) if f.name in settled}

@@ -56,11 +56,9 @@ def _as(names: str, *becomes: str) -> Foreign:
 
 
 SERVER = "mlacli has no server"
-_CHAT = "chat is not there yet"
-_WHOLE = "give the whole prompt with -p or -f"
+_TOOLS = "chats call no tools"
 _DRAFT = "there is no speculative decoding"
-_SAMPLER = "the sampler chain is --top-k, --top-p, --min-p, --temp"
-_FORM = "output can't be constrained"
+_SAMPLER = "the sampler chain has no such stage"
 _TEXT = "text models only"
 _MERGE = "merge the adapter into the GGUF file first"
 _DOWNLOAD = "nothing is downloaded"
@@ -78,7 +76,7 @@ FOREIGN: tuple[Foreign, ...] = (
     _as("--log-disable", "-lv", "0"),
     # --- loading and placement
     _idle(
-        "--mlock --mmap --no-mmap -lm --load-mode -lzm --lazy-mode -dio --direct-io -ndio"
+        "-lm --load-mode -lzm --lazy-mode -dio --direct-io -ndio"
         " --no-direct-io -thp --transparent-huge-pages --defer-experts --prefetch-experts"
         " --prefetch-experts-threads",
         "weights are mapped, and each rank reads only its own part",
@@ -135,42 +133,39 @@ FOREIGN: tuple[Foreign, ...] = (
     _no("--context-shift", "MLA caches are not shifted", "give a larger -c", neutral="off 0"),
     _idle("--no-context-shift --keep", "MLA caches are never shifted"),
     # --- sampling
-    _no("--samplers --sampling-seq --sampler-seq -l --logit-bias --expiring-logit-bias-file"
-        " --banned-string-file --banned-n --allowlist-unicode-rule --allowlist-pieces"
-        " --allowlist-keyword --allowlist-keyword-delay", _SAMPLER),
-    _no("--repeat-penalty --typical --typical-p --tfs", _SAMPLER, neutral="1"),
-    _no("--presence-penalty --frequency-penalty --dynatemp-range --mirostat --xtc-probability"
-        " --dry-multiplier", _SAMPLER, neutral="0"),
-    _no("--top-n-sigma --top-nsigma --adaptive-target", _SAMPLER, neutral="-1"),
-    _idle("--repeat-last-n --penalize-nl --dynatemp-exp --mirostat-lr --mirostat-ent"
-          " --xtc-threshold --dry-base --dry-allowed-length --dry-penalty-last-n"
-          " --dry-sequence-breaker --adaptive-decay --adaptive-updt-w-cur",
+    _no("--expiring-logit-bias-file --banned-string-file --banned-n --allowlist-unicode-rule"
+        " --allowlist-pieces --allowlist-keyword --allowlist-keyword-delay", _SAMPLER,
+        "use -l or --grammar"),
+    _no("--tfs", _SAMPLER, neutral="1"),
+    _no("--adaptive-target", _SAMPLER, neutral="-1"),
+    _idle("--penalize-nl", "penalties hold for newlines as for any token"),
+    _idle("--adaptive-decay --adaptive-updt-w-cur",
           "it counts only with a sampler that is refused"),
     _idle("-bs --backend-sampling", "sampling gives the same tokens wherever it runs"),
-    _no("--grammar --grammar-file -j --json-schema -jf --json-schema-file", _FORM),
     _no("--cfg-scale", "no second prompt is evaluated", neutral="1"),
     _no("--cfg-negative-prompt --cfg-negative-prompt-file", "no second prompt is evaluated"),
     # --- prompt and chat
-    _idle("-no-cnv --no-conversation -st --single-turn --no-jinja --simple-io",
-          "the prompt is continued as it is"),
-    _no("-cnv --conversation -i --interactive -if --interactive-first -mli --multiline-input"
-        " --jinja --chat-template --chat-template-file --chat-template-kwargs --peg"
-        " --in-prefix --in-prefix-bos --in-suffix -r --reverse-prompt -sys --system-prompt"
-        " -sysf -spf --system-prompt-file --prefill-assistant --no-prefill-assistant"
-        " --skip-chat-parsing --no-skip-chat-parsing -rea --reasoning --reasoning-format"
-        " --reasoning-budget --reasoning-budget-message --reasoning-tokens --reasoning-effort"
-        " --reasoning-preserve --no-reasoning-preserve -ptcall --parallel-tool-calls -ag --agent"
-        " -no-ag --no-agent --tools --tools-runtime --mcp-servers-config --mcp-servers-json"
-        " --server-base", _CHAT, _WHOLE),
+    _idle("--jinja", "chat templates are always rendered by jinja"),
+    _no("--no-jinja", "chat templates are always rendered by jinja",
+        "name a built-in one with --chat-template"),
+    _no("--peg --skip-chat-parsing --no-skip-chat-parsing",
+        "answers are cut into thought and text alone", "use --reasoning-format"),
+    _no("--in-prefix-bos", "BOS stands at the start of a text alone"),
+    _no("--prefill-assistant --no-prefill-assistant", "an answer begins empty"),
+    _no("--reasoning-budget", "thoughts have no budget", "use -rea off, or -n", neutral="-1"),
+    _no("--reasoning-budget-message --reasoning-tokens", "thoughts have no budget"),
+    _no("--reasoning-effort --reasoning-preserve --no-reasoning-preserve",
+        "what a template takes differs", "use --chat-template-kwargs"),
+    _no("-ptcall --parallel-tool-calls -ag --agent -no-ag --no-agent --tools --tools-runtime"
+        " --mcp-servers-config --mcp-servers-json --server-base", _TOOLS),
     _no("-sp --special", "special tokens are not printed"),
     _no("-bf --binary-file --in-file", "prompts are text", "use -f"),
-    _no("--prompt-cache --prompt-cache-all --prompt-cache-ro", "sessions can't be saved"),
     _no("--infill --spm-infill", "there is no infilling"),
     # --- output and logs
     _idle("-co --color --log-colors --log-prefix --no-log-prefix --log-timestamps"
-          " --no-log-timestamps --verbose-prompt -ptc --print-token-count --minilog --perf"
-          " --no-perf --show-timings --no-show-timings --log-enable --no-log-jsonl"
-          " --warmup --no-warmup", "it changes only what is shown, or when time is taken"),
+          " --no-log-timestamps --verbose-prompt -ptc --print-token-count --minilog --log-enable"
+          " --no-log-jsonl", "it changes only what is shown, or when time is taken"),
+    _idle("--show-timings --no-show-timings", "timings are shown unless --no-perf is given"),
     _no("--log-new --log-append -ld --logdir --log-format --log-prompts-dir --log-test",
         "logs go where --log-file and --log-jsonl say"),
     _no("-dkvc --dump-kv-cache --logits-output-dir --save-logits", "internals are not dumped"),

@@ -124,6 +124,14 @@ class Ops(Protocol):
         """Cache rows [n_ctx, width] of one layer, in memory [width, n_ctx] when transposed."""
         ...
 
+    def read_rows(self, rows: Any, n: int) -> Any:
+        """Cache rows 0..n-1 on the host as float32 [n, width], whatever their type and layout."""
+        ...
+
+    def write_rows(self, rows: Any, values: Any) -> None:
+        """The inverse: host values [n, width] into cache rows 0..n-1."""
+        ...
+
     # ---- what models call --------------------------------------------------------------------
 
     def new_index_rows(self, n_ctx: int, width: int, cache_type: str) -> Any:

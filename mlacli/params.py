@@ -29,6 +29,8 @@ class ModelParams:
     merge_up_gate_experts: bool = False
     override_tensor: tuple[str, ...] = ()
     check_tensors: bool = False
+    no_mmap: bool = False  # weights copied into memory instead of mapped
+    mlock: bool = False  # their pages kept from being swapped out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,16 +71,48 @@ class ContextParams:
     n_threads: int | None = None
 
 
+# The sampler chain in llama.cpp's order; `sampling_stages.STAGES` has a function for each.
+SAMPLERS = (
+    "penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """The sampler chain; temp <= 0 is greedy. `seed` None = a fresh one, printed with the run."""
+    """The sampler chain; temp <= 0 is greedy. `seed` None = a fresh one, printed with the run.
+
+    -1 as a count of last tokens means all of them. mirostat 1 and 2 stand in for the whole chain
+    but temperature, as in llama.cpp.
+    """
 
     seed: int | None = None
+    samplers: tuple[str, ...] = SAMPLERS
     temp: float = 0.8
+    dynatemp_range: float = 0.0
+    dynatemp_exp: float = 1.0
     top_k: int = 40
     top_p: float = 0.95
     min_p: float = 0.05
+    typical: float = 1.0
+    top_n_sigma: float = -1.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    repeat_last_n: int = 64
+    repeat_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1
+    dry_sequence_breaker: tuple[str, ...] = ("\n", ":", '"', "*")
+    mirostat: int = 0
+    mirostat_lr: float = 0.1
+    mirostat_ent: float = 5.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
     ignore_eos: bool = False
+    grammar: str | None = None  # GBNF
+    json_schema: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -96,16 +96,19 @@ def sweep_shape(n_ctx: int, n_ubatch: int, n_predict: int = -1) -> SweepShape:
 
 def sweep(
     engines: Sequence[Engine], shape: SweepShape, *, repetitions: int = 1, stride: int = 1,
-    warmup_batch: bool = False,
+    warmup_batch: bool = False, warm: bool = True,
 ) -> Iterator[SweepRow]:  # fmt: skip
     """One row per engine and depth, the engines in turn at each depth.
+
+    `warm`: a token is computed before anything is timed, with `warmup_batch` a ubatch too.
 
     `repetitions` average the first depth only and `stride` N measures every Nth, as in
     ik_llama.cpp. An engine whose prefill fails can't go deeper: that row is its last.
     """
     runs = [_Run(engine, shape) for engine in engines]
     for run in runs:
-        run.warm_up(warmup_batch)
+        if warm:
+            run.warm_up(warmup_batch)
     for i, n_kv in enumerate(shape.depths):
         for run in runs:
             row = run.row(n_kv, repetitions if i == 0 else 1, measured=i % stride == 0)

@@ -18,15 +18,23 @@ constexpr int GEMM_ROWS = 256, GEMM_TOKENS = 128, GEMM_TILES = 16;
 constexpr int GEMM_X_BYTES = GEMM_TOKENS * 128;  // of a stage
 #ifdef WGMMA
 constexpr int GEMM_THREADS = 384, GEMM_COPIERS = 128, GEMM_FIRST_COPIER = 256;
+constexpr int GEMM_AHEAD = STAGES > 3 ? STAGES - 3 : 0;  // stages whose copies are under way
 #else
 constexpr int GEMM_THREADS = 256, GEMM_COPIERS = 256, GEMM_FIRST_COPIER = 0;
-constexpr int GEMM_AHEAD = STAGES - 1;  // stages whose copies are under way
+constexpr int GEMM_AHEAD = STAGES - 1;
 #endif
 constexpr int GEMM_OWN_TOKENS = GEMM_TOKENS * 8 / GEMM_COPIERS;  // that a thread copies pieces of
 constexpr int GEMM_OWN_TILES = GEMM_TILES * 32 / GEMM_COPIERS;   // that a warp copies
 
 // ---------------------------------------------------------------- device helpers ------------
 #ifdef SIMT
+typedef unsigned char* SharedAt;
+__device__ __forceinline__ SharedAt shared_at(unsigned char* p) { return p; }
+template <class Pointer>
+__device__ __forceinline__ void keep(Pointer&) {}
+__device__ __forceinline__ void copy16(SharedAt to, int offset, const void* from, bool valid = true) {
+    cp_async16(to + offset, from, valid);
+}
 // The transpose of an 8 x 8 matrix of 16-bit values held as an mma fragment.
 __device__ __forceinline__ unsigned transposed(unsigned pair) {
     unsigned out;
@@ -38,6 +46,21 @@ __device__ __forceinline__ unsigned transposed(unsigned pair) {
     return out;
 }
 #else
+typedef unsigned SharedAt;
+__device__ __forceinline__ SharedAt shared_at(unsigned char* p) {
+    return (unsigned)__cvta_generic_to_shared(p);
+}
+// The compiler takes the pointer as it is and doesn't build it anew from others.
+__device__ __forceinline__ void keep(SharedAt& at) { asm volatile("" : "+r"(at)); }
+__device__ __forceinline__ void keep(const unsigned char*& p) { asm volatile("" : "+l"(p)); }
+// cp_async16 to a shared address and an offset, a constant once unrolled.
+__device__ __forceinline__ void copy16(SharedAt to, int offset, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(to + offset), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy16(SharedAt to, int offset, const void* from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"(to + offset), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
 __device__ __forceinline__ unsigned transposed(unsigned pair) {
     unsigned out;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
@@ -70,98 +93,94 @@ template <> struct StagedTile<-1> {
     static constexpr int end = 0;
 };
 
-// A lane's part of copying neighbouring row tiles of a weight: 512-byte rounds of q, one 16-byte
-// piece of the rest.
-struct TileSource {
-    const unsigned char *q, *side;                      // of the first; side null: nothing
-    int q_stride, side_stride, n;                       // to the next row tile; how many there are
-    int q_bytes, side_bytes, side_shift;  // side of column tile k: (k >> side_shift) * side_bytes
-};
-
-// Row tiles from row_tile on, the first n of them; none may be there.
-template <int QTYPE>
-__device__ __forceinline__ TileSource tile_source(
-        const unsigned char* w, int n_row_tiles, int n_col_tiles, int row_tile, int n) {
-    using T = Tile<QTYPE>;
-    using In = StagedTile<QTYPE>;
-    const TileView<QTYPE> v = tile_view<QTYPE>(w, n_row_tiles, n_col_tiles);
-    const long long at = (long long)row_tile * n_col_tiles;
-    const int lane = threadIdx.x & 31, side = T::q_bytes + 16 * lane;  // place of the piece in the stage
-    TileSource from{v.q + at * T::q_bytes + 16 * lane, nullptr, n_col_tiles * T::q_bytes, 0,
-                    min(n, GEMM_OWN_TILES), T::q_bytes, 0, 0};
-    if (side < In::m)
-        from.side = v.s + at * T::s_bytes + (side - In::s), from.side_bytes = T::s_bytes;
-    else if (side < In::d)
-        from.side = v.m + at * T::m_bytes + (side - In::m), from.side_bytes = T::m_bytes;
-    else if (side < In::h)
-        from.side = v.d + (at >> 2) * T::d_bytes + (side - In::d), from.side_bytes = T::d_bytes,
-        from.side_shift = 2;
-    else if (side < In::end)
-        from.side = v.h + at * T::h_bytes + (side - In::h), from.side_bytes = T::h_bytes;
-    from.side_stride = (n_col_tiles >> from.side_shift) * from.side_bytes;
-    return from;
-}
-
-// What a thread copies for one work item.
-struct GemmSource {
-    TileSource tiles;
-    const unsigned short* x;
-    int row[GEMM_OWN_TOKENS];  // of tokens gemm_own_token(i): 8 elements each, negative: none
-    int steps, skip, cols;     // stages; packed column of x's first; x's columns
-};
-
 __device__ __forceinline__ int gemm_copier() { return threadIdx.x - GEMM_FIRST_COPIER; }
-__device__ __forceinline__ int gemm_own_token(int i) {
-    return (gemm_copier() >> 3) + GEMM_COPIERS / 8 * i;
-}
 // The part that this thread's warp copies, and its first row tile there.
 __device__ __forceinline__ int gemm_own_part() { return gemm_copier() >= GEMM_COPIERS / 2; }
 __device__ __forceinline__ int gemm_own_tile() {
     return (gemm_copier() >> 5) * GEMM_OWN_TILES & (GEMM_TILES / 2 - 1);
 }
 
-// Rows of tokens first .. (n in all) of x, `tokens` of them at most.
-__device__ __forceinline__ void set_tokens(GemmSource& from, int first, int n, int tokens, long long ldx) {
-#pragma unroll
-    for (int i = 0; i < GEMM_OWN_TOKENS; i++) {
-        const int t = gemm_own_token(i);
-        from.row[i] = t < tokens && first + t < n ? (int)((first + t) * ldx >> 3) : -1;
-    }
-}
+// A thread's part of copying a work item, as addresses in its next stage: a copy's address registers
+// are busy for a while, so none is used for two copies of a stage. Its pieces are
+//   x: 16 bytes of tokens copier / 8 + GEMM_COPIERS / 8 * i
+//   q: 16 bytes of each 512 of its warp's row tiles; side: at most 16 bytes of the rest of them
+struct GemmSource {
+    const unsigned char *x[GEMM_OWN_TOKENS], *q[GEMM_OWN_TILES], *side[GEMM_OWN_TILES];
+    int tokens, tiles;                   // how many of them there are
+    int q_bytes, side_bytes, side_mask;  // side goes on every stage, or every fourth: mask 3
+    int steps, column, cols;             // stages; this thread's column of x; columns of x
 
-// The part of one stage's copies that is this thread's. Row tiles and tokens that aren't there leave
-// what was there: it reaches only results that nobody stores.
+    // The first `n` (at least 1, a multiple of 32 is copied) tokens: offset(t) is token t's first
+    // element in x, in which the packed columns begin `skip` before the first.
+    template <class Offset>
+    __device__ __forceinline__ void set_x(
+            const unsigned short* from, int n, int n_steps, int skip, int n_cols, Offset offset) {
+        column = 8 * (gemm_copier() & 7) - skip, cols = n_cols, steps = n_steps;
+        tokens = (n + 31) / 32 * 32 / (GEMM_COPIERS / 8);
+#pragma unroll
+        for (int i = 0; i < GEMM_OWN_TOKENS; i++) {
+            const int t = min((gemm_copier() >> 3) + GEMM_COPIERS / 8 * i, n - 1);
+            x[i] = (const unsigned char*)(from + offset(t) + column);
+        }
+    }
+
+    // Row tiles from row_tile on, the first n of them (none may be there).
+    template <int QTYPE>
+    __device__ __forceinline__ void set_tiles(
+            const unsigned char* w, int n_row_tiles, int n_col_tiles, int row_tile, int n) {
+        using T = Tile<QTYPE>;
+        using In = StagedTile<QTYPE>;
+        const TileView<QTYPE> v = tile_view<QTYPE>(w, n_row_tiles, n_col_tiles);
+        const int lane = threadIdx.x & 31, at = T::q_bytes + 16 * lane;  // place of side in the stage
+        tiles = min(n, GEMM_OWN_TILES), q_bytes = T::q_bytes, side_bytes = 0, side_mask = 0;
+        const unsigned char* plane = nullptr;
+        if (at < In::m) plane = v.s + (at - In::s), side_bytes = T::s_bytes;
+        else if (at < In::d) plane = v.m + (at - In::m), side_bytes = T::m_bytes;
+        else if (at < In::h) plane = v.d + (at - In::d), side_bytes = T::d_bytes, side_mask = 3;
+        else if (at < In::end) plane = v.h + (at - In::h), side_bytes = T::h_bytes;
+        const int side_tiles = n_col_tiles >> (side_mask ? 2 : 0);
+#pragma unroll
+        for (int i = 0; i < GEMM_OWN_TILES; i++) {
+            q[i] = v.q + (long long)(row_tile + i) * n_col_tiles * T::q_bytes + 16 * lane;
+            side[i] = plane + (long long)(row_tile + i) * side_tiles * side_bytes;
+        }
+    }
+};
+
+// This thread's part of copying the next stage of `from`, number `step`. Row tiles and tokens that
+// aren't there leave what was there: it reaches only results that nobody stores.
 template <int TILE_BYTES>
-__device__ __forceinline__ void copy_stage(
-        unsigned char* ring, int slot, const GemmSource& from, int step) {
-    const int piece = gemm_copier() & 7, token = gemm_copier() >> 3;
-    const int first = 64 * step - from.skip, column = first + 8 * piece;
-    const unsigned short* x = from.x + column;
-    unsigned char* to = ring + slot * GEMM_X_BYTES + token * 128 + ((piece ^ (token & 7)) << 4);
+__device__ __forceinline__ void copy_stage(unsigned char* ring, int slot, GemmSource& from, int step) {
+    const int piece = gemm_copier() & 7, token = gemm_copier() >> 3, first = from.column - 8 * piece;
+    SharedAt to = shared_at(ring + slot * GEMM_X_BYTES + token * 128 + ((piece ^ (token & 7)) << 4));
+    keep(to);
     if (first >= 0 && first + 64 <= from.cols) {
 #pragma unroll
         for (int i = 0; i < GEMM_OWN_TOKENS; i++)
-            if (from.row[i] >= 0) cp_async16(to + i * (GEMM_COPIERS * 16), x + 8LL * from.row[i]);
+            if (i < from.tokens) copy16(to, i * (GEMM_COPIERS * 16), from.x[i]);
     } else {  // zeros outside of x
-        const bool valid = column >= 0 && column < from.cols;
+        const bool valid = from.column >= 0 && from.column < from.cols;
 #pragma unroll
         for (int i = 0; i < GEMM_OWN_TOKENS; i++)
-            if (from.row[i] >= 0)
-                cp_async16(to + i * (GEMM_COPIERS * 16), valid ? x + 8LL * from.row[i] : from.x, valid);
+            if (i < from.tokens) copy16(to, i * (GEMM_COPIERS * 16), from.x[i], valid);
     }
-    to = ring + STAGES * GEMM_X_BYTES + 16 * (threadIdx.x & 31) +
-         (slot * GEMM_TILES + (gemm_copier() >> 5) * GEMM_OWN_TILES) * TILE_BYTES;
-    const TileSource& tiles = from.tiles;
-    const unsigned char* q = tiles.q + (long long)step * tiles.q_bytes;
-    const unsigned char* side = tiles.side + (long long)(step >> tiles.side_shift) * tiles.side_bytes;
+    from.column += 64;
+#pragma unroll
+    for (int i = 0; i < GEMM_OWN_TOKENS; i++) from.x[i] += 128, keep(from.x[i]);
+    to = shared_at(ring + STAGES * GEMM_X_BYTES + 16 * (threadIdx.x & 31) +
+                   (slot * GEMM_TILES + (gemm_copier() >> 5) * GEMM_OWN_TILES) * TILE_BYTES);
+    SharedAt to_side = to + from.q_bytes;
+    keep(to), keep(to_side);
+    const int more = (step & from.side_mask) == from.side_mask ? from.side_bytes : 0;
 #pragma unroll
     for (int i = 0; i < GEMM_OWN_TILES; i++) {
-        if (i >= tiles.n) break;
 #pragma unroll
         for (int u = 0; u < 4; u++)
-            if (512 * u < tiles.q_bytes) cp_async16(to + 512 * u, q + 512 * u);
-        if (tiles.side) cp_async16(to + tiles.q_bytes, side);
-        q += tiles.q_stride, side += tiles.side_stride, to += TILE_BYTES;
+            if (512 * u < from.q_bytes && i < from.tiles)
+                copy16(to, i * TILE_BYTES + 512 * u, from.q[i] + 512 * u);
+        if (from.side_bytes && i < from.tiles) copy16(to_side, i * TILE_BYTES, from.side[i]);
+        from.q[i] += from.q_bytes, from.side[i] += more;
+        keep(from.q[i]), keep(from.side[i]);
     }
 }
 
@@ -195,10 +214,12 @@ template <int N>
 __device__ __forceinline__ void multiply_stage(
         float (&d)[N / 2], unsigned (&a)[4][4], const unsigned char* x, bool accumulate) {
 #ifdef WGMMA
-    const unsigned long long b = wgmma_descriptor(x);
+    unsigned long long b[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) b[j] = wgmma_descriptor(x, 32 * j);
     wgmma_fence();
 #pragma unroll
-    for (int j = 0; j < 4; j++) wgmma_f16<N>(d, a[j], b + 2 * j, accumulate || j > 0);
+    for (int j = 0; j < 4; j++) wgmma_f16<N>(d, a[j], b[j], accumulate || j > 0);
     wgmma_commit();
 #else
     const int lane = threadIdx.x & 31;
@@ -248,12 +269,12 @@ struct Gemm {
     // Runs the copying warpgroup, which then has nothing more to do: true.
     __device__ __forceinline__ bool copies() {
         if (threadIdx.x < GEMM_FIRST_COPIER) {
-            registers_up<232>();
+            registers_up<216>();
             return false;
         }
-        registers_down<40>();
-        int to = 0;           // slot copied to
-        unsigned wanted = 1;  // phase of free[to]: at first all are free
+        registers_down<72>();
+        int to = 0, ready = 0, n = 0;  // slot copied to; slot that is full next; stages under way
+        unsigned wanted = 1;           // phase of free[to]: at first all are free
         for (int item = blockIdx.x; item < items.n; item += gridDim.x) {
             GemmSource from;
             items.open(item, from);
@@ -261,12 +282,24 @@ struct Gemm {
             for (int step = 0; step < from.steps; step++) {
                 barrier_wait(free + to, wanted);
                 copy_stage<TILE_BYTES>(ring, to, from, step);
-                barrier_arrive_copied(full + to);
+                cp_async_commit();
                 if (++to == STAGES) to = 0, wanted ^= 1;
+                if (n < GEMM_AHEAD) {
+                    n++;
+                    continue;
+                }
+                cp_async_wait<GEMM_AHEAD>();
+                wgmma_publish();
+                barrier_arrive(full + ready);
+                ready = ready + 1 == STAGES ? 0 : ready + 1;
             }
         }
-        cp_async_commit();
         cp_async_wait<0>();
+        wgmma_publish();
+        for (; n > 0; n--) {
+            barrier_arrive(full + ready);
+            ready = ready + 1 == STAGES ? 0 : ready + 1;
+        }
         return true;
     }
 
@@ -280,18 +313,15 @@ struct Gemm {
 #pragma unroll 1
         for (int k = 0; k < steps; k++) {
             barrier_wait(full + at, phase);
-            wgmma_publish();  // here, because whoever copies would wait for all its copies
             const unsigned char* x = ring + at * GEMM_X_BYTES;
             const unsigned char* tile =
                 ring + STAGES * GEMM_X_BYTES + (at * GEMM_TILES + warp) * TILE_BYTES;
-            const TileData<QTYPE0> w0 = load_staged<QTYPE0>(tile);
             wgmma_wait<1>();  // a0 is free
-            unpack_tile<QTYPE0>(w0, boost0, a0);
+            unpack_tile<QTYPE0>(load_staged<QTYPE0>(tile), boost0, a0);
             multiply_stage<N>(d0, a0, x, k > 0);
-            const TileData<QTYPE1> w1 = load_staged<QTYPE1>(tile + GEMM_TILES / 2 * TILE_BYTES);
-            wgmma_wait<1>();  // a1 is free, and the stage before
+            wgmma_wait<1>();  // a1 is free, and the stage before; loads wait so that products go first
             if (k > 0 && lane == 0) barrier_arrive(free + before);
-            unpack_tile<QTYPE1>(w1, boost1, a1);
+            unpack_tile<QTYPE1>(load_staged<QTYPE1>(tile + GEMM_TILES / 2 * TILE_BYTES), boost1, a1);
             multiply_stage<N>(d1, a1, x, k > 0);
             before = at;
             if (++at == STAGES) at = 0, phase ^= 1;

@@ -14,11 +14,14 @@
 #endif
 
 #ifdef WGMMA
-// Descriptor of B from a shared address; + 2 per 16 columns of K.
-__device__ __forceinline__ unsigned long long wgmma_descriptor(const void* shared) {
+// Descriptor of B from a shared address and 32 bytes per 16 columns of K.
+__device__ __forceinline__ unsigned long long wgmma_descriptor(const void* shared, int more) {
     const unsigned at = (unsigned)__cvta_generic_to_shared(shared);
-    constexpr unsigned long long swizzle_128 = 1ull << 62, group_stride = 1024ull >> 4 << 32;
-    return swizzle_128 | group_stride | 1ull << 16 | (at & 0x3FFFF) >> 4;
+    constexpr unsigned swizzle_128 = 1u << 30, group_stride = 1024 >> 4;
+    unsigned long long both;  // the upper half is a constant: no carries
+    asm("mov.b64 %0, {%1, %2};" : "=l"(both)
+        : "r"(((at & 0x3FFFF) >> 4 | 1u << 16) + (more >> 4)), "r"(swizzle_128 | group_stride));
+    return both;
 }
 
 // Before the first product after registers of d or a were written.
@@ -31,7 +34,7 @@ template <int N>
 __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
-// What was written to shared memory and this thread may read (cp.async too) becomes visible to wgmma.
+// What this thread wrote to shared memory (cp.async too, once waited for) becomes visible to wgmma.
 __device__ __forceinline__ void wgmma_publish() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -43,11 +46,6 @@ __device__ __forceinline__ void barrier_init(unsigned long long* barrier, int ar
 }
 __device__ __forceinline__ void barrier_arrive(unsigned long long* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];"
-                 :: "r"((unsigned)__cvta_generic_to_shared(barrier)) : "memory");
-}
-// The same once all cp.async of this thread so far are done; doesn't wait for them.
-__device__ __forceinline__ void barrier_arrive_copied(unsigned long long* barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];"
                  :: "r"((unsigned)__cvta_generic_to_shared(barrier)) : "memory");
 }
 // Until the phase of this parity has ended.

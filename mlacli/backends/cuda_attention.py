@@ -7,7 +7,6 @@ tensor cores under -gap f16; float32 the plain kernels (-gap f32, old GPUs, odd 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import TYPE_CHECKING, Any, Protocol
@@ -117,12 +116,8 @@ def new_rows(take: Any, n_ctx: int, width: int, cache_type: str) -> CacheRows:
 def latent(
     ops: Launcher, q: Array, c_kv: Array, k_pe: Array, norm: Array, eps: float, k_b: Weight,
     kv: CacheRows, step: Positions, half: bool, temperature: Temperature | None = None,
-    ahead: Sequence[Array] = (),
 ) -> Array:  # fmt: skip
     """Writes the step's cache rows; the query for attend() [n, h, r + p].
-
-    `ahead`: up to five arrays that later kernels of a one-token step read, fetched into L2 while
-    attention leaves memory idle.
 
     q [n, h, k + p] is dense, c_kv [n, r] and k_pe [n, p] are parts of one dense array.
     """
@@ -140,9 +135,8 @@ def latent(
         kv.scales, q, q_lat, c_kv, k_pe, norm, k_b.tiles, step.cos, step.sin, step.pos, n, h,
         r + p, r + p, c_kv.stride(0), eps,
         *((0.0, 1) if temperature is None else (temperature.scale, temperature.length)),
-        *_fetched(ahead), R=r, K=k, P=p, CACHE_KIND=_KINDS[kv.cache_type],
-        OUT="__half" if tensor_cores else "float", TOKEN_BLOCKS=blocks,
-        WTYPE=-1 if k_b.tiles is None else k_b.qtype.id,
+        R=r, K=k, P=p, CACHE_KIND=_KINDS[kv.cache_type], OUT="__half" if tensor_cores else "float",
+        TOKEN_BLOCKS=blocks, WTYPE=-1 if k_b.tiles is None else k_b.qtype.id,
     )  # fmt: skip
     return out
 
@@ -158,8 +152,8 @@ def store(
     ops.run(
         "latent", (group, -(-n // group)), 128, None, None, kv.values, kv.scales, None, None, c_kv,
         k_pe, norm, None, step.cos, step.sin, step.pos, n, 0, 0, 0, c_kv.stride(0), eps, 0.0, 1,
-        *_fetched(()), R=r, K=p, P=p, CACHE_KIND=_KINDS[kv.cache_type], OUT="__half",
-        TOKEN_BLOCKS=blocks, WTYPE=-1,
+        R=r, K=p, P=p, CACHE_KIND=_KINDS[kv.cache_type], OUT="__half", TOKEN_BLOCKS=blocks,
+        WTYPE=-1,
     )  # fmt: skip
 
 
@@ -190,9 +184,11 @@ def attend(
             break
     assert fits, "on_tensor_cores() knows what fits; chosen rows take little"
     stages = fits[-1]
+    bulk = ops.capability >= 90 and kv.cache_type == "f16" and chosen is None
+    block = 256 + 64 * m_tiles * bulk  # BULK of kernels/include/mla_rows.cuh
     part, stat = ops.new((n * h, splits, r)), ops.new((n * h, splits, 2))
     ops.run(
-        "mla_decode_mma", (splits, groups, tokens), 256, part, stat, q, kv.values, kv.scales,
+        "mla_decode_mma", (splits, groups, tokens), block, part, stat, q, kv.values, kv.scales,
         chosen, step.pos, rows, h, n, top_k, scale,
         shared=decode_shared(r, width, m_tiles, kv.cache_type, stages, slots),
         R=r, P=width - r, MT=m_tiles, CACHE_KIND=_KINDS[kv.cache_type], STAGES=stages,
@@ -265,12 +261,6 @@ def combine(ops: Launcher, parts: Parts, v_b: Weight, step: Positions) -> Array:
         R=r, V=v, WTYPE=v_b.qtype.id, TOKEN_BLOCKS=blocks,
     )  # fmt: skip
     return o
-
-
-def _fetched(ahead: Sequence[Array]) -> tuple[Array | int | None, ...]:
-    """Addresses and bytes of up to five arrays, as latent.cu takes them."""
-    absent = 5 - len(ahead)
-    return (*ahead, *[None] * absent, *(a.nbytes for a in ahead), *[0] * absent)
 
 
 def _token_blocks(n: int) -> int:

@@ -174,9 +174,12 @@ def sort(ops: Any, ids: Array, first: int, held: int) -> Sorted:
     most = n_slots // 128 + held
     slots, tiles = ops.new((n_slots,), "i4"), ops.new((most, 4), "i4")
     ends = ops.new((4,), "i4")
+    shared = 132 * held + 4 * n_slots
+    staged = shared + 4 * n_slots <= _shared(ops) - 1024
+    assert staged or shared <= _shared(ops) - 1024, "too many tokens for one sort"
     ops.run(
-        "moe_sort", (1,), 1024, slots, tiles, ends, ids, n_slots, first, held,
-        shared=132 * held + 4 * n_slots,
+        "moe_sort", (1,), 1024, slots, tiles, ends, ids, n_slots, first, held, int(staged),
+        shared=shared + 4 * n_slots * staged,
     )  # fmt: skip
     return Sorted(slots, tiles, ends, first, held)
 
@@ -240,9 +243,9 @@ def _stages(ops: Any, weights: Sequence[CudaWeight]) -> int:
 def _width(ops: Any, n: int, row_items: int) -> int:
     """Tokens of a work item: the width with the least time, in cycles for 64 columns."""
 
-    def cycles(width: int) -> int:
+    def cycles(width: int) -> float:  # unpacking the weights, and per token; an H200, 2026-11-22
         waves: int = -(-row_items * -(-n // width) // ops.device.n_sm)
-        return waves * max(8 * width, 480)  # tensor cores, or unpacking the weights
+        return waves * (480 + 4.5 * width)
 
     return min(_WIDTHS, key=cycles)
 

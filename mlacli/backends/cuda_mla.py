@@ -17,7 +17,6 @@ from mlacli.backends import cuda_sparse as sparse
 from mlacli.backends.cuda_acts import Act
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_attention import CacheRows
-from mlacli.parallel.cuda_sizes import Sizes, can_expand, chunks
 
 if TYPE_CHECKING:
     from mlacli.backends.cuda_ops import CudaOps
@@ -51,13 +50,13 @@ class Attention:
     def step_kind(self, n: int, n_kv: int) -> tuple[Any, ...]:
         """What a captured step depends on beside its size."""
         chooses = self.hp.sparse is not None and n_kv > self.hp.sparse.top_k
-        form, n_chunks = attention_form(self.ops.context, n), 0
+        form, chunks = attention_form(self.ops.context, n), 0
         if form.keys == "expanded":
-            n_chunks = chunks(self._sizes(self.hp.H), self.ops.context.n_ctx, n_kv)
-        return form, n_chunks, chooses
+            chunks = expanded.chunks(self._sizes(self.hp.H), self.ops.context.n_ctx, n_kv)
+        return form, chunks, chooses
 
-    def _sizes(self, h: int) -> Sizes:
-        return Sizes(h, self.hp.r, self.hp.k, self.hp.p, self.hp.v)
+    def _sizes(self, h: int) -> expanded.Sizes:
+        return expanded.Sizes(h, self.hp.r, self.hp.k, self.hp.p, self.hp.v)
 
     def attend(
         self, q: Array, c_kv: Array, k_pe: Array, w: LayerWeights, rows: CacheRows, step: Step,
@@ -76,9 +75,8 @@ class Attention:
             return Act((step.n, h * hp.v), f16=o16)
         ops.forms.add(AttentionForm("absorbed", True) if chosen is None else SPARSE)
         q_lat = absorbed.latent(
-            ops, q, c_kv, k_pe, norm, hp.eps, k_b, rows, step, half, hp.temperature,
-            _read_next(w) if step.n == 1 else (),
-        )  # fmt: skip
+            ops, q, c_kv, k_pe, norm, hp.eps, k_b, rows, step, half, hp.temperature
+        )
         parts = absorbed.attend(
             ops, q_lat, rows, step, hp.r, hp.softmax_scale, half, chosen, early=True
         )
@@ -89,7 +87,7 @@ class Attention:
         """Whether the step under way attends in the expanded form."""
         sizes = self._sizes(h)
         asked = self._form.keys == "expanded" and not self._exact
-        return asked and can_expand(self.ops.capability, sizes)
+        return asked and expanded.takes(self.ops.capability, sizes)
 
     def choose(
         self, x: Act, q_a: Act, w: LayerWeights, rows: sparse.IndexRows, step: Step,
@@ -113,10 +111,5 @@ class Attention:
         if not chooses:
             return None
         into = self._chosen[: step.n]
-        return sparse.select(ops, queries, rows, step, indexer.top_k, ops.imposed_rows, into)
-
-
-def _read_next(w: LayerWeights) -> list[Array]:
-    """What a layer reads after attention, whatever the token: L2 holds it."""
-    names = ("attn_output", "ffn_gate_inp", "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
-    return [weight.held for name in names if (weight := getattr(w, name)) is not None]
+        imposed = ops.imposed.get(w.indexer_attn_k.name)
+        return sparse.select(ops, queries, rows, step, indexer.top_k, imposed, into)

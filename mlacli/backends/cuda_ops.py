@@ -14,7 +14,7 @@ import numpy as np
 from mlacli.backends import cuda_gemm as gemm
 from mlacli.backends import cuda_matvec as matvec
 from mlacli.backends import cuda_plain as plain
-from mlacli.backends import cuda_sampling, cuda_weights
+from mlacli.backends import cuda_rows, cuda_sampling, cuda_weights
 from mlacli.backends.cuda_acts import Act, Chosen
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_device import Device, Host
@@ -45,7 +45,8 @@ class CudaOps(Ops):
         self._steps: Steps | None = None
         self._counter: Any = None  # of route's last CTA, see cuda_matvec.route
         self.n_sm, self.capability = device.n_sm, device.capability
-        self.imposed_rows: Any = None  # instead of an indexer's choice: a test hook
+        # A test hook: choices [n, count] by the name of the weight that would make them.
+        self.imposed: dict[str, Host] = {}
         self._layer = 0  # where a half layer's temporaries begin
         self._pos: Any = None  # of the step under way
 
@@ -114,6 +115,12 @@ class CudaOps(Ops):
 
     def new_index_rows(self, n_ctx: int, width: int, cache_type: str) -> Any:
         return self.attention.new_index_rows(n_ctx, width, cache_type)
+
+    def read_rows(self, rows: Any, n: int) -> Host:
+        return cuda_rows.read(self.device, rows, n)
+
+    def write_rows(self, rows: Any, values: Host) -> None:
+        cuda_rows.write(self.device, rows, values)
 
     # ---- the residual stream ----------------------------------------------------------------
 
@@ -226,14 +233,23 @@ class CudaOps(Ops):
             else:
                 scores = self.new((n, n_experts))
                 self.products(x, [(gate, scores)])
-            return plain.route(self, scores, bias, routing, self._pos)
+            return plain.route(self, scores, bias, routing, self._pos, self._imposed_on(gate, n))
         chosen = Chosen(self.new((n, routing.n_used), np.int32), self.new((n, routing.n_used)))
         values, norm = self._unnormed(x)
         matvec.route(
             self, chosen.ids, chosen.weights, self.new((n, n_experts)), self._counter, gate,
-            values, routing, norm, bias, self._pos,
+            values, routing, norm, bias, self._pos, self._imposed_on(gate, n),
         )  # fmt: skip
         return chosen
+
+    def _imposed_on(self, gate: CudaWeight, n: int) -> Array | None:
+        """Ids [n, n_used] to take instead of choosing; not in a captured step."""
+        ids = self.imposed.get(gate.name)
+        if ids is None:
+            return None
+        padded = np.full((n, ids.shape[1]), -1, np.int32)
+        padded[: len(ids)] = ids
+        return self.put(padded)
 
     def experts(self, x: Act, chosen: Chosen | None, w: LayerWeights) -> Act | None:
         """Pending, as matmul()."""

@@ -1,7 +1,6 @@
 """Expanded attention of many tokens on sm_90a: keys and values of a chunk of the cache at a time.
 
-`attend_expanded` is all that ops need. parallel/cuda_sizes.py says for which sizes (`can_expand`)
-and what it takes (`expanded_bytes`).
+`attend_expanded` is all that ops need; expanded_sizes says for which sizes and what it costs.
 Queries, cached rows and probabilities are rounded to float16 (-gap f16), and so are keys, values
 and the weights that make them; sums are float32. Not for -gap f32.
 """
@@ -13,16 +12,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from mlacli.parallel.cuda_sizes import (
+from mlacli.expanded_sizes import (
     BLOCK,
+    MOST_PARTS,
     SLAB,
-    SPLIT_ITEMS,
     Sizes,
+    attend_shared,
     chunk_rows,
     chunks,
-    kept_bytes,
-    n_items,
+    expand_shared,
     slabs,
+    takes,
+    tile_rows,
 )
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from mlacli.ops import Step
 
 _CACHES = {"f16": 0, "bf16": 1, "f32": 2, "q8_0": 3}  # CACHE_KIND of the kernels
+
+__all__ = ["Sizes", "attend_expanded", "chunks", "takes"]
 
 
 class Launcher(Protocol):
@@ -72,26 +75,26 @@ def attend_expanded(
     h, n = sizes.h, step.n
     chunk = chunk_rows(sizes, kv.values.shape[0])
     n_k, n_p, n_v = slabs(sizes.k), slabs(sizes.p), slabs(sizes.v)
-    attending = {"K": sizes.k, "P": sizes.p, "V": sizes.v, "TILE": sizes.tile}
+    attending = {"K": sizes.k, "P": sizes.p, "V": sizes.v, "TILE": tile_rows(sizes)}
     factor = scale * math.log2(math.e)
     queries, up, unboost = _inputs(ops, q, k_b, v_b, step, sizes, temperature)
     keys, values = (ops.new((h * chunk * size * 128,), np.uint8) for size in (n_k, n_v))
     rope = ops.new((chunk * n_p * 128,), np.uint8)
     n_chunks = chunks(sizes, kv.values.shape[0], step.n_kv)
-    items, splits = n_items(sizes, n), _splits(sizes, n, step.n_kv, chunk, ops.n_sm)
+    items, splits = sizes.items(n), _splits(sizes, n, step.n_kv, chunk, ops.n_sm)
     parts = splits * items if splits * n_chunks > 1 else 0
-    state = ops.new((parts * kept_bytes(sizes) // 4,)) if parts else None
+    state = ops.new((parts * sizes.kept // 4,)) if parts else None
     o = ops.new((n, h * sizes.v), np.float16)
     for row0 in range(0, n_chunks * chunk, chunk):
         ops.run(
-            "mla_expand", (max(ops.n_sm, chunk // 128),), 384, keys, values, rope, up, unboost,
-            kv.values, kv.scales, step.pos, n, row0, chunk, h, shared=sizes.expand_shared,
+            "mla_expand", (ops.n_sm,), 384, keys, values, rope, up, unboost,
+            kv.values, kv.scales, step.pos, n, row0, chunk, h, shared=expand_shared(sizes),
             R=sizes.r, CACHE_KIND=_CACHES[kv.cache_type], **attending,
         )  # fmt: skip
         ops.run(
             "mla_prefill", (items, splits), 384, o, None, state, queries, keys, values, rope,
             step.pos, n, h, row0, chunk, row0 == 0, row0 + chunk >= step.n_kv, factor,
-            shared=sizes.shared, **attending,
+            shared=attend_shared(sizes), **attending,
         )  # fmt: skip
     if splits > 1:
         ops.run(
@@ -117,7 +120,7 @@ def _inputs(
         "mla_prefill_inputs", (depth * columns + tokens,), 128, up, unboost, queries, k, v, q,
         step.cos, step.sin, step.pos, step.n, sizes.h, k_row, v_row, q.stride(0),
         *((1, 0.0) if temperature is None else (temperature.length, temperature.scale)),
-        K=sizes.k, P=sizes.p, V=sizes.v, R=sizes.r, TILE=sizes.tile, WTYPE=k_b.qtype.id,
+        K=sizes.k, P=sizes.p, V=sizes.v, R=sizes.r, TILE=tile_rows(sizes), WTYPE=k_b.qtype.id,
         WTYPE_V=v_b.qtype.id, TILED=k_tiled, TILED_V=v_tiled,
     )  # fmt: skip
     return queries, up, unboost
@@ -129,17 +132,17 @@ def _splits(sizes: Sizes, n: int, n_kv: int, chunk: int, n_sm: int) -> int:
     Constants: one H200, 2026-11-22; a tile's flops at an SM's measured 5 Tflop/s, 2 us to start a
     CTA, state at 3.5 TB/s.
     """
-    items = n_items(sizes, n)
+    items = sizes.items(n)
     n_chunks = -(-n_kv // chunk)
     rows = (n_kv - n / 2) / n_chunks  # that an item sees of a chunk, on average
-    a_tile = 256 * sizes.tile * (sizes.k + sizes.p + sizes.v) / 5e6
+    a_tile = 256 * tile_rows(sizes) * (sizes.k + sizes.p + sizes.v) / 5e6
     uneven = n_kv < 2 * n  # long items start first, short ones fill the gaps
 
     def cost(splits: int) -> float:
         waves = items * splits / n_sm
         waves = max(1.0, waves) if uneven else float(math.ceil(waves))
-        compute = n_chunks * waves * (math.ceil(rows / sizes.tile / splits) * a_tile + 2)
-        return compute + (2 * splits * items * kept_bytes(sizes) / 3.5e6 if splits > 1 else 0)
+        compute = n_chunks * waves * (math.ceil(rows / tile_rows(sizes) / splits) * a_tile + 2)
+        return compute + (2 * splits * items * sizes.kept / 3.5e6 if splits > 1 else 0)
 
-    most = min(8, math.ceil(rows / sizes.tile), max(1, SPLIT_ITEMS * n_sm // items))
+    most = min(8, math.ceil(rows / tile_rows(sizes)), max(1, MOST_PARTS // items))
     return min(range(1, max(1, most) + 1), key=cost)

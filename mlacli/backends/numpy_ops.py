@@ -81,6 +81,12 @@ class NumpyOps(ComposedOps):
     ) -> LatentRows:
         return LatentRows(n_ctx, width, cache_type, transposed)
 
+    def read_rows(self, rows: LatentRows, n: int) -> Floats:
+        return rows.read(0, n)
+
+    def write_rows(self, rows: LatentRows, values: Floats) -> None:
+        rows.write(np.arange(len(values)), values)
+
     # ---- products ---------------------------------------------------------------------------
 
     def embed(self, tokens: Ints, w: NumpyWeight) -> Floats:

@@ -22,7 +22,7 @@ from mlacli.errors import KernelCompileError, MlacliError, UsageError
 from mlacli.flag_values import nearest
 
 _COMMANDS = {
-    "run-model": ("mlacli.cli.run_model", "generate text from a prompt"),
+    "run-model": ("mlacli.cli.run_model", "continue a prompt, or chat"),
     "sweep-bench": ("mlacli.cli.sweep_bench", "prefill and decode speed over the context"),
     "perplexity": ("mlacli.cli.perplexity", "perplexity of a text, KL divergence, modes compared"),
     "check-flags": ("mlacli.cli.check_flags", "what a llama.cpp command line would do here"),
@@ -40,7 +40,11 @@ Commands:
 Other:
   --version       version
   --list-devices  devices of this machine
-  -h, --help      this text; `mlacli COMMAND --help` lists the flags of a command"""
+  -h, --help      this text; `mlacli COMMAND --help` lists the flags of a command
+
+Try:
+  mlacli run-model -p "Once upon a time" -n 64      a story by the small model that comes along
+  mlacli run-model -m model.gguf                    a chat, where the file has a template"""
 
 
 # What writing to a stream fails with, and reading does not.

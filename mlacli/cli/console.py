@@ -6,12 +6,13 @@ streams that are no terminal are rich's business. What stderr gets goes through 
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self, TextIO
+from typing import TYPE_CHECKING, Literal, Protocol, Self, TextIO
 
 from mlacli.cli.logs import INFO, TRACE, WARNING, logs
 from mlacli.errors import one_line
@@ -61,6 +62,10 @@ class Timings(Protocol):
     def n_decoded(self) -> int: ...
     @property
     def ttft_s(self) -> float: ...
+    @property
+    def sample_s(self) -> float: ...
+    @property
+    def n_sampled(self) -> int: ...
 
 
 def result(text: str) -> None:
@@ -259,12 +264,37 @@ class StatusLine:
             self._shown = False
 
 
-class TokenStream:
-    """Pieces to stdout as they come; the text ends with a newline however the run ends."""
+Thoughts = Literal["dimmed", "stderr", "hidden"]
+_DIM, _PLAIN = "\x1b[2m", "\x1b[22m"
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+
+def has_styles(stream: TextIO) -> bool:
+    """Whether text on this stream can be dimmed."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def gap() -> None:
+    """An empty line between the text and what is said about it, where both share a terminal."""
+    if sys.stdout.isatty() and sys.stderr.isatty() and logs.verbosity >= INFO:
+        print(file=sys.stderr, flush=True)
+
+
+def end_line() -> None:
+    """A terminal's cursor to the next line, after a key that ended the input."""
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+class TokenStream:
+    """Pieces to stdout as they come; the text ends with a newline however the run ends.
+
+    `thoughts` go the way it says: dimmed before the text, to stderr, or nowhere.
+    """
+
+    def __init__(self, stream: TextIO | None = None, thoughts: Thoughts = "hidden") -> None:
         self._stream = stream or sys.stdout
         self._last = ""
+        self._thoughts, self._thinking = thoughts, False
 
     def __enter__(self) -> Self:
         return self
@@ -277,11 +307,35 @@ class TokenStream:
 
     def write(self, piece: str) -> None:
         if piece:
+            self._end_thought()
             self._stream.write(piece)
             self._stream.flush()
             self._last = piece[-1]
 
+    def thought(self, piece: str) -> None:
+        """A piece of what the model thinks before it answers."""
+        if self._thoughts == "dimmed":
+            self._stream.write(piece if self._thinking else _DIM + piece)
+            self._stream.flush()
+        elif self._thoughts == "stderr":
+            sys.stderr.write(piece)
+            sys.stderr.flush()
+        self._thinking = True
+
+    def _end_thought(self) -> None:
+        if self._thinking and self._thoughts == "dimmed":
+            self._stream.write(_PLAIN + "\n\n")
+        elif self._thinking and self._thoughts == "stderr":
+            sys.stderr.write("\n")
+        self._thinking = False
+
+    def forget(self) -> None:
+        """What follows begins a line by itself: a person ended this one."""
+        self._stream.flush()
+        self._last = ""
+
     def close(self) -> None:
+        self._end_thought()
         if self._last not in ("", "\n"):
             self._stream.write("\n")
         self._last = ""
@@ -294,9 +348,7 @@ def attention(forms: Mapping[str, str]) -> None:
 
 
 def timings(t: Timings, peak_memory: int) -> None:
-    """Load, prompt, decode and memory, one line each."""
-    prompt, decode = _rate(t.n_prompt, t.prompt_s), _rate(t.n_decoded, t.decode_s)
-    first = f", first token after {t.ttft_s:.3f} s" if t.ttft_s else ""
+    """Load, prompt, decode and memory in llama.cpp's words, one line each."""
     event(
         "timings",
         load_s=t.load_s,
@@ -305,13 +357,23 @@ def timings(t: Timings, peak_memory: int) -> None:
         decode_s=t.decode_s,
         n_decoded=t.n_decoded,
         ttft_s=t.ttft_s,
+        sample_s=t.sample_s,
+        n_sampled=t.n_sampled,
         peak_memory=peak_memory,
     )
-    log(f"load    {t.load_s:10.3f} s")
-    log(f"prompt  {t.prompt_s:10.3f} s {t.n_prompt:7d} tokens {prompt}{first}")
-    log(f"decode  {t.decode_s:10.3f} s {t.n_decoded:7d} tokens {decode}")
-    log(f"memory  {peak_memory / 2**20:10.1f} MiB peak")
+    total = t.prompt_s + t.decode_s + t.sample_s
+    log(f"       load time = {t.load_s * 1e3:10.2f} ms")
+    log(_timing("prompt eval", t.prompt_s, t.n_prompt, "token"))
+    log(_timing("       eval", t.decode_s, t.n_decoded, "run"))
+    log(_timing("   sampling", t.sample_s, t.n_sampled, "run"))
+    log(f"      total time = {total * 1e3:10.2f} ms / {t.n_prompt + t.n_decoded:5d} tokens")
+    if t.ttft_s:
+        log(f"     first token = {t.ttft_s * 1e3:10.2f} ms after the start of the prompt")
+    log(f"     peak memory = {peak_memory / 2**20:10.2f} MiB resident")
 
 
-def _rate(n: int, seconds: float) -> str:
-    return f"{n / seconds:9.2f} t/s" if n and seconds > 0 else f"{'-':>9} t/s"
+def _timing(what: str, seconds: float, n: int, unit: str) -> str:
+    line = f"{what} time = {seconds * 1e3:10.2f} ms / {n:5d} {unit + 's':<6}"
+    if not n or seconds <= 0:
+        return line.rstrip()
+    return f"{line} ({seconds * 1e3 / n:8.2f} ms per token, {n / seconds:8.2f} tokens per second)"

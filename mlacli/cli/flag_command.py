@@ -124,7 +124,7 @@ def show_default(flag: Flag) -> str:
     if value is True:
         return "on"
     if isinstance(value, tuple):
-        return ",".join(str(v) for v in value)
+        return (";" if flag.metavar == "NAMES" else ",").join(str(v) for v in value)
     if flag.metavar == "SIZE":
         return f"{value >> 30}G"
     return str(value)

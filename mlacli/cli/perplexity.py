@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mlacli.cli import console
 from mlacli.cli.flag_command import FlagCommand
-from mlacli.cli.run_model import read_prompt_file
+from mlacli.cli.prompts import read_text_file
 from mlacli.cli.start import open_engines, prepared_model, prepared_modes
 from mlacli.cli.words import CommandLine
 from mlacli.errors import MlacliError, UsageError
@@ -56,7 +56,7 @@ def alone(line: CommandLine, n_ctx: int) -> None:
     check_logits_memory(prepared.plan, prepared.hparams.n_vocab)
     chunks = _chunks(line, prepared, n_ctx)
     with ExitStack() as stack:
-        (engine,) = open_engines(stack, [prepared])
+        (engine,) = open_engines(stack, [prepared], warm=not line["no_warmup"])
         writer = None
         if line["kl_divergence_base"]:
             tokens = chunks.tokens[: chunks.n_chunks * n_ctx].reshape(-1, n_ctx)
@@ -106,7 +106,7 @@ def against_base(line: CommandLine) -> None:
     if line["file"] is not None:
         check_same_text(base, _tokens(line, prepared))
     with ExitStack() as stack:
-        (engine,) = open_engines(stack, [prepared])
+        (engine,) = open_engines(stack, [prepared], warm=not line["no_warmup"])
         start, counted = time.perf_counter(), None
         console.result(_HEAD)
         with console.StatusLine() as status:
@@ -131,7 +131,7 @@ def by_mode(line: CommandLine, n_ctx: int) -> None:
         check_logits_memory(mode.plan, mode.hparams.n_vocab)
     chunks = _chunks(line, modes[0], n_ctx)
     with ExitStack() as stack:
-        engines = open_engines(stack, modes)
+        engines = open_engines(stack, modes, warm=not line["no_warmup"])
         start = time.perf_counter()
         found: list[Compared] = []
         with console.StatusLine() as status:
@@ -172,7 +172,9 @@ def _tokens(line: CommandLine, prepared: Prepared) -> list[int]:
             f"{prepared.path.name} has no tokenizer, so no text can be scored",
             "use a file with one, or --kl-divergence with a base file, which holds tokens",
         )
-    tokens = tokenizer.encode(read_prompt_file(line["file"]), parse_special=False)
+    tokens = tokenizer.encode(
+        read_text_file(line["file"], "-f", "the text file"), parse_special=False
+    )
     for message in tokenizer.warnings:
         console.warning(message)
     n_vocab = prepared.hparams.n_vocab

@@ -72,8 +72,10 @@ def prepared_modes(line: CommandLine, modes: Sequence[str], **settled: Any) -> l
     return together(prepared)
 
 
-def open_engines(stack: ExitStack, prepared: Sequence[Prepared]) -> list[Engine]:
-    """One engine per prepared model, closed with `stack`."""
+def open_engines(
+    stack: ExitStack, prepared: Sequence[Prepared], *, warm: bool = False
+) -> list[Engine]:
+    """One engine per prepared model, closed with `stack`; `warm` ones computed a token."""
     from mlacli.engine import Engine
 
     engines = []
@@ -93,4 +95,7 @@ def open_engines(stack: ExitStack, prepared: Sequence[Prepared]) -> list[Engine]
         engines.append(engine)
         if engines[-1].checked is not None:
             console.checked(engines[-1].checked)
+    for engine in engines if warm else ():
+        engine.take_turn()
+        engine.warm_up()
     return engines

@@ -50,7 +50,7 @@ def measure(line: CommandLine) -> list[SweepRow]:
         show = RowPrinter(engines, line["output_format"], line["sweep_memory"])
         measured = sweep(
             engines, shape, repetitions=line["n_repetitions"], stride=line["sweep_stride"],
-            warmup_batch=line["warmup_batch"],
+            warmup_batch=line["warmup_batch"], warm=not line["no_warmup"],
         )  # fmt: skip
         with console.StatusLine() as status:
             status.show("warming up")

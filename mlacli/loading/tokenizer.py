@@ -174,6 +174,10 @@ class Tokenizer:
         """A decoder to feed tokens as they are generated."""
         return StreamDecoder(self)
 
+    def is_hidden(self, token_id: int) -> bool:
+        """Whether it is a control or unknown token, which an answer doesn't show."""
+        return token_id in self._hidden
+
     def _shown(self, token_id: int) -> bytes:
         return b"" if token_id in self._hidden else self.piece(token_id)
 

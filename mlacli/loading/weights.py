@@ -32,9 +32,13 @@ Floats = NDArray[np.float32]
 
 def load_weights(
     file: GgufFile, plan: ShardPlan, rank: int, hp: Any, ops: Ops,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] | None = None, *, copied: bool = False,
+    lock: Callable[[Bytes], None] | None = None,
 ) -> ModelWeights:  # fmt: skip
-    """All weights of `rank`, handed to `ops`; `progress` is told each shard's bytes."""
+    """All weights of `rank`, handed to `ops`; `progress` is told each shard's bytes.
+
+    `copied` takes them out of the mapped file; `lock` is shown each array that is kept.
+    """
     top: dict[str, Weight] = {}
     layers: dict[int, dict[str, Weight]] = {}
     shards = list(plan.of_rank(rank))
@@ -42,6 +46,10 @@ def load_weights(
     for shard in shards:
         raw = read_shard(file, shard, hp)
         assert raw.nbytes == shard.nbytes, f"{shard.tensor}: the plan and the bytes disagree"
+        if copied:
+            raw = raw.copy()
+        if lock is not None:
+            lock(raw)
         held = top if shard.layer is None else layers.setdefault(shard.layer, {})
         held[short_name(shard.tensor)] = ops.upload(raw, shard)
         if progress is not None:

@@ -12,15 +12,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mlacli import expanded_sizes
 from mlacli.attention_forms import EXPAND_FROM
+from mlacli.expanded_sizes import Sizes
 from mlacli.loading.tiles import is_tiled
 from mlacli.parallel.cuda_sizes import (
     FEW,
     PLAIN_SPLITS,
-    Sizes,
     bucket,
-    can_expand,
-    expanded_bytes,
     most_score_bytes,
     on_tensor_cores,
 )
@@ -99,7 +98,7 @@ class CudaScratch:
         half = self.context.graph_attn_precision == "f16"
         sizes = self._sizes(layer)
         asked = self.context.mla in (2, 3) and n >= EXPAND_FROM and half
-        expands = asked and can_expand(self.capability, sizes)
+        expands = asked and expanded_sizes.takes(self.capability, sizes)
         chooses = self.hp.sparse is not None and n_ctx > self.hp.sparse.top_k
         cases = {(n, expands, False), (min(n, FEW), False, False)}
         if expands:
@@ -124,13 +123,13 @@ class CudaScratch:
             q_a.products(layer["attn_q_b"])
         o = Values(taken, sizes.h * sizes.v)
         if expands:
-            taken.nbytes += expanded_bytes(sizes, n, n_ctx, MOST_SM)
+            taken.nbytes += expanded_sizes.scratch_bytes(sizes, n, n_ctx)
             o.has16 = True
         else:
             self._absorbed(taken, layer, sizes)
             o.has32 = True
         self._into_stream(o, layer["attn_output"])
-        return taken.nbytes
+        return taken.peak
 
     def _sizes(self, layer: Layer) -> Sizes:
         return Sizes(layer["attn_k_b"].shape[0], self.hp.r, self.hp.k, self.hp.p, self.hp.v)
@@ -149,7 +148,7 @@ class CudaScratch:
         pieces = 3 if self.context.indexer_cache_type_k == "bf16" else 2
         taken.take(pieces * ix.n_heads * ix.width, 2)
         taken.take(ix.n_heads)
-        taken.nbytes += _aligned(most_score_bytes(taken.n, n_ctx))
+        taken.for_a_moment(most_score_bytes(taken.n, n_ctx))
 
     def _absorbed(self, taken: Taken, layer: Layer, sizes: Sizes) -> None:
         """cuda_attention: latent, attend, combine."""
@@ -276,11 +275,19 @@ class Taken:
     """Bytes that a half layer of n tokens has taken from the arena."""
 
     def __init__(self, n: int) -> None:
-        self.n, self.nbytes = n, 0
+        self.n, self.nbytes, self._most = n, 0, 0
 
     def take(self, width: int, size: int = 4) -> None:
         """A buffer of `width` values of `size` bytes for each token."""
         self.nbytes += _aligned(self.n * width * size)
+
+    def for_a_moment(self, nbytes: int) -> None:
+        """A buffer that is given back before the half layer ends."""
+        self._most = max(self._most, self.nbytes + _aligned(nbytes))
+
+    @property
+    def peak(self) -> int:
+        return max(self.nbytes, self._most)
 
     def half(self, width: int, slots: int = 1) -> None:
         """cuda_gemm.rows16."""

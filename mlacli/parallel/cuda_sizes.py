@@ -1,12 +1,10 @@
 """Sizes of buffers that CUDA ops and the plan must agree on; plain arithmetic.
 
-Tokens of a step, the chunks of expanded attention, the splits of absorbed attention, the scores of
-an indexer. The ops take their buffers by these, cuda_scratch.py adds them up for the plan.
+Tokens of a step, the kernels of absorbed attention, the scores of an indexer; of expanded attention
+see expanded_sizes.py. The ops take their buffers by these, cuda_scratch.py adds them up.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 # ---- steps ----------------------------------------------------------------------------------
 
@@ -21,100 +19,6 @@ def bucket(n: int, most: int) -> int:
     while size < n:
         size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
     return min(size, most)
-
-
-# ---- expanded attention ---------------------------------------------------------------------
-
-SLAB = 128 * 128  # bytes of 128 rows of 64 float16
-BLOCK = 128  # tokens of an item
-SPLIT_ITEMS = 5  # most parts of items for each SM
-_CHUNK = 8192  # most cache rows that are expanded at a time
-_CHUNK_BYTES = 160 << 20  # what their keys and values may take, but for _LEAST_CHUNK rows
-_LEAST_CHUNK = 1024
-_MOST_SHARED = 227 << 10  # bytes of shared memory of a CTA
-_STAGES = 2  # tiles of keys and values in shared memory
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """h local heads, kv rank r, nope k, rope p, value v."""
-
-    h: int
-    r: int
-    k: int
-    p: int
-    v: int
-
-    @property
-    def tile(self) -> int:
-        """Cache rows that a step of attention takes: what registers and shared memory hold."""
-        return 128 if self.v <= 128 and slabs(self.k) + slabs(self.p) <= 3 else 64
-
-    @property
-    def shared(self) -> int:
-        """Bytes of shared memory of an attention CTA."""
-        key = slabs(self.k) + slabs(self.p)
-        rows = _STAGES * self.tile * (key + slabs(self.v))
-        return key * SLAB + rows * 128 + 128
-
-    @property
-    def expand_shared(self) -> int:
-        """The same of an expansion CTA."""
-        return (slabs(self.r) + 6) * SLAB + 256
-
-
-def can_expand(capability: int, sizes: Sizes) -> bool:
-    """Whether a device of this compute capability runs expanded attention of these sizes."""
-    return (
-        capability == 90
-        and all(size > 0 and size % 8 == 0 for size in (sizes.r, sizes.k, sizes.p, sizes.v))
-        and sizes.v <= 256
-        and max(sizes.shared, sizes.expand_shared) <= _MOST_SHARED
-    )
-
-
-def chunk_rows(sizes: Sizes, n_ctx: int) -> int:
-    """Cache rows that are expanded at a time: a power of two, unless it holds all n_ctx.
-
-    So a step over n_kv and one over more rows that have as many chunks for all heads have as many
-    for some of them, and all ranks' steps can be told apart alike.
-    """
-    a_row = 128 * sizes.h * (slabs(sizes.k) + slabs(sizes.v))
-    fitting = max(_LEAST_CHUNK, min(_CHUNK, _CHUNK_BYTES // a_row))
-    return min(1 << (fitting.bit_length() - 1), -(-n_ctx // 128) * 128)
-
-
-def chunks(sizes: Sizes, n_ctx: int, n_kv: int) -> int:
-    """Chunks of a step over n_kv rows. Part of the key of captured steps."""
-    return -(-n_kv // chunk_rows(sizes, n_ctx))
-
-
-def expanded_bytes(sizes: Sizes, n: int, n_ctx: int, n_sm: int) -> int:
-    """Bytes that expanded attention takes from the arena at most, its result included."""
-    blocks, chunk = -(-n // BLOCK), chunk_rows(sizes, n_ctx)
-    key, value = slabs(sizes.k) + slabs(sizes.p), slabs(sizes.v)
-    columns = sizes.h * (slabs(sizes.k) + value)
-    up = -(-columns // 2) * slabs(sizes.r) * SLAB
-    items = n_items(sizes, n)
-    parts = max(items, min(8 * items, SPLIT_ITEMS * n_sm))
-    return (
-        blocks * sizes.h * key * SLAB + up + chunk * (columns + slabs(sizes.p)) * 128
-        + parts * kept_bytes(sizes) + 2 * n * sizes.h * sizes.v + 8 * 256
-    )  # fmt: skip
-
-
-def slabs(width: int) -> int:
-    return -(-width // 64)
-
-
-def n_items(sizes: Sizes, n: int) -> int:
-    """Blocks of tokens of all heads."""
-    return sizes.h * -(-n // BLOCK)
-
-
-def kept_bytes(sizes: Sizes) -> int:
-    """Bytes of an item's unnormalised result, maxima and sums."""
-    return 1024 * (32 * slabs(sizes.v) + 4)
 
 
 # ---- absorbed attention ---------------------------------------------------------------------
@@ -146,7 +50,7 @@ def decode_shared(
     raw = packed.get(cache_type, line)
     m = 16 * m_tiles
     size = stages * SPLIT_ROWS * raw + (SPLIT_ROWS * line if cache_type != "f16" else 0)
-    size += 4 * m * (SPLIT_ROWS + 8) * 4 + m * (SPLIT_ROWS + 8) * 2 + m * 4 + 8 * (stages + 1)
+    size += 4 * m * (SPLIT_ROWS + 8) * 4 + m * (SPLIT_ROWS + 8) * 2 + m * 4 + 16 * stages
     size += 2 * SPLIT_ROWS * -(-width // 32) * 4 if cache_type == "q8_0" else 0
     return max(size + 4 * slots, 4 * m * (r + 8))
 
@@ -154,7 +58,7 @@ def decode_shared(
 # ---- an indexer's scores --------------------------------------------------------------------
 
 _SCORES = 64 << 20  # bytes of scores held at once; fewer tokens go together where rows are many
-_TOKENS_AT_ONCE = 16  # kernels/dsa.cu
+_TOKENS_AT_ONCE = 16  # kernels/dsa_scores.cu
 
 
 def score_stride(n_ctx: int) -> int:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from mlacli.attention_forms import CachePart
 from mlacli.parallel.plan import RankPlan, ShardPlan
 from mlacli.parallel.shards import Shard
+
+if TYPE_CHECKING:
+    from mlacli.devices import Device
 
 Rows = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
@@ -37,6 +41,34 @@ def _bytes(n: int) -> str:
         if n >= size:
             return f"{n / size:.2f} {unit}"
     return f"{n / 1024:.1f} KiB"
+
+
+def memory_rows(plan: ShardPlan, gpus: Sequence[Device]) -> Rows:
+    """(columns, one row per device) in MiB, the columns of llama.cpp's memory breakdown.
+
+    total = free + self + unaccounted, of GPUs; self = model + context + compute, as planned, the
+    last with the bound of NumPy's float32 copies.
+    """
+    columns = (
+        "memory [MiB]", "total", "free", "self", "model", "context", "compute", "unaccounted"
+    )  # fmt: skip
+    found = {gpu.name: gpu for gpu in gpus}
+    rows = []
+    for name in dict.fromkeys(rank.device for rank in plan.ranks):
+        here = [rank for rank in plan.ranks if rank.device == name]
+        model, context = sum(r.weights for r in here), sum(r.cache for r in here)
+        own = sum(r.total for r in here)
+        parts = [own, model, context, own - model - context]
+        gpu = found.get(name)
+        ends = ("-", "-", "-") if gpu is None else (
+            _mebibytes(gpu.total), _mebibytes(gpu.free), _mebibytes(gpu.total - gpu.free - own)
+        )  # fmt: skip
+        rows.append((name, *ends[:2], *map(_mebibytes, parts), ends[2]))
+    return columns, rows
+
+
+def _mebibytes(n: int) -> str:
+    return f"{n / 2**20:.0f}" if n >= 10 << 20 else f"{n / 2**20:.1f}"
 
 
 def shard_rows(plan: ShardPlan) -> Rows:

@@ -12,6 +12,8 @@ import pytest
 
 from mlacli.cli import run
 from mlacli.errors import MlacliError
+from mlacli.prepare import bundled_model
+from mlacli.timings import Timings
 
 GOLDEN = Path(__file__).parent / "golden"
 VOCAB = 300
@@ -65,8 +67,14 @@ class FakeTokenizer:
         self.add_bos = add_bos
 
     def encode(self, text, add_special=True, parse_special=True):
-        assert add_special and parse_special
-        return ([0] if self.add_bos and text else []) + list(text.encode())
+        assert parse_special
+        return ([0] if self.add_bos and add_special and text else []) + list(text.encode())
+
+    def is_hidden(self, token_id):
+        return token_id < 2
+
+    def piece(self, token_id):
+        return (b"<BOS>", b"<EOS>")[token_id] if token_id < 2 else bytes([token_id])
 
     def decode(self, ids):
         return bytes(i for i in ids if i > 1).decode("utf-8", "replace")
@@ -90,6 +98,8 @@ class FakeModel:
     params: object = None
     weights_loaded: bool = False
     error: MlacliError | None = None
+    metadata: dict = field(default_factory=dict)
+    saved: dict = field(default_factory=dict)  # path -> what save_session was called at
     kernels: int = 0  # that a load compiles
 
     @property
@@ -104,8 +114,9 @@ class FakeModel:
             path=Path(path or "bundled.gguf"),
             params=params,
             n_threads=params.context.n_threads or 1,
-            plan=SimpleNamespace(n_ctx=self.n_ctx, n_ubatch=params.context.n_ubatch),
+            plan=SimpleNamespace(n_ctx=self.n_ctx, n_ubatch=params.context.n_ubatch, ranks=()),
             hparams=SimpleNamespace(n_vocab=VOCAB),
+            gguf=SimpleNamespace(metadata=self.metadata),
             findings=self.findings,
             effective=(("split mode", "none", ""), ("context", str(self.n_ctx), "given")),
             predicted_tps=self.predicted_tps,
@@ -130,10 +141,13 @@ class FakeEngine:
         self.model, self.prepared, self.params = model, prepared, prepared.params
         self.n_ctx, self.n_kv, self.context_full = model.n_ctx, 0, False
         self.closed, self.checked = False, None
+        self.timings = Timings(
+            load_s=0.5, prompt_s=0.25, n_prompt=5, decode_s=2.0, n_decoded=7, ttft_s=0.3,
+            sample_s=0.1, n_sampled=8,
+        )  # fmt: skip
+        self.page_lock = SimpleNamespace(problem=None)
+        self.on_ubatch = None
         self.n_compiled, self.compile_s = 0, 1.25
-        self.timings = SimpleNamespace(
-            load_s=0.5, prompt_s=0.25, n_prompt=5, decode_s=2.0, n_decoded=7, ttft_s=0.3
-        )
 
     def __enter__(self):
         return self
@@ -148,6 +162,12 @@ class FakeEngine:
 
     def memory(self):
         return {"cpu": 32 << 20}
+
+    def decode_ahead(self, token_id, n, sampler):
+        return []
+
+    def warm_up(self):
+        self.model.calls.append(("warm",))
 
     def take_turn(self):
         self.model.calls.append(("turn", self.params.split.mode))
@@ -169,7 +189,7 @@ class FakeEngine:
         self.n_kv += len(ids)
         return np.zeros((1, VOCAB), np.float32)
 
-    def generate_ids(self, prompt_ids, n_predict=-1, sampler=None):
+    def generate_ids(self, prompt_ids, n_predict=-1, sampler=None, reuse=False):
         self.model.calls.append(("generate", list(prompt_ids), n_predict, sampler))
         room = self.n_ctx - len(prompt_ids)
         for n, token_id in enumerate(self.model.answer):
@@ -189,11 +209,16 @@ def fake_model(monkeypatch):
     model = FakeModel()
     rows = lambda plan: (("device", "total"), [("cpu", "1.5 GiB")])  # noqa: E731
     fakes = {
-        "mlacli.prepare": {"prepare": model.prepare, "together": list},
+        "mlacli.prepare": {
+            "prepare": model.prepare,
+            "together": list,
+            "bundled_model": bundled_model,
+        },
         "mlacli.engine": {"Engine": model.engine},
         "mlacli.parallel.plan_report": {
             "plan_rows": rows,
             "shard_rows": lambda plan: (("tensor", "rank"), [("output.weight", "0")]),
+            "memory_rows": lambda plan, gpus: (("memory", "self"), [("cpu", "12")]),
             "plan_as_dict": lambda plan: {"n_ctx": plan.n_ctx},
         },
     }

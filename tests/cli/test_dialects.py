@@ -62,7 +62,8 @@ def value_of(word):
     flag = OURS.get(word)
     if flag is None:
         return "1"
-    given = {"KV": "a=int:1", "LIST": "cpu", "RULES": "a=CPU"}
+    given = {"KV": "a=int:1", "LIST": "cpu", "RULES": "a=CPU", "JSON": "{}", "BIAS": "1+1"}
+    given |= {"NAMES": "top_k", "LETTERS": "kt"}
     return given.get(flag.metavar) or (*choices(flag.parse), "1")[0]
 
 

@@ -13,29 +13,35 @@ ENDLESS = """
 import sys, time, types
 from types import SimpleNamespace
 from pathlib import Path
+from mlacli.timings import Timings
 
 class Engine:
     n_ctx, checked, n_compiled = 64, None, 0
     context_full = False
-    timings = SimpleNamespace(load_s=1, prompt_s=1, n_prompt=1, decode_s=1, n_decoded=1, ttft_s=1)
-    def __init__(self, prepared, progress, compiling): pass
+    timings, page_lock = Timings(1, 1, 1, 1, 1, 1), SimpleNamespace(problem=None)
+    on_ubatch = None
+    def __init__(self, prepared, progress, compiling): self.prepared = prepared
     def __enter__(self): return self
     def __exit__(self, *e): pass
     def peak_memory(self): return 0
+    def warm_up(self): pass
+    def take_turn(self): pass
     def generate_ids(self, ids, n_predict, sampler):
         for i in range(10**9 if {endless} else 100):
             yield i % 50
             {pause}
 
 def prepare(path, params):
-    return SimpleNamespace(path=Path("x"), params=params, plan=SimpleNamespace(n_ctx=64),
+    return SimpleNamespace(path=Path("x"), params=params,
+        plan=SimpleNamespace(n_ctx=64, ranks=()),
         hparams=SimpleNamespace(n_vocab=50), findings=(), effective=(), predicted_tps=None,
         tokenizer=lambda: None)
 
 rows = lambda plan: (("a",), [("b",)])
 for name, names in {{"prepare": dict(prepare=prepare), "engine": dict(Engine=Engine),
                     "parallel.plan_report": dict(plan_rows=rows, shard_rows=rows,
-                                                 plan_as_dict=lambda plan: {{}})}}.items():
+                         plan_as_dict=lambda plan: {{}}, memory_rows=lambda plan, gpus: rows(plan)),
+                    }}.items():
     sys.modules["mlacli." + name] = types.ModuleType(name)
     vars(sys.modules["mlacli." + name]).update(names)
 from mlacli.cli import main
@@ -83,7 +89,7 @@ def test_debug_shows_the_traceback(mlacli, fake_model, monkeypatch):
         (["-m", "x"], "-m before a command (write mlacli run-model -m)"),
         (["run-model", "-mx", "f"], "unknown flag -mx (did you mean -m?)"),
         (["run-model", "--lora", "f"], "--lora is not supported: there are no adapters (merge"),
-        (["run-model"], "no prompt (give one with -p TEXT, -f FILE or --prompt-ids 1,2,3)"),
+        (["run-model"], "no prompt, and the bundled model has no chat template (give a prompt"),
         (["plan", "-p", "x"], "-p is a flag of mlacli run-model (leave it out)"),
         (["check-flags", "--arch"], "--arch needs a value"),
     ],
@@ -107,7 +113,7 @@ def test_ctrl_c_exits_130_after_ending_the_line():
     first = p.stdout.read(7)
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=20)
-    assert p.returncode == 130
+    assert p.returncode == 130, err
     assert (first + out).startswith("1 2 0 1") and out.endswith("\n")
     assert "Error" not in err and "Traceback" not in err
 

@@ -14,7 +14,7 @@ RUN = ("run-model", "-p", "Hi", "--temp", "0")
 
 def test_the_log_file_holds_what_stderr_got(mlacli, fake_model, tmp_path):
     path = tmp_path / "log.txt"
-    done = mlacli(*RUN, "--log-file", str(path), "-c", "1", "-c", "128", "--mlock")
+    done = mlacli(*RUN, "--log-file", str(path), "-c", "1", "-c", "128", "--offline")
     assert done.code == 0 and "-c is given 2 times" in done.err
     assert path.read_text() == done.err and "configuration:" in done.err
     done = mlacli(*RUN, "--log-file", str(path), "--nonsense")
@@ -25,7 +25,7 @@ def test_the_log_file_holds_what_stderr_got(mlacli, fake_model, tmp_path):
 
 def test_events(mlacli, fake_model, tmp_path):
     path = tmp_path / "log.jsonl"
-    done = mlacli(*RUN, "--log-jsonl", str(path), "-c", "1", "-c", "128", "--mlock", "-lv", "0")
+    done = mlacli(*RUN, "--log-jsonl", str(path), "-c", "1", "-c", "128", "--offline", "-lv", "0")
     assert (done.code, done.err) == (0, "")
     events = [json.loads(line) for line in path.read_text().splitlines()]
     kinds = [e["event"] for e in events]
@@ -61,13 +61,13 @@ def test_verbosity(mlacli, fake_model, flags, warnings, plan, shards):
 
 
 def test_idle_and_renamed_flags_run_with_a_note(mlacli, fake_model):
-    done = mlacli(*RUN, "--mlock", "--numa", "distribute", "-smf16", "--repeat-penalty", "1.0")
+    done = mlacli(*RUN, "--offline", "--numa", "distribute", "-smf16", "--cfg-scale", "1.0")
     assert done.code == 0
     notes = [line for line in done.err.splitlines() if line.startswith("note: ")]
     assert len(notes) == 4 and "note: -smf16 is spelled -grt f16 here" in notes
     assert fake_model.params.context.graph_reduce_type == "f16"
-    done = mlacli(*RUN, "--repeat-penalty", "1.1")
-    assert done.code == 2 and "--repeat-penalty is not supported" in done.err
+    done = mlacli(*RUN, "--cfg-scale", "1.1")
+    assert done.code == 2 and "--cfg-scale is not supported" in done.err
 
 
 def test_variables_reach_a_run(mlacli, fake_model, monkeypatch):

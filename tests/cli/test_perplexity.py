@@ -105,7 +105,7 @@ def test_a_base_of_another_text_or_vocabulary_is_refused(mlacli, text, tmp_path)
         (("-f", "TEXT", "--chunks", "0"), 2, "--chunks 0 scores nothing"),
         (("-f", "TEXT", "-c", "0"), 2, "perplexity needs chunks of at least 4 tokens"),
         (("-f", "TEXT", "-c", "200"), 1, "the text has 301 tokens, 400 are needed"),
-        (("-f", "absent"), 1, "can't read the prompt file absent"),
+        (("-f", "absent"), 1, "can't read the text file absent"),
         (("--kl-divergence",), 2, "--kl-divergence needs a base"),
         (("--kl-divergence", "--kl-divergence-base", "absent"), 1, "can't read absent"),
         (("-f", "TEXT", "--ppl-stride", "41"), 2, "--ppl-stride 41 is larger than -c 40"),

@@ -70,11 +70,11 @@ def test_the_two_projects_differ_in_how_many_values_an_option_takes():
 
 
 def test_renamed_and_neutral_values():
-    report = judge(["llama-cli", "-smf16", "--repeat-penalty", "1.0", "-np", "1", "-fit", "off"])
+    report = judge(["llama-cli", "-smf16", "--offline", "-np", "1", "-fit", "off"])
     assert [v.verdict for v in report.verdicts[:1]] == ["no effect"], "-grt acts under graph only"
     assert {v.verdict for v in report.verdicts} == {"no effect"} and report.exit_code == 0
     assert verdicts("--log-disable") == {"--log-disable": "renamed"}
-    assert verdicts("--repeat-penalty", "1.1") == {"--repeat-penalty": "refused"}
+    assert verdicts("--cfg-scale", "1.1") == {"--cfg-scale": "refused"}
 
 
 def test_a_flag_of_another_command():

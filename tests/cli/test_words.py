@@ -1,5 +1,6 @@
 """The grammar of a command line, by the real flag tables."""
 
+import math
 from dataclasses import fields
 
 import pytest
@@ -60,6 +61,14 @@ def error(*words, table=TABLE):
         (["-s", "4294967295"], "seed", None),
         (["-ot", "a=CPU", "-ot", "b=CPU"], "override_tensor", ("a=CPU", "b=CPU")),
         (["--override-kv", "a.b=int:4"], "override_kv", (("a.b", 4),)),
+        (["-l", "5-inf", "-l", "7+.5"], "logit_bias", ((5, -math.inf), (7, 0.5))),
+        (["--samplers", "temp; top-k"], "samplers", ("temperature", "top_k")),
+        (["--samplers", ""], "samplers", ()),
+        (["--sampling-seq", "tk"], "sampling_seq", ("temperature", "top_k")),
+        (["-r", "A", "-r", "B"], "reverse_prompt", ("A", "B")),
+        (["--dry-sequence-breaker", "none"], "dry_sequence_breaker", ("",)),
+        (["--chat-template-kwargs", '{"a": 1}'], "chat_template_kwargs", (("a", 1),)),
+        (["--reasoning-format", "deepseek-legacy"], "reasoning_format", "none"),
     ],
 )
 def test_values(words, key, value):
@@ -100,10 +109,15 @@ def test_the_word_after_a_bare_fa_is_left_alone():
         (["-dev", "gpu0"], "-dev: 'gpu0' is not a device"),
         (["-p", "a", "-f", "b"], "-p and -f exclude each other"),
         (["--lora", "x"], "--lora is not supported: there are no adapters (merge the adapter"),
-        (["--repeat_penalty", "1.1"], "--repeat_penalty is not supported"),
+        (["--adaptive_target", "0.5"], "--adaptive_target is not supported"),
+        (["--repeat-penalty", "0"], "--repeat-penalty: '0' is not above 0"),
+        (["--samplers", "top_k;tfs_z"], "'tfs_z' is not a sampler that mlacli has"),
+        (["--sampling-seq", "kf"], "'f' is not a sampler's letter"),
+        (["-l", "5*3"], "-l: '5*3' is not a token id and its bias"),
+        (["--chat-template-kwargs", "[1]"], "is not a JSON object"),
         (["-hf", "a/b"], "-hf is not supported: nothing is downloaded (download the file"),
         (["-nrep", "2"], "-nrep is a flag of mlacli sweep-bench"),
-        (["-mlok"], "unknown flag -mlok (did you mean --mlock?)"),
+        (["-offlin"], "unknown flag -offlin (did you mean --offline?)"),
     ],
 )
 def test_errors(words, text):
@@ -111,11 +125,11 @@ def test_errors(words, text):
 
 
 def test_a_refused_flag_takes_its_values_along():
-    line = walk(TABLE, ["--rpc", "512", "--lora-scaled", "f", "0.5", "--jinja", "-ub", "64"])
+    line = walk(TABLE, ["--rpc", "512", "--lora-scaled", "f", "0.5", "--no-jinja", "-ub", "64"])
     assert [(p.word, p.text) for p in line.problems] == [
         ("--rpc", "512"),
         ("--lora-scaled", "f 0.5"),
-        ("--jinja", None),
+        ("--no-jinja", None),
     ]
     assert line.values == {"ubatch_size": 64}
 
@@ -153,6 +167,7 @@ def test_every_flag_has_a_variable():
     """Words, switches and repeated flags alike: what the variable says is what the flag says."""
     for flag in TABLE:
         given = {"KV": "a.b=int:1", "SHARES": "1,1", "LIST": "cpu", "RULES": "a=CPU"}
+        given |= {"JSON": "{}", "BIAS": "1+1", "NAMES": "top_k", "LETTERS": "kt"}
         text = given.get(flag.metavar)
         text = text or (choices(flag.parse) or ("1",))[0]
         words = [flag.names[0], text] if flag.parse else [flag.names[0]]

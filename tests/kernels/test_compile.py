@@ -19,7 +19,6 @@ from mlacli.backends.cuda_compile import Unit, compiled
 TUNED, OTHERS = 90, (80, 86, 89, 100, 120)
 # Files whose headers don't name their variants yet.
 DEFINES = {
-    "cache": {"CACHE": "__nv_bfloat16"},
     "embed": {"WTYPE": 12},
     "matmul_vec": {"WTYPE": 14, "COLS": 8, "ROWS": 2},
     "matmul_experts": {"WTYPE": 12, "WTYPE_UP": 8},

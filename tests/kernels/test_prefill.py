@@ -28,13 +28,13 @@ from kit.prefill_cases import (
 )
 from kit.prefill_sim import SimulatedOps
 
+from mlacli import expanded_sizes
 from mlacli.backends import cuda_prefill
 from mlacli.backends.cuda_array import Array
-from mlacli.backends.cuda_prefill import attend_expanded
+from mlacli.backends.cuda_prefill import Sizes, attend_expanded, takes
+from mlacli.expanded_sizes import chunks, scratch_bytes
 from mlacli.models.parts import Temperature
 from mlacli.ops import Step
-from mlacli.parallel import cuda_sizes
-from mlacli.parallel.cuda_sizes import Sizes, can_expand, chunks, expanded_bytes
 
 CUDA = [Path(os.environ.get(f"CUDA_{x}", "/usr/local/cuda")) / "include" for x in ("PATH", "HOME")]
 SMALL = Sizes(2, 32, 16, 8, 16)
@@ -89,10 +89,10 @@ def test_chunks_and_shared_items_are_merged(
     simulated: Callable[..., SimulatedOps], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three chunks, and two CTAs for the rows of an item; some tokens see the first chunk only."""
-    monkeypatch.setattr(cuda_sizes, "_CHUNK", 256)
-    monkeypatch.setattr(cuda_sizes, "_LEAST_CHUNK", 128)
+    monkeypatch.setattr(expanded_sizes, "CHUNK", 256)
+    monkeypatch.setattr(expanded_sizes, "LEAST_CHUNK", 128)
     monkeypatch.setattr(cuda_prefill, "_splits", lambda *_: 2)
-    ops = simulated(4)
+    ops = simulated(1)  # one CTA expands all in turn
     check(ops, Case(replace(SMALL, h=1), 300, 250, n_padded=10, sharp=6.0))
     names = ["mla_prefill_inputs", *["mla_expand", "mla_prefill"] * 3, "mla_prefill_merge"]
     assert ops.launched == names
@@ -136,7 +136,7 @@ def test_the_plan_pays_for_all_scratch(sizes: Sizes, n: int) -> None:
         ops, step = Scratch(), Step(none, none, none, none, n, n_kv, ())
         attend_expanded(ops, q, kv, w, w, step, sizes, 1.0)
         taken.append(ops.nbytes)
-    assert max(taken) <= expanded_bytes(sizes, n, n_ctx, Scratch.n_sm) < 2 * max(taken) + (1 << 22)
+    assert max(taken) <= scratch_bytes(sizes, n, n_ctx) < 2 * max(taken) + (1 << 22)
 
 
 @pytest.mark.parametrize("n_ctx", [700, 5000, 40960])
@@ -151,14 +151,9 @@ def test_steps_alike_for_all_heads_are_alike_for_some(n_ctx: int) -> None:
 
 
 def test_sizes_that_are_not_taken() -> None:
-    assert (
-        can_expand(90, V2_LITE)
-        and can_expand(90, GLM_FLASH)
-        and can_expand(90, MISTRAL)
-        and can_expand(90, TOY)
-    )
-    assert not can_expand(80, V2_LITE)  # no warpgroup products
-    assert not can_expand(100, V2_LITE)  # others there
-    assert not can_expand(90, replace(V2_LITE, k=100))
-    assert not can_expand(90, replace(V2_LITE, v=264))
-    assert not can_expand(90, replace(V2_LITE, r=640))  # shared memory of the expansion
+    assert takes(90, V2_LITE) and takes(90, GLM_FLASH) and takes(90, MISTRAL) and takes(90, TOY)
+    assert not takes(80, V2_LITE)  # no warpgroup products
+    assert not takes(100, V2_LITE)  # others there
+    assert not takes(90, replace(V2_LITE, k=100))
+    assert not takes(90, replace(V2_LITE, v=264))
+    assert not takes(90, replace(V2_LITE, r=640))  # shared memory of the expansion

@@ -11,9 +11,8 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from kit.tiled import tile_weight
 
-from mlacli.backends.cuda_prefill import attend_expanded
+from mlacli.backends.cuda_prefill import Sizes, attend_expanded
 from mlacli.models.parts import Temperature
-from mlacli.parallel.cuda_sizes import Sizes
 
 V2_LITE = Sizes(16, 512, 128, 64, 128)
 GLM_FLASH = Sizes(20, 512, 192, 64, 256)

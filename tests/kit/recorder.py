@@ -32,7 +32,6 @@ from mlacli.prepare import prepare
 H200 = 141 << 30
 LAUNCH_US, BYTES_US = 1.2, 4.3e6  # a launch with PDL, and bytes read per microsecond
 _MOST_SHARED = 227 << 10
-_HINTS = {"latent": range(21, 26)}  # arguments that are fetched into L2, not read
 _ALIGN = 256
 
 
@@ -143,12 +142,10 @@ class Recorder:
             if kind == "p":
                 assert arg is None or isinstance(arg, Array), f"{what} is no array"
                 if arg is not None:
-                    block_ = self.block_of(arg.ptr, what)
-                    if i not in _HINTS.get(name, ()):
-                        blocks.append(block_)
+                    blocks.append(self.block_of(arg.ptr, what))
                     last = sum((n - 1) * s for n, s in zip(arg.shape, arg.strides, strict=True))
                     end = arg.ptr + (last + arg.dtype.itemsize if arg.size else 0)
-                    assert end <= block_.ptr + block_.nbytes, f"{what} is too long"
+                    assert end <= blocks[-1].ptr + blocks[-1].nbytes, f"{what} is too long"
             else:
                 assert isinstance(arg, (int, float, np.number, bool)), f"{what} is no number"
                 assert kind != "i" or -(2**31) <= int(arg) < 2**31, f"{what} is no int: {arg}"

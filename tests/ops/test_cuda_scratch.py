@@ -16,6 +16,7 @@ from kit.recorder import recorded, recorder
 from mlacli.backends.cuda_sparse import tokens_at_once
 from mlacli.devices import Device
 from mlacli.engine import Engine
+from mlacli.expanded_sizes import Sizes, scratch_bytes
 from mlacli.flags import LOADED, library_values, to_params
 from mlacli.loading import synthetic
 from mlacli.loading.gguf_file import GgufFile
@@ -23,7 +24,7 @@ from mlacli.loading.presets import PRESETS, Preset, type_name
 from mlacli.loading.synthetic import SyntheticFile
 from mlacli.parallel import cuda_scratch, memory
 from mlacli.parallel.cuda_scratch import CudaScratch
-from mlacli.parallel.cuda_sizes import Sizes, expanded_bytes, most_score_bytes
+from mlacli.parallel.cuda_sizes import most_score_bytes
 from mlacli.parallel.memory import LOGIT_BYTES, most_logit_rows
 from mlacli.prepare import prepare
 
@@ -170,7 +171,7 @@ def test_the_bound_of_logits() -> None:
 def test_bounds_never_shrink_with_the_context() -> None:
     """Else the largest context that fits would be no boundary."""
     sizes, contexts = Sizes(20, 512, 192, 64, 256), range(256, 1 << 18, 256)
-    expanded = [expanded_bytes(sizes, 512, n_ctx, 132) for n_ctx in contexts]
+    expanded = [scratch_bytes(sizes, 512, n_ctx) for n_ctx in contexts]
     scores = [most_score_bytes(512, n_ctx) for n_ctx in contexts]
     assert expanded == sorted(expanded) and scores == sorted(scores)
     for n_ctx, nbytes in zip(contexts, scores, strict=True):
