@@ -24,8 +24,11 @@ def device_memory(name: str) -> tuple[int, int]:
 
 
 def device_capability(name: str) -> int:
-    """The compute capability of `cudaN`: 90 for 9.0."""
-    return int(_device(name).compute_capability)
+    """The compute capability that `cudaN` runs code of, 90 for 9.0: its own, or MLACLI_ARCH's."""
+    device = _device(name)
+    from mlacli.backends.cuda_compile import capability  # needs CuPy
+
+    return capability(int(device.compute_capability))
 
 
 def use_device(name: str) -> None:

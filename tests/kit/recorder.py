@@ -9,7 +9,8 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -198,7 +199,9 @@ class Header(SyntheticFile):
         return np.zeros(info.nbytes, np.uint8).data
 
 
-def recorded(monkeypatch: pytest.MonkeyPatch, model: Preset | GgufFile, **flags: Any) -> Engine:
+def recorded(
+    monkeypatch: pytest.MonkeyPatch, model: Preset | GgufFile, capability: int = 90, **flags: Any
+) -> Engine:
     """An engine of `model` on a recorder, loaded; flags as for mlacli.load."""
     upload = cuda_ops.CudaOps.upload
 
@@ -211,9 +214,11 @@ def recorded(monkeypatch: pytest.MonkeyPatch, model: Preset | GgufFile, **flags:
         return weight
 
     monkeypatch.setattr(cuda_ops.CudaOps, "upload", tagged)
-    monkeypatch.setattr(devices, "_device", lambda name: Device(name, "cuda", H200, H200))
+    monkeypatch.setattr(
+        devices, "_device", lambda name: Device(name, "cuda", H200, H200, capability)
+    )
     monkeypatch.setattr(cuda_devices, "use_device", lambda name: None)
-    monkeypatch.setattr(cuda_device, "CudaDevice", Recorder)
+    monkeypatch.setattr(cuda_device, "CudaDevice", partial(Recorder, capability=capability))
     monkeypatch.setattr(engine, "bytes_in_use", lambda name: 0)
     compile_ahead = cuda_ops.CudaOps.compile
 

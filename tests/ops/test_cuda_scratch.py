@@ -143,6 +143,16 @@ def test_weights_that_are_not_in_tiles(
         assert taken <= planned
 
 
+@pytest.mark.parametrize("capability", [75, 80, 89, 100, 120])
+@pytest.mark.parametrize("name", ["glm47flash", "glm5"])
+def test_other_devices(monkeypatch: pytest.MonkeyPatch, name: str, capability: int) -> None:
+    """None expands, the oldest has no tiles, some have little shared memory."""
+    for cache_type in ("f16", "f32"):
+        flags = {"capability": capability, "cache_type_k": cache_type}
+        taken, planned = check(monkeypatch, cut(name), 4096, 512, **flags)
+        assert taken <= planned
+
+
 @pytest.mark.parametrize("path", sorted(MODELS.glob("*.gguf")), ids=lambda path: path.stem)
 def test_toy_models(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     for n_ubatch in (1, 24, 256):
