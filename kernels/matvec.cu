@@ -11,20 +11,22 @@
 // Assumes   x, ldx and `in` even; with WITH_NORM skip 0. AT_EDGE 0: skip is 0 and `in` 64 N_COL_TILES
 // Numerics  matvec.cuh; warps and steps in a fixed order. NMSE to float64 <= 1e-9
 // Bound by  bytes of w; below about 4 MB by latency
-// Variants  N_ROWS=2 N_WARPS=8 N_CTAS=2 N_AHEAD=4 N_BLOCKS=0 N_COL_TILES=32 AT_EDGE=0 WITH_NORM=1
-//           WITH_ADD=0 WTYPE0=12 WTYPE1=8 WTYPE2=7; N_ROWS=1 N_WARPS=4 N_CTAS=2 N_AHEAD=2
+// Variants  N_STAGES=2 N_ROWS=2 N_WARPS=8 N_CTAS=2 N_AHEAD=4 N_BLOCKS=0 N_COL_TILES=32 AT_EDGE=0 WITH_NORM=1
+//           WITH_ADD=0 WTYPE0=12 WTYPE1=8 WTYPE2=7; N_STAGES=2 N_ROWS=1 N_WARPS=4 N_CTAS=2 N_AHEAD=2
 //           N_BLOCKS=0 N_COL_TILES=172 AT_EDGE=1 WITH_NORM=0 WITH_ADD=1 WTYPE0=6 WTYPE1=-1 WTYPE2=-1;
-//           N_ROWS=1 N_WARPS=8 N_CTAS=1 N_AHEAD=4 N_BLOCKS=2 N_COL_TILES=32 AT_EDGE=0 WITH_NORM=1
-//           WITH_ADD=0 WTYPE0=14 WTYPE1=-1 WTYPE2=-1; GATED=1 N_ROWS=3 N_WARPS=8 N_CTAS=1 N_AHEAD=4
-//           N_BLOCKS=0 N_COL_TILES=32 AT_EDGE=0 WITH_NORM=1 WTYPE0=12 WTYPE1=13; GATED=1 N_ROWS=1 N_WARPS=8
+//           N_STAGES=2 N_ROWS=1 N_WARPS=8 N_CTAS=1 N_AHEAD=4 N_BLOCKS=2 N_COL_TILES=32 AT_EDGE=0 WITH_NORM=1
+//           WITH_ADD=0 WTYPE0=14 WTYPE1=-1 WTYPE2=-1; GATED=1 N_STAGES=2 N_ROWS=3 N_WARPS=8 N_CTAS=1 N_AHEAD=4
+//           N_BLOCKS=0 N_COL_TILES=32 AT_EDGE=0 WITH_NORM=1 WTYPE0=12 WTYPE1=13; GATED=1 N_STAGES=2 N_ROWS=1 N_WARPS=8
 //           N_CTAS=1 N_AHEAD=2 N_BLOCKS=1 N_COL_TILES=32 AT_EDGE=0 WITH_NORM=1 WTYPE0=23 WTYPE1=1
 // Sources   own
 // Tested by tests/kernels/test_matvec.py, tests/gpu/test_cuda_matvec.py
 #include "matvec_cta.cuh"
-#include "matvec_one.cuh"
+#include "matvec_rows.cuh"
 
 constexpr int TOKENS = N_BLOCKS ? 4 * N_BLOCKS : 1;
 using Share = OneShare<N_COL_TILES, N_WARPS, N_AHEAD>;
+template <int... Q>
+using Streams = typename OnePick<(N_STAGES > 0 && OneStaged<N_COL_TILES>::fits), Share, Q...>::type;
 
 #ifdef GATED
 constexpr int STREAMS = 2;
@@ -51,14 +53,14 @@ __device__ __forceinline__ void segment(
     const TileView<Q> view = tile_view<Q>(w, row_tiles, N_COL_TILES);
     if constexpr (N_BLOCKS == 0) {
         auto& parts = memory.one.sums;
-        OneStreams<Share, Q> streams;
+        Streams<Q> streams;
         const int n = (row_tiles - cta + ctas - 1) / ctas;
-        const auto seek = [&](OneStreams<Share, Q>& s, int k) {
+        const auto seek = [&](Streams<Q>& s, int k) {
             s.start(view, (long long)(cta + k * ctas) * N_COL_TILES,
                     Share::from(threadIdx.x >> 5), threadIdx.x & 31);
             return true;
         };
-        one_cta<WITH_NORM, AT_EDGE>(parts, memory.one.staged, streams, n, seek, in.x, in.norm, in.in,
+        one_cta<WITH_NORM, AT_EDGE, N_STAGES>(parts, memory.one.staged, streams, n, seek, in.x, in.norm, in.in,
                                     in.skip);
         const int mine = threadIdx.x >> 4;  // the first row tile that this thread adds up
         const int o = 16 * (cta + mine * ctas) + row;
@@ -121,18 +123,18 @@ gated_few(float* h, const unsigned char* gate, const unsigned char* up, const fl
     pdl_launch();
     if constexpr (N_BLOCKS == 0) {
         auto& parts = memory.one.sums;
-        using Streams = OneStreams<Share, WTYPE0, WTYPE1>;
-        Streams streams;
+        using Pair = Streams<WTYPE0, WTYPE1>;
+        Pair streams;
         const int n_rows = (row_tiles - cta + gridDim.x - 1) / gridDim.x;
-        const auto seek = [&](Streams& s, int k) {
+        const auto seek = [&](Pair& s, int k) {
             const int lane = threadIdx.x & 31, begin = Share::from(threadIdx.x >> 5);
             const long long first = (long long)(cta + k * (int)gridDim.x) * N_COL_TILES;
-            OneStreams<Share, WTYPE1>& second = s;
+            Streams<WTYPE1>& second = s;
             s.start(of_gate, first, begin, lane);
             second.start(of_up, first, begin, lane);
             return true;
         };
-        one_cta<WITH_NORM, AT_EDGE>(parts, memory.one.staged, streams, n_rows, seek, x, norm, in, 0);
+        one_cta<WITH_NORM, AT_EDGE, N_STAGES>(parts, memory.one.staged, streams, n_rows, seek, x, norm, in, 0);
         __syncthreads();
         const float scale = WITH_NORM ? parts.norm(in, eps) : 1.f;
         for (int k = threadIdx.x >> 4; k < n_rows; k += 2 * N_WARPS) {

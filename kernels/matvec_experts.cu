@@ -15,23 +15,25 @@
 //           (UP_SHIFT: its remainder by 16). AFTER_UP: the launch before this is experts_up_few's
 // Numerics  as matvec.cu; the slot's weight is put on its sums. NMSE to float64 <= 1e-9
 // Bound by  bytes of the chosen experts
-// Variants  EXPERTS_UP=1 N_ROWS=3 N_WARPS=8 N_CTAS=1 N_AHEAD=2 N_COL_TILES=32 AT_EDGE=0 UP_SHIFT=0 WITH_NORM=1
-//           WTYPE0=12 WTYPE1=12 WTYPE2=13 WTYPE3=8; EXPERTS_UP=1 N_ROWS=1 N_WARPS=4 N_CTAS=1 N_AHEAD=2 N_COL_TILES=5
-//           AT_EDGE=1 UP_SHIFT=8 WITH_NORM=0 WTYPE0=2 WTYPE1=2 WTYPE2=-1 WTYPE3=-1; EXPERTS_DOWN=1 N_USED=6
+// Variants  EXPERTS_UP=1 N_STAGES=2 N_ROWS=3 N_WARPS=8 N_CTAS=1 N_AHEAD=2 N_COL_TILES=32 AT_EDGE=0 UP_SHIFT=0 WITH_NORM=1
+//           WTYPE0=12 WTYPE1=12 WTYPE2=13 WTYPE3=8; EXPERTS_UP=1 N_STAGES=2 N_ROWS=1 N_WARPS=4 N_CTAS=1 N_AHEAD=2 N_COL_TILES=5
+//           AT_EDGE=1 UP_SHIFT=8 WITH_NORM=0 WTYPE0=2 WTYPE1=2 WTYPE2=-1 WTYPE3=-1; EXPERTS_DOWN=1 N_STAGES=2 N_USED=6
 //           N_PARTS=2 N_PARTS_SHARED=4 N_CTAS=1 N_AHEAD=4 N_COL_TILES=22 N_COL_TILES_SHARED=44 AT_EDGE=0
-//           AFTER_UP=1 WITH_ADD=1 WTYPE0=6 WTYPE1=14; EXPERTS_DOWN=1 N_USED=8 N_PARTS=2 N_PARTS_SHARED=0
+//           AFTER_UP=1 WITH_ADD=1 WTYPE0=6 WTYPE1=14; EXPERTS_DOWN=1 N_STAGES=2 N_USED=8 N_PARTS=2 N_PARTS_SHARED=0
 //           N_CTAS=1 N_AHEAD=4 N_COL_TILES=32 N_COL_TILES_SHARED=0 AT_EDGE=1 AFTER_UP=0 WITH_ADD=0
 //           WTYPE0=14 WTYPE1=-1
 // Sources   own
 // Tested by tests/kernels/test_matvec.py, tests/gpu/test_cuda_matvec.py
 #include "matvec_cta.cuh"
-#include "matvec_one.cuh"
+#include "matvec_rows.cuh"
 
 #ifdef EXPERTS_UP
 // ---------------------------------------------------------------- up ------------------------
 constexpr bool UNEVEN = UP_SHIFT != 0;  // the first up row is not the first of a tile: 16 rows lie in two
 constexpr int STREAMS = UNEVEN ? 3 : 2;
 using Share = OneShare<N_COL_TILES, N_WARPS, N_AHEAD>;
+template <int... Q>
+using Streams = typename OnePick<(N_STAGES > 0 && OneStaged<N_COL_TILES>::fits), Share, Q...>::type;
 using Sums = OneSums<N_WARPS, N_ROWS, STREAMS>;
 
 // silu(gate) * up of row tile k of the CTA.
@@ -56,18 +58,18 @@ experts_up_few(float* h, const unsigned char* gate, const unsigned char* up,
         const int row_tiles = (fs + 15) / 16, cta = blockIdx.x;
         const auto of_gate = tile_view<WTYPE2>(shared_gate, row_tiles, N_COL_TILES);
         const auto of_up = tile_view<WTYPE3>(shared_up, row_tiles, N_COL_TILES);
-        using Streams = OneStreams<Share, WTYPE2, WTYPE3>;
-        Streams streams;
-        const auto seek = [&](Streams& s, int k) {
+        using Pair = Streams<WTYPE2, WTYPE3>;
+        Pair streams;
+        const auto seek = [&](Pair& s, int k) {
             const long long at = (long long)(cta + k * shared_ctas) * N_COL_TILES;
-            OneStreams<Share, WTYPE3>& second = s;
+            Streams<WTYPE3>& second = s;
             s.start(of_gate, at, begin, lane);
             second.start(of_up, at, begin, lane);
             return true;
         };
         const int n = (row_tiles - cta + shared_ctas - 1) / shared_ctas;
         auto& pairs = reinterpret_cast<OneSums<N_WARPS, N_ROWS, 2>&>(sums);
-        one_cta<WITH_NORM, AT_EDGE>(pairs, staged, streams, n, seek, x, norm, d, 0);
+        one_cta<WITH_NORM, AT_EDGE, N_STAGES>(pairs, staged, streams, n, seek, x, norm, d, 0);
         __syncthreads();
         const float scale = WITH_NORM ? pairs.norm(d, eps) : 1.f;
         for (int k = threadIdx.x >> 4; k < n; k += 2 * N_WARPS) {
@@ -88,30 +90,30 @@ experts_up_few(float* h, const unsigned char* gate, const unsigned char* up,
         return e < held ? max(e, -1) : -1;
     };
 #if UP_SHIFT
-    using Streams = OneStreams<Share, WTYPE0, WTYPE1, WTYPE1>;
+    using Pair = Streams<WTYPE0, WTYPE1, WTYPE1>;
 #else
-    using Streams = OneStreams<Share, WTYPE0, WTYPE1>;
+    using Pair = Streams<WTYPE0, WTYPE1>;
 #endif
-    Streams streams;
-    const auto seek = [&](Streams& s, int k) {
+    Pair streams;
+    const auto seek = [&](Pair& s, int k) {
         const int at = cta + k * ctas, slot = at / row_tiles, row_tile = at - slot * row_tiles;
         const int e = expert(slot);
         if (e < 0) return false;
         const int up_tile = e * up_row_tiles + row_tile + up_row / 16;
         s.start(of_gate, (long long)(e * gate_row_tiles + row_tile) * N_COL_TILES, begin, lane);
 #if UP_SHIFT
-        OneStreams<Share, WTYPE1, WTYPE1>& second = s;
-        OneStreams<Share, WTYPE1>& third = second;
+        Streams<WTYPE1, WTYPE1>& second = s;
+        Streams<WTYPE1>& third = second;
         const int next = min(up_tile + 1, (e + 1) * up_row_tiles - 1);
         third.start(of_up, (long long)next * N_COL_TILES, begin, lane);
 #else
-        OneStreams<Share, WTYPE1>& second = s;
+        Streams<WTYPE1>& second = s;
 #endif
         second.start(of_up, (long long)up_tile * N_COL_TILES, begin, lane);
         return true;
     };
     const int n = (n_used * row_tiles - cta + ctas - 1) / ctas;
-    one_cta<WITH_NORM, AT_EDGE>(sums, staged, streams, n, seek, x, norm, d, 0);
+    one_cta<WITH_NORM, AT_EDGE, N_STAGES>(sums, staged, streams, n, seek, x, norm, d, 0);
     __syncthreads();
     const float scale = WITH_NORM ? sums.norm(d, eps) : 1.f;
     for (int k = threadIdx.x >> 4; k < n; k += 2 * N_WARPS) {
@@ -133,8 +135,57 @@ experts_down_few(float* y, const unsigned char* down, const unsigned char* share
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, token = blockIdx.y;
     const int row_tiles = (d + 15) / 16;
     const float* x = h + token * ldh;
-    float acc[1][2] = {}, squares = 0.f;
     pdl_launch();
+#if HAS_RING && N_STAGES > 0
+    // Fragments of x of every slot and of the shared expert, then the warps' rings.
+    extern __shared__ __align__(128) unsigned char memory[];
+    __shared__ unsigned long long full[N_WARPS][N_STAGES];
+    using Routed = RingStreams<OneShare<N_COL_TILES, N_PARTS, N_AHEAD>, WTYPE0>;
+    constexpr int X = sizeof(OneX<N_COL_TILES>);
+#if WTYPE1 >= 0
+    using Beside = RingStreams<OneShare<N_COL_TILES_SHARED, N_PARTS_SHARED, N_AHEAD>, WTYPE1>;
+    constexpr int X_ALL = N_USED * X + sizeof(OneX<N_COL_TILES_SHARED>);
+    constexpr int STAGE = Beside::nbytes > Routed::nbytes ? Beside::nbytes : Routed::nbytes;
+#else
+    constexpr int X_ALL = N_USED * X, STAGE = Routed::nbytes;
+#endif
+    unsigned char* ring = memory + (X_ALL + 127) / 128 * 128 + warp * N_STAGES * STAGE;
+    float squares = 0.f;
+    if (warp < ROUTED_WARPS) {
+        const int slot = warp / N_PARTS;
+        if constexpr (!AFTER_UP) pdl_wait();
+        const int e = ids[token * N_USED + slot] - first;
+        if (e >= 0 && e < held) {
+            Routed tiles;
+            const auto seek = [&](Routed& s, int) {
+                s.start(tile_view<WTYPE0>(down, (long long)held * row_tiles, N_COL_TILES),
+                        ((long long)e * row_tiles + blockIdx.x) * N_COL_TILES, 0, 0);
+                return true;
+            };
+            ring_rows<false, AT_EDGE, N_STAGES>(
+                sums.part[warp], *(OneX<N_COL_TILES>*)(memory + slot * X), tiles, ring, full[warp],
+                warp % N_PARTS, 1, seek, x + slot * f, nullptr, f, skip,
+                weights[token * N_USED + slot], squares);
+        } else {
+            if (lane < 16) sums.part[warp][0][0][lane] = 0.f;
+            pdl_wait();
+        }
+    } else {
+#if WTYPE1 >= 0
+        Beside tiles;
+        const auto seek = [&](Beside& s, int) {
+            s.start(tile_view<WTYPE1>(shared_down, row_tiles, N_COL_TILES_SHARED),
+                    (long long)blockIdx.x * N_COL_TILES_SHARED, 0, 0);
+            return true;
+        };
+        ring_rows<false, AT_EDGE, N_STAGES>(
+            sums.part[warp], *(OneX<N_COL_TILES_SHARED>*)(memory + N_USED * X), tiles, ring,
+            full[warp], warp - ROUTED_WARPS, 1, seek, x + N_USED * f, nullptr, fs, shared_skip, 1.f,
+            squares);
+#endif
+    }
+#else
+    float acc[1][2] = {}, squares = 0.f;
     if (warp < ROUTED_WARPS) {
         using Share = OneShare<N_COL_TILES, N_PARTS, N_AHEAD>;
         const int slot = warp / N_PARTS, part = warp % N_PARTS;
@@ -165,6 +216,7 @@ experts_down_few(float* y, const unsigned char* down, const unsigned char* share
     }
 #endif
     few_store(sums, acc);
+#endif
     const int row = threadIdx.x, o = 16 * blockIdx.x + row;
     float old = 0.f;  // fetched while the other warps finish
     if (WITH_ADD && row < 16 && o < d) old = y[token * ldy + o];

@@ -10,14 +10,16 @@
 // Numerics  scores: each lane's columns in order, then a fixed tree; the rest as in route.cu, matvec.cu
 // Bound by  latency of the choice, bytes of the shared expert
 // Needs     9.0
-// Variants  N_EXPERTS=64 N_ROWS=2 N_CTAS=1 N_AHEAD=4 N_COL_TILES=32 WTYPE0=12 WTYPE1=8
+// Variants  N_EXPERTS=64 N_STAGES=2 N_ROWS=2 N_CTAS=1 N_AHEAD=4 N_COL_TILES=32 WTYPE0=12 WTYPE1=8
 // Sources   own
 // Tested by tests/gpu/test_cuda_matvec.py
-#include "matvec_one.cuh"
+#include "matvec_rows.cuh"
 #include "route.cuh"
 
 constexpr int N_WARPS = 8, CLUSTER = 8, D = 64 * N_COL_TILES;
 using Share = OneShare<N_COL_TILES, N_WARPS, N_AHEAD>;
+template <int... Q>
+using Streams = typename OnePick<(N_STAGES > 0 && OneStaged<N_COL_TILES>::fits), Share, Q...>::type;
 
 // ---------------------------------------------------------------- device helpers ------------
 __device__ __forceinline__ void cluster_arrive() {
@@ -117,20 +119,20 @@ route_gated(int* ids, float* weights, float* h, const float* route_gate, const u
     const int cta = blockIdx.x - CLUSTER, row_tiles = (fs + 15) / 16, row = threadIdx.x & 15;
     const auto of_gate = tile_view<WTYPE0>(gate, row_tiles, N_COL_TILES);
     const auto of_up = tile_view<WTYPE1>(up, row_tiles, N_COL_TILES);
-    using Streams = OneStreams<Share, WTYPE0, WTYPE1>;
-    Streams streams;
-    const auto seek = [&](Streams& s, int k) {
+    using Pair = Streams<WTYPE0, WTYPE1>;
+    Pair streams;
+    const auto seek = [&](Pair& s, int k) {
         const int at = cta + k * ctas, lane = threadIdx.x & 31, begin = Share::from(threadIdx.x >> 5);
         if (at >= row_tiles) return false;
         const long long first = (long long)at * N_COL_TILES;
-        OneStreams<Share, WTYPE1>& second = s;
+        Streams<WTYPE1>& second = s;
         s.start(of_gate, first, begin, lane);
         second.start(of_up, first, begin, lane);
         return true;
     };
     const int n = (row_tiles - cta + ctas - 1) / ctas;
     auto& sums = memory.gated.sums;
-    one_cta<true, false>(sums, memory.gated.staged, streams, n, seek, x, norm, D, 0);
+    one_cta<true, false, N_STAGES>(sums, memory.gated.staged, streams, n, seek, x, norm, D, 0);
     __syncthreads();
     const float inverse = sums.norm(D, eps);
     for (int k = threadIdx.x >> 4; k < n; k += 2 * N_WARPS) {

@@ -31,6 +31,7 @@ struct OneShare {
 // The tiles under way of several row tiles (Q: their types) that meet the same columns.
 template <class SHARE, int... Q>
 struct OneStreams {
+    static constexpr int count = 0;
     __device__ __forceinline__ void load(int, bool) {}
     __device__ __forceinline__ void next() {}
     __device__ __forceinline__ void add(int, const FewX<0>&, int, float (*)[2]) const {}
@@ -39,6 +40,7 @@ template <class SHARE, int Q, int... REST>
 struct OneStreams<SHARE, Q, REST...> : OneStreams<SHARE, REST...> {
     using T = Tile<Q>;
     using Others = OneStreams<SHARE, REST...>;
+    static constexpr int count = 1 + Others::count;  // row tiles
     const unsigned char *q, *h, *s, *m, *d;  // this lane's bytes of the batch to load
     int col_tile;
     TileData<Q> w[SHARE::depth];
@@ -262,60 +264,3 @@ __device__ __forceinline__ void one_rows(
     }
 }
 
-// ---------------------------------------------------------------- a CTA ---------------------
-// The warps' sums of a CTA's ROWS row tiles.
-template <int WARPS, int ROWS, int STREAMS>
-struct OneSums {
-    float part[ROWS][WARPS][STREAMS][16], squares[WARPS];
-
-    __device__ __forceinline__ float sum(int k, int stream, int row) const {
-        float out = part[k][0][stream][row];
-#pragma unroll
-        for (int w = 1; w < WARPS; w++) out += part[k][w][stream][row];
-        return out;
-    }
-    __device__ __forceinline__ float norm(int in, float eps) const {
-        float out = squares[0];
-#pragma unroll
-        for (int w = 1; w < WARPS; w++) out += squares[w];
-        return rsqrtf(out / in + eps);
-    }
-};
-
-// x of one token as fragments, unless that is too much of shared memory.
-template <int TILES>
-struct OneStaged {
-    static constexpr bool fits = TILES <= 128;
-    OneX<(fits ? TILES : 1)> x;
-};
-
-// A CTA's product; its sums are in `sums` after the caller's barrier. n = 1 if x isn't staged.
-template <bool NORM, bool RAGGED, int WARPS, int ROWS, int TILES, class SHARE, class SEEK, int... Q>
-__device__ __forceinline__ void one_cta(
-        OneSums<WARPS, ROWS, sizeof...(Q)>& sums, OneStaged<TILES>& staged,
-        OneStreams<SHARE, Q...>& streams, int n, const SEEK& seek, const float* x, const float* norm,
-        int in, int skip) {
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    float squares = 0.f;
-    if constexpr (OneStaged<TILES>::fits) {
-        one_rows<NORM, RAGGED>(sums.part, staged.x, streams, n, seek, x, norm, in, skip, squares);
-    } else {
-        static_assert(ROWS == 1, "one row tile a CTA");
-        float acc[sizeof...(Q)][2];
-#pragma unroll
-        for (int r = 0; r < sizeof...(Q); r++) acc[r][0] = acc[r][1] = 0.f;
-        seek(streams, 0);
-        one_warp<NORM, RAGGED>(streams, warp, x, norm, in, skip, acc, squares);
-#pragma unroll
-        for (int r = 0; r < sizeof...(Q); r++) {
-            few_rows(acc[r]);
-            if ((lane & 3) == 0)
-                sums.part[0][warp][r][lane >> 2] = acc[r][0],
-                sums.part[0][warp][r][8 + (lane >> 2)] = acc[r][1];
-        }
-    }
-    if constexpr (NORM) {
-        squares = warp_sum(squares) * 0.5f;  // two lanes hold each value: for hi and for lo
-        if (lane == 0) sums.squares[warp] = squares;
-    }
-}

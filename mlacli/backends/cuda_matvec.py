@@ -1,4 +1,4 @@
-"""Products of at most MOST tokens on weights in tiles: geometry and launches of kernels/matvec*.cu, route.cu.
+"""Products of at most MOST tokens on weights in tiles: launches of kernels/matvec*.cu and route.cu.
 
 x, outputs and h are float32 Arrays [n, width] at even offsets and strides; `norm` = (weight, eps)
 norms x on the fly. `Weight` is a CudaWeight with tiles; callers ask `takes()` first.
@@ -7,10 +7,24 @@ norms x on the fly. `Weight` is a CudaWeight with tiles; callers ask `takes()` f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlacli.loading.tiles import COLS, ROWS, packed_columns
+from mlacli.backends.cuda_geometry import (
+    STAGED,
+    DownGeometry,
+    Geometry,
+    ahead_of,
+    col_tiles,
+    ctas_of,
+    dense_geometry,
+    down_geometry,
+    down_ring,
+    most_rows,
+    pair_geometry,
+    ring_of,
+    row_tiles,
+)
+from mlacli.loading.tiles import COLS, ROWS
 
 if TYPE_CHECKING:
     from mlacli.backends.cuda_array import Array
@@ -19,38 +33,7 @@ if TYPE_CHECKING:
 Weight = Any
 Norm = tuple[Weight, float]
 MOST = 8  # tokens
-_STAGED = 128  # column tiles of x that fit shared memory as fragments (OneStaged)
 _CLUSTER_BYTES = 1 << 20  # of a gate that 8 SMs read in about a microsecond
-_SHARED = 46 << 10  # bytes of static shared memory
-
-
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """Warps of a CTA, column tiles under way to each, CTAs an SM must hold, CTAs per SM.
-
-    per_sm 0: a CTA per row tile; else that many share all row tiles.
-    """
-
-    warps: int = 8
-    ahead: int = 4
-    ctas: int = 1
-    per_sm: int = 0
-
-    def defines(self) -> dict[str, int]:
-        return {"N_WARPS": self.warps, "N_AHEAD": self.ahead, "N_CTAS": self.ctas}
-
-
-@dataclass(frozen=True, slots=True)
-class DownGeometry:
-    """Warps of a slot and of the shared expert, column tiles under way, CTAs an SM must hold."""
-
-    parts: int
-    parts_shared: int
-    ahead: int = 4
-    ctas: int = 1
-
-    def warps(self, n_used: int) -> int:
-        return n_used * self.parts + self.parts_shared
 
 
 def takes(*weights: Weight) -> bool:
@@ -61,14 +44,6 @@ def takes(*weights: Weight) -> bool:
 def routes(gate: Weight) -> bool:
     """Whether route() takes this gate."""
     return gate.tiles is not None or (gate.qtype.name == "F32" and gate.shape[1] % 4 == 0)
-
-
-def col_tiles(w: Weight) -> int:
-    return packed_columns(w.shape[-1], w.qtype, w.skip) // COLS
-
-
-def row_tiles(rows: int) -> int:
-    return -(-rows // ROWS)
 
 
 # ---- dense products -------------------------------------------------------------------------
@@ -85,18 +60,19 @@ def products(
     n, blocks = len(x), _blocks(len(x))
     assert 1 <= len(segments) <= 3 and not (add and len(segments) > 1)
     ws = [w for w, _ in segments]
-    how = geometry or _dense_geometry(ops, ws, blocks)
+    how = geometry or dense_geometry(ops, ws, blocks)
     absent = [None] * (3 - len(segments))
     zeros = [0] * len(absent)
     outs = [out for _, out in segments]
     rows = [row_tiles(w.shape[0]) for w in ws]
-    ctas = _ctas(ops, rows, how, 0 if blocks else col_tiles(ws[0]), 1)
+    ctas = ctas_of(ops, rows, how, 0 if blocks else col_tiles(ws[0]), 1)
+    stages, shared = (0, 0) if blocks else ring_of(ops, how, *([w] for w in ws))
     ops.run(
-        "products_few", (sum(ctas),), 32 * how.warps, *outs, *absent, *(w.tiles for w in ws), *absent, x,
-        _raw(norm), n, ws[0].shape[1], ws[0].skip, *(w.shape[0] for w in ws), *zeros, *ctas,
-        *zeros, _read(x), *map(_stride, outs), *zeros, _eps(norm), N_ROWS=_most(rows, ctas),
-        N_BLOCKS=blocks, WITH_NORM=int(norm is not None), WITH_ADD=int(add), **_columns(ws), **how.defines(),
-        **_types(ws, 3),
+        "products_few", (sum(ctas),), 32 * how.warps, *outs, *absent, *(w.tiles for w in ws),
+        *absent, x, _raw(norm), n, ws[0].shape[1], ws[0].skip, *(w.shape[0] for w in ws), *zeros,
+        *ctas, *zeros, _read(x), *map(_stride, outs), *zeros, _eps(norm), shared=shared,
+        N_ROWS=most_rows(rows, ctas), N_STAGES=stages, N_BLOCKS=blocks, WITH_ADD=int(add),
+        WITH_NORM=int(norm is not None), **_columns(ws), **how.defines(), **_types(ws, 3),
     )  # fmt: skip
 
 
@@ -107,13 +83,14 @@ def gated(
     """h = silu(gate x) * up x [n, f]."""
     rows, n_in = gate.shape
     blocks = _blocks(len(x))
-    how = geometry or _pair_geometry(ops, rows, (gate, up), blocks)
+    how = geometry or pair_geometry(ops, rows, (gate, up), blocks)
     tiles = [row_tiles(rows)]
-    ctas = _ctas(ops, tiles, how, 0 if blocks else col_tiles(gate), 2)
+    ctas = ctas_of(ops, tiles, how, 0 if blocks else col_tiles(gate), 2)
+    stages, shared = (0, 0) if blocks else ring_of(ops, how, (gate, up))
     ops.run(
         "gated_few", (ctas[0],), 32 * how.warps, h, gate.tiles, up.tiles, x, _raw(norm),
         len(x), n_in, rows, _read(x), _stride(h), _eps(norm), GATED=1, N_BLOCKS=blocks,
-        N_ROWS=_most(tiles, ctas),
+        N_ROWS=most_rows(tiles, ctas), N_STAGES=stages, shared=shared,
         WITH_NORM=int(norm is not None), **_columns((gate, up)), **how.defines(),
         **_types((gate, up), 2),
     )  # fmt: skip
@@ -124,8 +101,8 @@ def gated(
 
 def route(
     ops: Any, ids: Array, weights: Array, scores: Array, counter: Array, gate: Weight, x: Array,
-    routing: Routing, norm: Norm | None = None, bias: Weight | None = None, pos: Array | None = None,
-    imposed: Array | None = None,
+    routing: Routing, norm: Norm | None = None, bias: Weight | None = None,
+    pos: Array | None = None, imposed: Array | None = None,
 ) -> None:  # fmt: skip
     """Expert ids and weights [n, n_used] of normed x; scores [n, E] is scratch.
 
@@ -161,15 +138,17 @@ def route_gated(
     Only where `can_route_gated`. h is the end of experts_up's, which then gets no `shared`.
     """
     n, n_experts, fs = len(x), gate.shape[0], shared[0].shape[0]
-    how = geometry or Geometry(8, _ahead(shared, 8, 4), 1, 1)
+    how = geometry or Geometry(8, ahead_of(shared, 8, 4), 2, 2)
     tiles = [row_tiles(fs)]
-    ctas = [-(-_ctas(ops, tiles, how, col_tiles(shared[0]), 2)[0] // 8) * 8]
+    ctas = [-(-ctas_of(ops, tiles, how, col_tiles(shared[0]), 2)[0] // 8) * 8]
+    stages, ring = ring_of(ops, how, shared)
     ops.run(
         "route_gated", (8 + ctas[0], n), 256, ids, weights, h, gate.raw, shared[0].tiles,
-        shared[1].tiles, x, _raw(norm), None if bias is None else bias.raw, pos, imposed, fs, ctas[0],
-        routing.n_used, routing.n_groups, routing.n_groups_used, int(routing.sigmoid),
+        shared[1].tiles, x, _raw(norm), None if bias is None else bias.raw, pos, imposed, fs,
+        ctas[0], routing.n_used, routing.n_groups, routing.n_groups_used, int(routing.sigmoid),
         int(routing.renormalise), _read(x), _stride(h), routing.scale, _eps(norm),
-        N_EXPERTS=n_experts, N_ROWS=_most(tiles, ctas), N_CTAS=how.ctas, N_AHEAD=how.ahead,
+        N_EXPERTS=n_experts, N_ROWS=most_rows(tiles, ctas), N_CTAS=how.ctas, N_AHEAD=how.ahead,
+        N_STAGES=stages, shared=ring,
         N_COL_TILES=col_tiles(shared[0]), **_types(shared, 2),
     )  # fmt: skip
 
@@ -182,7 +161,7 @@ def can_route_gated(ops: Any, gate: Weight, shared: tuple[Weight, Weight] | None
     aligned = x.ptr % 16 == 0 and (stride % 4 == 0 or len(x) == 1)
     tiles = col_tiles(shared[0])
     return (
-        aligned and d == tiles * COLS and d % 128 == 0 and tiles <= _STAGED and n_experts <= 1024
+        aligned and d == tiles * COLS and d % 128 == 0 and tiles <= STAGED and n_experts <= 1024
         and 4 * n_experts * d <= _CLUSTER_BYTES
     )  # fmt: skip
 
@@ -203,15 +182,17 @@ def experts_up(
         f, up_w = f // 2, gate
         up_row = f
     fs = 0 if shared is None else shared[0].shape[0]
-    how = geometry or _pair_geometry(ops, n_used * f + fs, (gate, up_w), 0)
+    how = geometry or pair_geometry(ops, n_used * f + fs, (gate, up_w), 0)
     tiles = [row_tiles(fs), n_used * row_tiles(f)]
-    ctas = _ctas(ops, tiles, how, col_tiles(gate), 3 if up_row % ROWS else 2)
+    ctas = ctas_of(ops, tiles, how, col_tiles(gate), 3 if up_row % ROWS else 2)
+    sets: list[Sequence[Weight]] = [(gate, up_w, up_w) if up_row % ROWS else (gate, up_w)]
+    stages, ring = ring_of(ops, how, *sets, *([shared] if shared else []))
     shared_tiles = (None, None) if shared is None else (shared[0].tiles, shared[1].tiles)
     ops.run(
-        "experts_up_few", (sum(ctas), n), 32 * how.warps, h, gate.tiles, up_w.tiles, *shared_tiles, x,
-        _raw(norm), ids, n_used, d, f, fs, row_tiles(gate.shape[1]), row_tiles(up_w.shape[1]), up_row,
-        gate.first, held, ctas[0], _read(x), _stride(h), _eps(norm), EXPERTS_UP=1,
-        N_ROWS=_most(tiles, ctas), UP_SHIFT=up_row % ROWS,
+        "experts_up_few", (sum(ctas), n), 32 * how.warps, h, gate.tiles, up_w.tiles, *shared_tiles,
+        x, _raw(norm), ids, n_used, d, f, fs, row_tiles(gate.shape[1]), row_tiles(up_w.shape[1]),
+        up_row, gate.first, held, ctas[0], _read(x), _stride(h), _eps(norm), EXPERTS_UP=1,
+        N_ROWS=most_rows(tiles, ctas), N_STAGES=stages, shared=ring, UP_SHIFT=up_row % ROWS,
         WITH_NORM=int(norm is not None), **_columns((gate, up_w, *(shared or ()))), **how.defines(),
         **_types((gate, up_w, *(shared or ())), 4),
     )  # fmt: skip
@@ -229,8 +210,9 @@ def experts_down(
     (n, n_used), (held, d, f) = ids.shape, down.shape
     both = (down,) if shared is None else (down, shared)
     fs = 0 if shared is None else shared.shape[1]
-    how = geometry or _down_geometry(down, shared, n_used)
+    how = geometry or down_geometry(down, shared, n_used)
     ragged = any(w.skip or w.shape[-1] != COLS * col_tiles(w) for w in both)
+    stages, ring = down_ring(ops, how, both, n_used)
     ops.run(
         "experts_down_few", (row_tiles(d), n), 32 * how.warps(n_used), y, down.tiles,
         None if shared is None else shared.tiles, h, ids, weights, d, f, fs, down.skip,
@@ -238,62 +220,8 @@ def experts_down(
         EXPERTS_DOWN=1, WITH_ADD=int(add), AFTER_UP=int(after_up), N_USED=n_used,
         N_PARTS=how.parts, N_PARTS_SHARED=how.parts_shared, N_AHEAD=how.ahead, N_CTAS=how.ctas,
         N_COL_TILES=col_tiles(down), N_COL_TILES_SHARED=0 if shared is None else col_tiles(shared),
-        AT_EDGE=int(ragged), **_types(both, 2),
+        AT_EDGE=int(ragged), N_STAGES=stages, shared=ring, **_types(both, 2),
     )  # fmt: skip
-
-
-# ---- geometry -------------------------------------------------------------------------------
-
-
-def _ctas(
-    ops: Any, tiles: Sequence[int], how: Geometry, n_col_tiles: int, streams: int
-) -> list[int]:
-    """CTAs for each of several lists of row tiles; n_col_tiles 0: several tokens."""
-    total, most = sum(tiles), how.per_sm * ops.n_sm
-    if not most or not 0 < n_col_tiles <= _STAGED or total <= most:
-        return list(tiles)
-    room = (
-        _SHARED - 272 * n_col_tiles - 64 * how.warps
-    )  # for sums: 64 bytes a warp, row tile and stream
-    per_cta = max(1, room // (64 * how.warps * streams))
-    most = max(most, -(-total // per_cta))
-    return [max(1, t * most // total) if t else 0 for t in tiles]
-
-
-def _most(tiles: Sequence[int], ctas: Sequence[int]) -> int:
-    """Row tiles that a CTA has at most."""
-    return max(-(-t // c) for t, c in zip(tiles, ctas, strict=True) if t)
-
-
-def _dense_geometry(ops: Any, ws: Sequence[Weight], blocks: int) -> Geometry:
-    tiles = col_tiles(ws[0])
-    if blocks:
-        return Geometry(8, _ahead(ws, 8, 4))
-    warps = max(1, min(16, -(-tiles // 2)))
-    return Geometry(warps, _ahead(ws, warps, 4), 1, 1)
-
-
-def _pair_geometry(ops: Any, rows: int, ws: Sequence[Weight], blocks: int) -> Geometry:
-    warps = max(2, min(8, col_tiles(ws[0]) // 4))
-    return Geometry(warps, _ahead(ws, warps, 2 if blocks else 4), 1, 2)
-
-
-def _down_geometry(down: Weight, shared: Weight | None, n_used: int) -> DownGeometry:
-    """About as many tiles to every warp, and about 16 warps."""
-    tiles = col_tiles(down)
-    parts = max(1, min(tiles, 16 // n_used))
-    parts_shared = 0
-    if shared is not None:
-        parts_shared = max(1, min(4, round(col_tiles(shared) * parts / tiles)))
-    wide = any(w is not None and w.qtype.name in ("F16", "BF16") for w in (down, shared))
-    return DownGeometry(parts, parts_shared, 2 if wide else 4)
-
-
-def _ahead(ws: Sequence[Weight], warps: int, most: int) -> int:
-    """Tiles under way to a warp: what it has to do, within registers."""
-    if any(w.qtype.name in ("F16", "BF16") for w in ws):
-        most //= 2
-    return max(1, min(most, -(-max(map(col_tiles, ws)) // warps)))
 
 
 # ---- plumbing -------------------------------------------------------------------------------

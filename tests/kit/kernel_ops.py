@@ -60,7 +60,6 @@ class SimtOps:
         self, name: str, grid: tuple[int, ...], block: int, *args: Any, shared: int = 0,
         **defines: Any,
     ) -> None:  # fmt: skip
-        assert shared == 0
         key = (name, *sorted(defines.items()))
         if key not in self._libraries:
             self._libraries[key] = self._build(name, defines)

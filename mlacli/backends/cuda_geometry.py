@@ -1,0 +1,165 @@
+"""Launch geometry of the few-token kernels: warps, CTAs, tiles under way, shared memory.
+
+Measured on one H200, 2026-11-22 (kernels/README.md). Launches nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlacli.loading.tiles import COLS, ROWS, packed_columns, tiled_shape
+
+Weight = Any
+STAGED = 128  # column tiles of x that fit shared memory as fragments (OneStaged)
+_X_TILE = 272  # bytes of a column tile's fragments of x (OneX)
+_SHARED = 46 << 10  # bytes of static shared memory
+_DYNAMIC = {80: 163, 87: 163, 90: 227, 100: 227}  # KB of shared memory of a CTA, by capability
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Warps of a CTA, column tiles under way to each, CTAs an SM must hold, CTAs per SM, stages.
+
+    per_sm 0: a CTA per row tile; else that many share all row tiles. stages: batches of `ahead`
+    tiles that are on their way through shared memory; 0: one, through registers.
+    """
+
+    warps: int = 8
+    ahead: int = 4
+    ctas: int = 1
+    per_sm: int = 0
+    stages: int = 0
+
+    def defines(self) -> dict[str, int]:
+        return {"N_WARPS": self.warps, "N_AHEAD": self.ahead, "N_CTAS": self.ctas}
+
+
+@dataclass(frozen=True, slots=True)
+class DownGeometry:
+    """Warps of a slot and of the shared expert; the rest as in Geometry."""
+
+    parts: int
+    parts_shared: int
+    ahead: int = 4
+    ctas: int = 1
+    stages: int = 0
+
+    def warps(self, n_used: int) -> int:
+        return n_used * self.parts + self.parts_shared
+
+
+def col_tiles(w: Weight) -> int:
+    return packed_columns(w.shape[-1], w.qtype, w.skip) // COLS
+
+
+def row_tiles(rows: int) -> int:
+    return -(-rows // ROWS)
+
+
+# ---- choices -------------------------------------------------------------------------------
+
+
+def ctas_of(
+    ops: Any, tiles: Sequence[int], how: Geometry, n_col_tiles: int, streams: int
+) -> list[int]:
+    """CTAs for each of several lists of row tiles; n_col_tiles 0: several tokens."""
+    total, most = sum(tiles), how.per_sm * ops.n_sm
+    if not most or not 0 < n_col_tiles <= STAGED or total <= most:
+        return list(tiles)
+    sums = 64 * how.warps * streams  # bytes of a row tile's
+    per_cta = max(1, (_SHARED - _X_TILE * n_col_tiles - 64 * how.warps) // sums)
+    most = max(most, -(-total // per_cta))
+    return [max(1, t * most // total) if t else 0 for t in tiles]
+
+
+def most_rows(tiles: Sequence[int], ctas: Sequence[int]) -> int:
+    """Row tiles that a CTA has at most."""
+    return max(-(-t // c) for t, c in zip(tiles, ctas, strict=True) if t)
+
+
+def dense_geometry(ops: Any, ws: Sequence[Weight], blocks: int) -> Geometry:
+    """Four column tiles a warp, all fetched at once; many row tiles go through the ring."""
+    tiles = col_tiles(ws[0])
+    if blocks:
+        return Geometry(8, ahead_of(ws, 8, 4))
+    if tiles <= STAGED and sum(row_tiles(w.shape[0]) for w in ws) >= 12 * ops.n_sm:
+        warps = max(1, min(8, tiles // 4))
+        return Geometry(warps, ahead_of(ws, warps, 4), 2, 2, 2)
+    warps = max(1, tiles // 4 if tiles <= 80 else min(16, tiles // 8))
+    return Geometry(warps, ahead_of(ws, warps, 4), 1, max(1, 12 // warps))
+
+
+def pair_geometry(ops: Any, rows: int, ws: Sequence[Weight], blocks: int) -> Geometry:
+    warps = max(1, min(8, col_tiles(ws[0]) // 4))
+    if blocks:
+        return Geometry(warps, ahead_of(ws, warps, 2))
+    return Geometry(warps, ahead_of(ws, warps, 4), 2 if warps > 4 else 1, max(1, 16 // warps))
+
+
+def down_geometry(down: Weight, shared: Weight | None, n_used: int) -> DownGeometry:
+    """About as many tiles to every warp, and about 16 warps."""
+    tiles = col_tiles(down)
+    parts = max(1, min(tiles, 16 // n_used))
+    parts_shared = 0
+    if shared is not None:
+        parts_shared = max(1, min(4, round(col_tiles(shared) * parts / tiles)))
+    assert n_used * parts + parts_shared <= 32, "more experts a token than warps a CTA"
+    wide = any(w is not None and w.qtype.name in ("F16", "BF16") for w in (down, shared))
+    return DownGeometry(parts, parts_shared, 2 if wide else 4)
+
+
+def ahead_of(ws: Sequence[Weight], warps: int, most: int) -> int:
+    """Tiles under way to a warp: what it has to do, within registers."""
+    if any(w.qtype.name in ("F16", "BF16") for w in ws):
+        most //= 2
+    return max(1, min(most, -(-max(map(col_tiles, ws)) // warps)))
+
+
+# ---- shared memory -------------------------------------------------------------------------
+
+
+def ring_of(ops: Any, how: Geometry, *streams: Sequence[Weight]) -> tuple[int, int]:
+    """(stages, bytes of the CTA's ring): of the largest set of weights that are read together."""
+    tiles = col_tiles(streams[0][0])
+    if not how.stages or tiles > STAGED:
+        return 0, 0
+    most = -(-tiles // how.warps)
+    depth = min(how.ahead, most)
+    whole_blocks = tiles % how.warps == 0 and most % 4 == 0 and depth % 4 == 0
+    stage = max(sum(_batch_bytes(w, depth, whole_blocks) for w in ws) for ws in streams)
+    return _dynamic(ops, how.stages, how.warps * how.stages * stage)
+
+
+def down_ring(ops: Any, how: DownGeometry, both: Sequence[Weight], n_used: int) -> tuple[int, int]:
+    """(stages, bytes of shared memory) of experts_down: fragments of x, then rings."""
+    if not how.stages:
+        return 0, 0
+    tiles = n_used * col_tiles(both[0]) + sum(map(col_tiles, both[1:]))
+    most = 0
+    for w, parts in zip(both, (how.parts, how.parts_shared), strict=False):
+        share = -(-col_tiles(w) // parts)
+        depth = min(how.ahead, share)
+        whole = col_tiles(w) % parts == 0 and share % 4 == 0 and depth % 4 == 0
+        most = max(most, _batch_bytes(w, depth, whole))
+    nbytes = -(-_X_TILE * tiles // 128) * 128 + how.warps(n_used) * how.stages * most
+    return _dynamic(ops, how.stages, nbytes)
+
+
+def _dynamic(ops: Any, stages: int, nbytes: int) -> tuple[int, int]:
+    """(stages, dynamic shared memory to ask for), (0, 0) where the device has too little.
+
+    Beside static memory 48 KB are soon full, and only a request of more raises the limit.
+    """
+    most = _DYNAMIC.get(ops.capability, 99 if ops.capability >= 80 else 0) << 10
+    if nbytes + _SHARED > most:
+        return 0, 0
+    return stages, max(nbytes, (48 << 10) + 16) if nbytes > 16 << 10 else nbytes
+
+
+def _batch_bytes(w: Weight, depth: int, whole_blocks: bool) -> int:
+    """Bytes of `depth` column tiles of a row tile, as matvec_ring.cuh lays them out."""
+    planes = tiled_shape((ROWS, 4 * COLS), w.qtype).planes
+    blocks = depth // 4 if whole_blocks else (depth + 6) // 4
+    return depth * sum(planes[name][1] for name in "qhsm") // 4 + blocks * planes["d"][1]
