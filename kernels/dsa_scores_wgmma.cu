@@ -77,7 +77,7 @@ struct Keys64 {
                     const unsigned four[4] = {half ? u.z : u.x, half ? v.z : v.x,
                                               half ? u.w : u.y, half ? v.w : v.y};
                     const int step = 2 * c + half, slab = part * (WIDTH / 64) + step / 4;
-                    wgmma_f16<N>(d, four, wgmma_descriptor(slabs + slab * N * 8) + 2 * (step % 4),
+                    wgmma_f16<N>(d, four, wgmma_descriptor(slabs + slab * N * 8, 32 * (step % 4)),
                                  part + step > 0);
                 }
         wgmma_commit();
@@ -287,8 +287,8 @@ dsa_scores_wgmma_one(float* scores, const void* parts, const float* head_weights
 #pragma unroll
             for (int step = 0; step < WIDTH / 16; step++)
                 wgmma_f16<128>(d, a[b][step],
-                               wgmma_descriptor(ring + slot * TILE_PIECES + step / 4 * 1024)
-                                   + 2 * (step % 4),
+                               wgmma_descriptor(ring + slot * TILE_PIECES + step / 4 * 1024,
+                                                32 * (step % 4)),
                                step > 0);
             wgmma_commit();
             wgmma_wait<0>();

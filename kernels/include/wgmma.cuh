@@ -15,7 +15,7 @@
 
 #ifdef WGMMA
 // Descriptor of B from a shared address and 32 bytes per 16 columns of K.
-__device__ __forceinline__ unsigned long long wgmma_descriptor(const void* shared, int more) {
+__device__ __forceinline__ unsigned long long wgmma_descriptor(const void* shared, int more = 0) {
     const unsigned at = (unsigned)__cvta_generic_to_shared(shared);
     constexpr unsigned swizzle_128 = 1u << 30, group_stride = 1024 >> 4;
     unsigned long long both;  // the upper half is a constant: no carries

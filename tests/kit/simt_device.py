@@ -18,11 +18,7 @@ from typing import Any
 import numpy as np
 
 from mlacli.backends.cuda_array import Array
-
-try:
-    from mlacli.backends.cuda_sources import signatures, source
-except ImportError:
-    from mlacli.backends.cuda_kernels import signatures, source
+from mlacli.backends.cuda_sources import signatures, source
 
 HERE = Path(__file__).parent
 _TYPES = {"p": "void*", "i": "int", "l": "long long", "f": "float"}
