@@ -8,9 +8,10 @@ import pytest
 from kit import reference
 from kit.compare import nmse, row_nmse, same_top1
 from kit.golden_files import EXACT, FILES, MODELS, golden
-from kit.imposed import Judge, of_numpy
+from kit.imposed import Choices, Judge, of_numpy
 from kit.tiled import TILED
 from kit.toy_gguf import QTYPES, Toy, write_toy
+from kit.toy_scales import tamed
 
 import mlacli
 
@@ -29,9 +30,9 @@ UNPACKED = [t for t in QTYPES if t not in ("TQ1_0", "TQ2_0", "NVFP4")]
 GOLDENS = [name for name in FILES if (MODELS / f"{name}.npz").exists()]
 
 
-def of_cpu(name: str, tokens: list[int]) -> tuple[np.ndarray, dict[str, Any]]:
+def of_cpu(path: Path, tokens: list[int]) -> tuple[np.ndarray, Choices]:
     """Logits and choices of the NumPy backend."""
-    with of_numpy() as choices, mlacli.load(FILES[name], device="cpu", **EXACT) as engine:
+    with of_numpy() as choices, mlacli.load(path, device="cpu", **EXACT) as engine:
         return engine.logits(tokens), choices
 
 
@@ -39,7 +40,7 @@ def of_cpu(name: str, tokens: list[int]) -> tuple[np.ndarray, dict[str, Any]]:
 def test_logits_are_those_of_transformers(name: str) -> None:
     """With its choices: NumPy's, whose logits are those of transformers to 1e-8."""
     tokens, want = golden(name)
-    of_numpy_backend, choices = of_cpu(name, tokens)
+    of_numpy_backend, choices = of_cpu(FILES[name], tokens)
     assert nmse(of_numpy_backend, want) <= 1e-8
     judge = Judge(choices)
     with mlacli.load(FILES[name], device="cuda0", **EXACT) as engine:
@@ -142,15 +143,20 @@ def test_default_precision_agrees_with_numpy(cache_type: str) -> None:
 def test_every_weight_type(qtype: str, tmp_path: Path) -> None:
     toy = Toy(d=256, f=256, F=512, heads=8, r=256, q=256,
               qtypes={"": qtype, "attn_k_b": "Q8_0"})  # fmt: skip
-    path = write_toy(tmp_path / "toy.gguf", toy)
+    path = tamed(write_toy(tmp_path / "toy.gguf", toy))
     tokens = np.random.default_rng(0).integers(0, toy.vocab, 20).tolist()
     want = reference.forward(reference.load(path), tokens)
+    of_numpy_backend, choices = of_cpu(path, tokens)
+    assert nmse(of_numpy_backend, want) <= DECODE
+    judge = Judge(choices)
     with mlacli.load(path, device="cuda0", **EXACT) as engine:
-        many = nmse(engine.logits(tokens), want)
+        with judge.imposing(engine):
+            many = nmse(engine.logits(tokens), want)
         engine.rewind(0)
         few = nmse(np.stack([engine.decode(token) for token in tokens]), want)
-    print(f"{qtype}: prefill {many:.1e}, decode {few:.1e}")
-    assert many <= (ACTIVATIONS if qtype in TILED else DECODE)
+    bar = ACTIVATIONS if qtype in TILED else DECODE
+    print(f"{qtype}: prefill {many:.1e}, decode {few:.1e}; {judge.check(bar)}")
+    assert many <= bar
     assert few <= DECODE
 
 
