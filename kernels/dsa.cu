@@ -1,68 +1,30 @@
-// Op        lightning indexer of sparse attention (DSA); dsa_select.cu chooses by its scores:
-//           dsa_prepare: key = layer_norm(key) with its first 2 half columns rotated, stored at row
-//           pos[t]; queries rotated alike, split and scaled for the score kernels
-//           dsa_scores_*: score[t][j] = sum_I w[t][I] max(0, q[t][I] . key_j) / root, j <= pos[t]
-// Shapes    keys [n_ctx, i] (q8_0: int8, and scales [n_ctx, i / 32]); q parts as `part_at` says
-//           (PARTS 0: [n, I, i]); head_weights [n, I]; scores [n, ld];
-//           key [n, i], q [n, I * i], w [n, I] with row strides; norm, bias [i]; cos, sin [n, half]
-// Dtypes    KEYS = 0 float32, 1 float16, 2 bfloat16, 3 q8_0; sums float32
-// Grid      dsa_prepare (n, 1 + I / 8), 256 threads: y 0 the key, then a warp a head; dsa_scores_few
-//           and _many (persistent), 256; dsa_scores_plain (persistent, n), 256
-// Shared    dsa_scores_few: n tokens' parts and weights; _many: 3 tokens'; _plain: 64 keys and a
-//           token's queries in float32
-// Assumes   tensor kernels: HEADS = I a multiple of 8, WIDTH = i a multiple of 32, at most 128, KEYS
-//           1 or 2; ld a multiple of 4; i <= 1024; a token with pos -1 stores no key
-// Numerics  queries are scaled by a power of two and split into 2 float16 (22 bits) or 3 bfloat16
-//           (24 bits), so scores are float32 sums of nearly exact products; a row beyond pos[t] has
-//           no score. Rotation and layer norm as NumPy, without fused multiply-add
-// Bound by  bytes 2 n_kv i for few tokens; 2 PARTS n I n_kv i flops for many
+// Op        dsa_prepare, of the lightning indexer (DSA): key = layer_norm(key) with its first 2 half
+//           columns rotated, stored at row pos[t]; queries rotated alike, scaled and split for the
+//           score kernels, their heads' weights divided by root and by that scale
+// Shapes    keys [n_ctx, i] (q8_0: int8, and scales [n_ctx, i / 32]); parts as `part_at` says (PARTS
+//           0: float32 [n, I, i]); head_weights [n, I]; key [n, i], q [n, I * i], w [n, I] with row
+//           strides; norm, bias [i]; pos [n], -1 = padded; cos, sin [n, half]
+// Dtypes    KEYS and PARTS: include/dsa.cuh; all else float32
+// Grid      (n, 1 + I / 8), 256 threads: y 0 the key, then a warp a head; (n, 1) keys alone
+// Assumes   PARTS > 0: I a multiple of 8, i a multiple of 32, at most 128; i <= 1024
+// Variants  KEYS=1; KEYS=2; KEYS=1 LAYOUT=1; KEYS=1 LAYOUT=2; KEYS=0 PARTS=0; KEYS=3 PARTS=0
+// Spills    none
+// Numerics  rotation and layer norm as NumPy, without fused multiply-add; keys rounded once; a query
+//           is scaled by a power of two and keeps 22 bits in 2 float16, 24 in 3 bfloat16
+// Bound by  launch latency
 // Sources   formula: arXiv 2512.02556; the rest own
 // Tested by tests/gpu/test_cuda_sparse.py, tests/kernels/test_dsa.py
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "mma.cuh"
+#include "dsa.cuh"
 #include "pdl.cuh"
 #include "reduce.cuh"
 
-#ifndef KEYS
-#define KEYS 1
-#endif
-#ifndef HEADS
-#define HEADS 32
-#endif
-#ifndef WIDTH
-#define WIDTH 128
-#endif
-#ifndef PARTS
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800  // no tensor core products of this kind
-#define PARTS 0
-#else
-#define PARTS (KEYS == 1 ? 2 : KEYS == 2 ? 3 : 0)
-#endif
-#endif
-#define TOKENS_AT_ONCE 16  // of dsa_scores_many, for one load of its keys
-#ifndef FEW_TILES
-#define FEW_TILES 2  // 16 keys each that a warp of dsa_scores_few takes at once
-#endif
-#define PLAIN_ROWS 64
-
-#if KEYS == 0
-typedef float Key;
-#elif KEYS == 1
-typedef __half Key;
-#elif KEYS == 2
-typedef __nv_bfloat16 Key;
-#else
-typedef signed char Key;
+#ifndef LAYOUT
+#define LAYOUT 0  // of parts: 0 for mma, 1 and 2 for dsa_scores_wgmma.cu
 #endif
 
 __device__ __forceinline__ void put(float* at, float v) { *at = v; }
 __device__ __forceinline__ void put(__half* at, float v) { *at = __float2half_rn(v); }
 __device__ __forceinline__ void put(__nv_bfloat16* at, float v) { *at = __float2bfloat16_rn(v); }
-__device__ __forceinline__ float get(float v) { return v; }
-__device__ __forceinline__ float get(__half v) { return __half2float(v); }
-__device__ __forceinline__ float get(__nv_bfloat16 v) { return __bfloat162float(v); }
 
 // A pair rotated; products are rounded apart, as NumPy's.
 __device__ __forceinline__ float2 rotated(float even, float odd, float c, float s) {
@@ -121,7 +83,12 @@ __device__ __forceinline__ void prepare_key(void* keys, __half* scales, const fl
 #if PARTS
 // Where a column's 16-bit word of a query lies. A lane of the score kernels takes 16 bytes, 8
 // neighbouring columns, of a key as two steps in depth; so queries' columns are permuted alike.
-#ifdef SLABS
+#if LAYOUT == 2
+// [part][head][column], as dsa_scores_wgmma_one reads them.
+__device__ __forceinline__ int part_at(int part, int head, int column, int heads, int width) {
+    return (part * heads + head) * width + column;
+}
+#elif LAYOUT == 1
 // As dsa_scores_wgmma's slabs: [part][64 columns][head], 16-byte pieces swizzled.
 __device__ __forceinline__ int part_at(int part, int head, int column, int heads, int width) {
     const int t = column % 32 / 8, r = column % 8;
@@ -212,226 +179,4 @@ dsa_prepare(void* keys, void* scales, void* parts, float* head_weights, const fl
     for (int i = 2 * half + lane; i < width; i += 32) out[i] = in[i];
     if (lane == 0) head_weights[t * heads + head] = __fdiv_rn(weight, root);
 #endif
-}
-
-// ---------------------------------------------------------------- scores --------------------
-#if PARTS
-#define CHUNKS (WIDTH / 32)
-#define TOKEN_WORDS (PARTS * HEADS * WIDTH / 8)  // uint4 of a token's parts
-#define STAGED_WORDS (TOKEN_WORDS + HEADS / 4)   // and of its weights
-extern __shared__ uint4 staged[];
-
-__device__ __forceinline__ void product(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-#if KEYS == 2
-    mma_bf16(d, a, b);
-#elif defined(LOOSE)
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#else
-    mma_f16(d, a, b);
-#endif
-}
-
-// 16 TILES keys of one warp in registers, as A fragments.
-template <int TILES>
-struct WarpKeys {
-    uint4 a[TILES][CHUNKS][2];
-
-    // Rows from row0 on; those past `last` are read as it, and their scores not stored.
-    __device__ __forceinline__ void load(const void* keys, int row0, int last) {
-        const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
-#pragma unroll
-        for (int m = 0; m < TILES; m++)
-#pragma unroll
-            for (int side = 0; side < 2; side++) {
-                const int row = min(row0 + 16 * m + 8 * side + g, last);
-                const uint4* at = (const uint4*)((const Key*)keys + (long long)row * WIDTH) + t;
-#pragma unroll
-                for (int c = 0; c < CHUNKS; c++) a[m][c][side] = at[4 * c];
-            }
-    }
-
-    // The token staged at `q` against all rows; stores those up to pos.
-    __device__ __forceinline__ void score(float* scores, const uint4* q, int row0, int pos) const {
-        const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-        const float2* weights = (const float2*)(q + TOKEN_WORDS);
-        constexpr int BOTH = HEADS % 16 ? 1 : 2;  // tiles of 8 heads side by side: more sums under way
-        float sum[TILES][2] = {};
-#pragma unroll 1
-        for (int tile = 0; tile < HEADS / 8; tile += BOTH) {
-            float d[BOTH][TILES][4] = {};
-#pragma unroll
-            for (int c = 0; c < CHUNKS; c++)
-#pragma unroll
-                for (int part = 0; part < PARTS; part++) {
-                    unsigned b[BOTH][2][2];
-#pragma unroll
-                    for (int o = 0; o < BOTH; o++) {
-                        const uint4 v = q[((part * (HEADS / 8) + tile + o) * CHUNKS + c) * 32 + lane];
-                        b[o][0][0] = v.x, b[o][0][1] = v.y, b[o][1][0] = v.z, b[o][1][1] = v.w;
-                    }
-#pragma unroll
-                    for (int half = 0; half < 2; half++)
-#pragma unroll
-                        for (int m = 0; m < TILES; m++) {
-                            const uint4 &u = a[m][c][0], &v = a[m][c][1];
-                            const unsigned four[4] = {half ? u.z : u.x, half ? v.z : v.x,
-                                                      half ? u.w : u.y, half ? v.w : v.y};
-#pragma unroll
-                            for (int o = 0; o < BOTH; o++) product(d[o][m], four, b[o][half]);
-                        }
-                }
-#pragma unroll
-            for (int o = 0; o < BOTH; o++) {
-                const float2 w = weights[(tile + o) * 4 + t];  // heads 8 (tile + o) + 2t, + 1
-#pragma unroll
-                for (int m = 0; m < TILES; m++)
-#pragma unroll
-                    for (int side = 0; side < 2; side++)
-                        sum[m][side] += w.x * fmaxf(d[o][m][2 * side], 0.f)
-                            + w.y * fmaxf(d[o][m][2 * side + 1], 0.f);
-            }
-        }
-#pragma unroll
-        for (int m = 0; m < TILES; m++)
-#pragma unroll
-            for (int side = 0; side < 2; side++) {
-                float x = sum[m][side];
-                x += __shfl_xor_sync(~0u, x, 1);
-                x += __shfl_xor_sync(~0u, x, 2);
-                const int row = row0 + 16 * m + 8 * side + g;
-                if ((2 * m + side) % 4 == t && row <= pos) scores[row] = x;
-            }
-    }
-};
-
-// Largest position of n tokens; whole warps.
-__device__ __forceinline__ int largest(const int* pos, int n) {
-    int last = -1;
-    for (int i = threadIdx.x & 31; i < n; i += 32) last = max(last, pos[i]);
-    for (int offset = 16; offset; offset >>= 1) last = max(last, __shfl_xor_sync(~0u, last, offset));
-    return last;
-}
-
-// Few tokens: all of them staged, each warp takes 16 FEW_TILES keys at a time.
-extern "C" __global__ void __launch_bounds__(256, FEW_TILES == 2 ? 2 : 1)
-dsa_scores_few(float* scores, const void* parts, const float* head_weights, const void* keys,
-               const int* pos, int n, long long ld) {
-    pdl_launch();
-    pdl_wait();
-    const int last = largest(pos, n), rows = 16 * FEW_TILES;
-    const int tiles = (last + rows) / rows;
-    int tile = blockIdx.x + gridDim.x * (threadIdx.x >> 5);
-    WarpKeys<FEW_TILES> held;
-    if (tile < tiles) held.load(keys, tile * rows, last);  // under way while queries are staged
-    for (int t = 0; t < n; t++) {
-        const uint4* in = (const uint4*)parts + (long long)t * TOKEN_WORDS;
-        for (int i = threadIdx.x; i < TOKEN_WORDS; i += 256) staged[t * STAGED_WORDS + i] = in[i];
-        float* weights = (float*)(staged + t * STAGED_WORDS + TOKEN_WORDS);
-        for (int i = threadIdx.x; i < HEADS; i += 256) weights[i] = head_weights[t * HEADS + i];
-    }
-    __syncthreads();
-    while (tile < tiles) {
-        for (int t = 0; t < n; t++)
-            held.score(scores + t * ld, staged + t * STAGED_WORDS, tile * rows, pos[t]);
-        tile += gridDim.x * 8;
-        if (tile < tiles) held.load(keys, tile * rows, last);
-    }
-}
-
-// Many tokens: 64 keys a warp stay in registers while TOKENS_AT_ONCE tokens pass through shared
-// memory, three of them at a time. Neighbouring CTAs take the same keys.
-extern "C" __global__ void __launch_bounds__(256, 1)
-dsa_scores_many(float* scores, const void* parts, const float* head_weights, const void* keys,
-                const int* pos, int n, long long ld) {
-    pdl_launch();
-    pdl_wait();
-    const int last = largest(pos, n), tiles = (last + 512) / 512;
-    const int groups = (n + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
-    const auto stage = [&](int t) {
-        uint4* to = staged + t % 3 * STAGED_WORDS;
-        const uint4* in = (const uint4*)parts + (long long)t * TOKEN_WORDS;
-        const uint4* weights = (const uint4*)(head_weights + (long long)t * HEADS);
-        for (int i = threadIdx.x; i < STAGED_WORDS; i += 256)
-            cp_async16(to + i, i < TOKEN_WORDS ? in + i : weights + i - TOKEN_WORDS);
-    };
-    for (int item = blockIdx.x; item < tiles * groups; item += gridDim.x) {
-        const int first = item % groups * TOKENS_AT_ONCE, stop = min(n, first + TOKENS_AT_ONCE);
-        const int row0 = item / groups * 512 + (threadIdx.x >> 5) * 64;
-        if (item / groups * 512 > largest(pos + first, stop - first)) continue;
-        stage(first);
-        cp_async_commit();
-        if (first + 1 < stop) stage(first + 1);
-        cp_async_commit();
-        WarpKeys<4> held;
-        held.load(keys, row0, last);
-        for (int t = first; t < stop; t++) {
-            cp_async_wait<1>();
-            __syncthreads();  // token t is there, and nobody reads token t - 1 any more
-            if (t + 2 < stop) stage(t + 2);
-            cp_async_commit();
-            if (row0 <= pos[t])
-                held.score(scores + t * ld, staged + t % 3 * STAGED_WORDS, row0, pos[t]);
-        }
-        __syncthreads();
-    }
-}
-#endif
-
-// Float32 arithmetic on keys of any type and size: a thread takes a row and every fourth group of
-// four heads.
-extern "C" __global__ void __launch_bounds__(256)
-dsa_scores_plain(float* scores, const float* q, const float* head_weights, const void* keys,
-                 const void* scales, const int* pos, int width, int heads, long long ld) {
-    extern __shared__ float plain[];
-    __shared__ float partial[4][PLAIN_ROWS];
-    const int columns = (width + 3) / 4 * 4, rows4 = (heads + 3) / 4, t = blockIdx.y;
-    float *queries = plain, *weights = queries + rows4 * 4 * columns, *held = weights + rows4 * 4;
-    pdl_launch();
-    pdl_wait();
-    for (int i = threadIdx.x; i < rows4 * 4 * columns; i += 256) {
-        const int head = i / columns, c = i % columns;
-        queries[i] = head < heads && c < width ? q[((long long)t * heads + head) * width + c] : 0.f;
-    }
-    for (int i = threadIdx.x; i < rows4 * 4; i += 256)
-        weights[i] = i < heads ? head_weights[t * heads + i] : 0.f;
-    const int last = pos[t], row = threadIdx.x % PLAIN_ROWS, quarter = threadIdx.x / PLAIN_ROWS;
-    for (int row0 = blockIdx.x * PLAIN_ROWS; row0 <= last; row0 += gridDim.x * PLAIN_ROWS) {
-        __syncthreads();
-        for (int i = threadIdx.x; i < PLAIN_ROWS * columns; i += 256) {
-            const long long at = min(row0 + i / columns, last);
-            const int c = i % columns;
-            float v = 0.f;
-#if KEYS == 3
-            const int blocks = (width + 31) / 32;
-            if (c < width)
-                v = ((const Key*)keys)[at * blocks * 32 + c]
-                    * __half2float(((const __half*)scales)[at * blocks + c / 32]);
-#else
-            if (c < width) v = get(((const Key*)keys)[at * width + c]);
-#endif
-            held[i / columns * (columns + 1) + c] = v;
-        }
-        __syncthreads();
-        float sum = 0.f;
-        for (int four = quarter; four < rows4; four += 4) {
-            float d[4] = {};
-            const float* key = held + row * (columns + 1);
-            for (int c = 0; c < columns; c += 4)
-#pragma unroll
-                for (int h = 0; h < 4; h++) {
-                    const float4 x = *(const float4*)(queries + (four * 4 + h) * columns + c);
-                    d[h] += x.x * key[c] + x.y * key[c + 1] + x.z * key[c + 2] + x.w * key[c + 3];
-                }
-#pragma unroll
-            for (int h = 0; h < 4; h++) sum += weights[four * 4 + h] * fmaxf(d[h], 0.f);
-        }
-        partial[quarter][row] = sum;
-        __syncthreads();
-        if (quarter == 0 && row0 + row <= last)
-            scores[t * ld + row0 + row] =
-                (partial[0][row] + partial[1][row]) + (partial[2][row] + partial[3][row]);
-    }
 }

@@ -1,20 +1,22 @@
-// Op        dsa.cu's scores on Hopper's warpgroup products, of many tokens and (_few) of a few:
+// Op        dsa_scores.cu's scores on Hopper's warpgroup products, of many tokens, of a few and of one:
 //           score[t][j] = sum_I w[t][I] max(0, q[t][I] . key_j) / root, j <= pos[t]
-// Shapes    scores [n, ld]; parts [n, 2, i / 64, I, 64] by dsa_prepare with SLABS; head_weights [n, I];
-//           keys [n_ctx, i]; pos [n], -1 = padded
+// Shapes    scores [n, ld]; parts by dsa_prepare: with LAYOUT=1 [n, 2, i / 64, I, 64], _one with
+//           LAYOUT=2 [2, I, i]; head_weights [n, I]; keys [n_ctx, i]; pos [n], -1 = padded
 // Dtypes    keys and parts float16; scores and sums float32
 // Grid      (SMs), 384 threads: three warpgroups of two tiles of 64 keys, which stay in registers
 //           while TOKENS tokens pass through shared memory, 128 / I at a time, twice;
-//           _few (SMs), 512 threads: the tokens stay, a warpgroup takes 64 keys after 64
-// Shared    2 x (512 i + 512) bytes; _few n x (4 I i + 4 I)
-// Assumes   HEADS = I divides 128 and is a multiple of 8 (_few: of 32), WIDTH = i is a multiple of 64
+//           _few (SMs), 512 threads: the tokens stay, a warpgroup takes 64 keys after 64;
+//           _one (SMs), 256 threads: the queries stay in registers, high and low parts of 8 heads a
+//           warp, and each of two warpgroups has RING tiles of 128 keys coming in shared memory
+// Shared    2 x (512 i + 512) bytes; _few n x (4 I i + 4 I); _one 1536 i + 8192
+// Assumes   HEADS = I divides 128 and is a multiple of 8 (_few: of 32; _one: 32 or 64), WIDTH = i is
+//           64 or 128
 // Needs     9.0a
 // Variants  HEADS=32 WIDTH=128; HEADS=64 WIDTH=128; HEADS=8 WIDTH=64
 // Numerics  as dsa_scores_many: queries in 2 float16 (22 bits), float32 sums
 // Bound by  4 n I n_kv i flops; _few: 2 n_kv i bytes
 // Sources   own
 // Tested by tests/gpu/test_cuda_sparse.py
-#define WGMMA 1
 #include <cuda_fp16.h>
 
 #include "mma.cuh"
@@ -206,6 +208,107 @@ dsa_scores_wgmma_few(float* scores, const void* parts, const float* head_weights
         if (tile + apart >= tiles) break;
         if (tile + 2 * apart < tiles) held[0].load(keys, (tile + 2 * apart) * 64, last);
         score(held[1], tile + apart);
+    }
+}
+#endif
+
+#if HEADS == 32 || HEADS == 64
+#define BLOCKS (HEADS / 32)  // of queries: 32 heads, their high and low parts are 64 rows
+#define RING 3
+#define TILE_PIECES (128 * WIDTH / 8)
+
+// The partial sums of 32 columns over the 8 lanes g; lane g keeps the 4 columns from 4 (g reversed)..
+template <int N>
+__device__ __forceinline__ void halve(float (&v)[32], int mask) {
+    const bool upper = threadIdx.x & mask;
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) {
+        const float kept = upper ? v[i + N / 2] : v[i], sent = upper ? v[i] : v[i + N / 2];
+        v[i] = kept + __shfl_xor_sync(~0u, sent, mask);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256, 1)
+dsa_scores_wgmma_one(float* scores, const void* parts, const float* head_weights, const void* keys,
+                     const int* pos) {
+    const int group = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32;
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    const int first = blockIdx.x + gridDim.x * group, apart = gridDim.x * 2;
+    uint4* ring = staged + group * RING * TILE_PIECES;
+    float* partial = (float*)(staged + 2 * RING * TILE_PIECES) + group * 1024;  // [2][4 warps][128]
+    pdl_launch();
+    // As in _few: the first keys on their way to L2 while the query is still prepared.
+    const int about = *(const volatile int*)pos;
+    for (int i = thread; i < RING * 2 * WIDTH; i += 128) {  // lines of 128 bytes, 2 WIDTH a tile
+        const long long row = (first + i / (2 * WIDTH) * apart) * 128ll + i % (2 * WIDTH) / (WIDTH / 64);
+        const char* line = (const char*)((const __half*)keys + row * WIDTH) + i % (WIDTH / 64) * 128;
+        if (row <= about) asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+    }
+    pdl_wait();
+    const int last = pos[0], tiles = (last + 128) / 128;
+    const auto fetch = [&](int tile, int slot) {
+        if (tile < tiles)
+#pragma unroll 4
+            for (int i = thread; i < TILE_PIECES; i += 128) {
+                const int row = i / (WIDTH / 8), c = i % (WIDTH / 8);
+                const uint4* in = (const uint4*)((const __half*)keys
+                    + (long long)min(tile * 128 + row, last) * WIDTH) + c;
+                cp_async16(ring + slot * TILE_PIECES + c / 8 * 1024 + row * 8 + ((c ^ row) & 7), in);
+            }
+        cp_async_commit();
+    };
+    for (int i = 0; i < RING - 1; i++) fetch(first + i * apart, i);
+    unsigned a[BLOCKS][WIDTH / 16][4];
+    float weight[BLOCKS];
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+        const int head = 32 * b + 8 * warp + g;
+        const unsigned* high = (const unsigned*)parts + head * (WIDTH / 2) + t;
+        const unsigned* low = high + HEADS * (WIDTH / 2);
+        weight[b] = head_weights[head];
+#pragma unroll
+        for (int step = 0; step < WIDTH / 16; step++) {
+            a[b][step][0] = high[8 * step], a[b][step][1] = low[8 * step];
+            a[b][step][2] = high[8 * step + 4], a[b][step][3] = low[8 * step + 4];
+        }
+    }
+    const auto barrier = [&] { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); };
+    int slot = 0, turn = 0;
+    for (int tile = first; tile < tiles; tile += apart) {
+        cp_async_wait<RING - 2>();
+        wgmma_publish();
+        barrier();  // this tile is there, and the one before it read by all
+        fetch(tile + (RING - 1) * apart, slot ? slot - 1 : RING - 1);
+        float v[32] = {};
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++) {
+            float d[64];
+            wgmma_fence();
+#pragma unroll
+            for (int step = 0; step < WIDTH / 16; step++)
+                wgmma_f16<128>(d, a[b][step],
+                               wgmma_descriptor(ring + slot * TILE_PIECES + step / 4 * 1024)
+                                   + 2 * (step % 4),
+                               step > 0);
+            wgmma_commit();
+            wgmma_wait<0>();
+            wgmma_hold(d);
+#pragma unroll
+            for (int i = 0; i < 32; i++)  // high part's product + low part's
+                v[i] += weight[b] * fmaxf(d[i / 2 * 4 + i % 2] + d[i / 2 * 4 + 2 + i % 2], 0.f);
+        }
+        halve<32>(v, 16);
+        halve<16>(v, 8);
+        halve<8>(v, 4);
+        // v[0..3]: columns 8 j + 2 t, + 1 of two neighbouring blocks j
+        const int j = (lane >> 4 & 1) * 8 + (lane >> 3 & 1) * 4 + (lane >> 2 & 1) * 2;
+        float2* out = (float2*)(partial + turn * 512 + warp * 128 + 8 * j + 2 * t);
+        out[0] = {v[0], v[1]}, out[4] = {v[2], v[3]};
+        barrier();
+        const float* sums = partial + turn * 512 + thread;
+        const int row = tile * 128 + thread;
+        if (row <= last) scores[row] = (sums[0] + sums[128]) + (sums[256] + sums[384]);
+        slot = slot == RING - 1 ? 0 : slot + 1, turn ^= 1;
     }
 }
 #endif

@@ -5,6 +5,8 @@
 // Dtypes    scores float32; chosen int32
 // Grid      (CLUSTER, n), 1024 threads: a cluster a token
 // Assumes   scores 16-byte aligned, ld a multiple of 4
+// Variants  CLUSTER=1; CLUSTER=2 @9.0; CLUSTER=4 @9.0; CLUSTER=8 @9.0
+// Spills    none
 // Numerics  exact; integer counts, so two runs are alike
 // Bound by  latency of four cluster barriers for few tokens; 12 n n_kv bytes of L2 for many
 // Sources   include/select.cuh

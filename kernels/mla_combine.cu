@@ -48,7 +48,7 @@ __device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-extern "C" __global__ void __cluster_dims__(8, 1, 1) __launch_bounds__(256, 3)
+extern "C" __global__ void __cluster_dims__(8, 1, 1) __launch_bounds__(256)
 mla_combine(float* o, const float* part, const float* stat, const unsigned char* v_b, const int* pos,
             int n, int h, int splits, int top_k) {
     __align__(16) __shared__ float x[8 * SHARE];

@@ -6,8 +6,9 @@
 //           pos [n] (-1: attends to nothing)
 // Dtypes    q float16; cache CACHE_KIND 0 float16, 1 bfloat16, 2 float32, 3 int8 with float16 scales; its
 //           values are rounded to float16 and so are probabilities (-gap f16); sums float32
-// Grid      (splits, ceil(rows / (16 MT)), z), 256 threads, MT 1 or 2; z 1 and rows = n h, or CHOSEN: z n and
-//           rows = h. Shared bytes: cuda_attention.decode_shared
+// Grid      (splits, ceil(rows / (16 MT)), z), MT 1 or 2; z 1 and rows = n h, or CHOSEN: z n and
+//           rows = h. 256 threads, and from 9.0 on, with a float16 cache and CHOSEN 0, 64 MT that ask for rows. Shared
+//           bytes: cuda_attention.decode_shared
 // Assumes   r a multiple of 16, r + p of 8, 16-byte aligned rows; rows up to pos are written; EARLY 1:
 //           pos and rows below the step's first position are complete when this kernel starts
 //           (rope.cu sees to it); only rows that the launch before writes come after its end
@@ -22,7 +23,6 @@
 //           R=512 P=64 MT=1 CACHE_KIND=2 STAGES=2 CHOSEN=0 EARLY=0;
 //           R=32 P=8 MT=2 CACHE_KIND=1 STAGES=5 CHOSEN=1 EARLY=0
 // Needs     8.0
-// Spills    none
 // Sources   online softmax: arXiv 1805.02867; split-KV: arXiv 2311.01282; own
 // Tested by tests/kernels/test_mla.py, tests/gpu/test_cuda_attention.py
 #include "mla_rows.cuh"
@@ -133,7 +133,7 @@ __device__ __forceinline__ void add_values(const Shared& s, const __half* tile,
 // ---------------------------------------------------------------- kernels -------------------
 extern __shared__ uint4 attention_memory[];
 
-extern "C" __global__ void __launch_bounds__(256, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, const __half* scales,
                const int* chosen, const int* pos, int rows, int h, int n, int top_k, float scale) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, splits = gridDim.x;
@@ -156,12 +156,15 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
     }
 #if BULK
     if (threadIdx.x == 0) {
-        for (int i = 0; i <= STAGES; i++) barrier_init(shared_address(s.full + i), 1);
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(shared_address(s.full + i), PRODUCERS);
+            barrier_init(shared_address(s.empty + i), 8);
+        }
         barriers_ready();
     }
 #endif
     if (CHOSEN) {  // one token per CTA
-        for (int i = threadIdx.x; i < stop - start; i += 256) {
+        for (int i = threadIdx.x; i < stop - start; i += THREADS) {
             const int row = chosen[(long long)blockIdx.z * top_k + start + i];
             s.wanted[i] = row <= last_seen ? row : -1;
         }
@@ -171,36 +174,31 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
     // the columns that pad the last step: zeros in every tile, never written again
     if (W % 16) {
         __half* padded = RAW ? s.tile : (__half*)s.ring;
-        for (int i = threadIdx.x; i < (RAW ? 1 : STAGES) * TILE; i += 256)
+        for (int i = threadIdx.x; i < (RAW ? 1 : STAGES) * TILE; i += THREADS)
             for (int c = W; c < 16 * STEPS; c++) padded[i * LD + c] = __float2half(0.f);
     }
     if (CHOSEN || BULK || W % 16) __syncthreads();
 
-    // ---- first copies: those of old rows may start before the predecessor ends
-    int issued = 0;
-    if (EARLY) {
-        int fresh = 0x7fffffff;  // this step's first row
-        for (int t = lane; t < n; t += 32) {
-            const int first = position(pos, t);
-            fresh = min(fresh, first < 0 ? fresh : first);
-        }
-#pragma unroll
-        for (int offset = 16; offset; offset >>= 1)
-            fresh = min(fresh, __shfl_xor_sync(~0u, fresh, offset));
-        for (; issued < min(STAGES - 1, tiles); issued++) {
-            if (start + min((issued + 1) * TILE, stop - start) > fresh) break;
-            fetch(s, cache, issued, issued * TILE, start, stop);
-            fetched();
-        }
-        pdl_wait();
+    // ---- copies begin: those of old rows before the predecessor ends
+    const int fresh = EARLY ? first_position(pos, n) : 0;
+#if BULK
+    if (warp >= 8) {
+#if MT == 2 && !defined(SIMT)
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+#endif
+        produce(s, cache, fresh, start, stop, tiles);
+        return;
     }
-    for (; issued < STAGES - 1; issued++) {
-        if (issued < tiles) fetch(s, cache, issued, issued * TILE, start, stop);
-        fetched();
-    }
+#if MT == 2 && !defined(SIMT)
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+#endif
+    if (EARLY) pdl_wait();
+#else
+    fetch_first(s, cache, fresh, start, stop, tiles);
+#endif
 
     // ---- queries: a warp keeps its part of r + p in registers
-    take_queries(s, queries, q, row0, row_end);
+    take_queries(queries, q, row0, row_end);
     unsigned q_part[MT][PART][4];
 #pragma unroll
     for (int m = 0; m < MT; m++)
@@ -211,6 +209,7 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
                 ldmatrix(q_part[m][i], queries + (16 * m + (lane >> 3 & 1) * 8 + (lane & 7)) * LD +
                                            (lane >> 4) * 8 + 16 * step);
         }
+    leave(s, STAGES - 1);
     float own_scales[N_SCALES];
     if (CACHE_KIND == 3) {
         load_scales(own_scales, s, scales, 0, start, stop);
@@ -228,11 +227,7 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
 
     // ---- tiles
     for (int i = 0; i < tiles; i++) {
-        await(s, i);
-        __syncthreads();  // tile i is there for all, and all are done with tile i - 1
-        if (i + STAGES - 1 < tiles)
-            fetch(s, cache, (i + STAGES - 1) % STAGES, (i + STAGES - 1) * TILE, start, stop);
-        fetched();
+        take_tile(s, cache, i, start, stop, tiles);
         const char* here = s.ring + i % STAGES * STAGE_BYTES;
         const __half* tile = RAW ? s.tile : (const __half*)here;
         if (RAW) {
@@ -245,10 +240,11 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
             __syncthreads();
         }
         score_part(s, tile, q_part);
-        __syncthreads();
+        all_meet();
         softmax(s, scale2, i * TILE, start, stop, seen, top, sum);
-        __syncthreads();
+        all_meet();
         add_values(s, tile, o);
+        leave(s, i % STAGES);
     }
 
     // ---- results: by way of shared memory, since fragments would be written 32 bytes at a time
@@ -258,7 +254,7 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
         *(float2*)(stat + ((long long)row * splits + blockIdx.x) * 2) = make_float2(top, sum);
     constexpr int LDO = R + 8;
     float* sums = (float*)s.ring;
-    __syncthreads();
+    all_meet();
 #pragma unroll
     for (int m = 0; m < MT; m++)
 #pragma unroll
@@ -270,7 +266,7 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
                 *(float2*)(sums + (16 * m + 8 * x + lane / 4) * LDO + col) =
                     make_float2(o[m][c][2 * x], o[m][c][2 * x + 1]);
         }
-    __syncthreads();
+    all_meet();
 #pragma unroll 4
     for (int i = threadIdx.x; i < M * (R / 4); i += 256) {
         const int at = row0 + i / (R / 4), c = i % (R / 4) * 4;

@@ -1,6 +1,7 @@
 // Op        route: chosen experts and their weights from gate scores; ties go to the lower id
-// Shapes    ids, weights [n, K], logits [n, E], bias [E] or null, pos [n]
-// Dtypes    float32, ids and pos int32; a padded token (pos -1) gets ids -1, weights 0
+// Shapes    ids, weights [n, K], logits [n, E], bias [E] or null, pos [n], imposed [n, K] or null: ids to
+//           take instead of choosing
+// Dtypes    float32, ids, pos, imposed int32; a padded token (pos -1) gets ids -1, weights 0
 // Grid      (n), 32 threads: one warp per token
 // Assumes   E <= 1024, groups <= 64; E a multiple of groups
 // Numerics  softmax (max subtracted) or sigmoid per expert; group score = its maximum (softmax) or
@@ -25,7 +26,8 @@ __device__ __forceinline__ int warp_best(float& value, int index) {
 }
 
 extern "C" __global__ void route_f32(int* ids, float* weights, const float* logits,
-                                     const float* bias, const int* pos, int n_experts, int n_used, int n_groups,
+                                     const float* bias, const int* pos, const int* imposed,
+                                     int n_experts, int n_used, int n_groups,
                                      int n_groups_used, int sigmoid, int renormalise,
                                      float scale) {
     __shared__ float score[1024], select[1024], group[64];
@@ -81,6 +83,7 @@ extern "C" __global__ void route_f32(int* ids, float* weights, const float* logi
         for (int e = lane; e < n_experts; e += 32)
             if (select[e] > value) value = select[e], best = e;
         best = warp_best(value, best);
+        if (imposed) best = imposed[blockIdx.x * n_used + k];
         total += score[best];
         if (lane == 0) {
             ids[blockIdx.x * n_used + k] = best;

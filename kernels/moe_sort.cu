@@ -9,7 +9,8 @@
 //           moe_combine (n), 256 threads
 // Assumes   held <= 1024; experts first .. first + held - 1 are here, others (and -1) join no tile;
 //           ldp a multiple of 8, part's rows finite up to there, n_used <= 16
-// Numerics  slots of an expert stay in order: two runs give the same lists; plain float32 sums
+// Numerics  the order of an expert's slots may differ from run to run: a token's result doesn't depend
+//           on its place; plain float32 sums
 // Bound by  launch latency; moe_combine: bytes, d (2 n_used + 8) a token
 // Sources   own
 // Tested by tests/gpu/test_gemm.py, tests/kernels/test_gemm.py
@@ -41,17 +42,6 @@ __device__ __forceinline__ T sum_before(T v, T* warps, T& total) {
     return (warp > 0 ? base : 0) + sum - v;
 }
 
-// Lanes with the same e as this one.
-__device__ __forceinline__ unsigned same(int e) {
-#if !defined(SIMT) && __CUDA_ARCH__ >= 700
-    return __match_any_sync(~0u, e);
-#else
-    unsigned lanes = 0;
-    for (int i = 0; i < 32; i++) lanes |= (unsigned)(__shfl_sync(~0u, e, i) == e) << i;
-    return lanes;
-#endif
-}
-
 // ---------------------------------------------------------------- kernels -------------------
 extern "C" __global__ void __launch_bounds__(1024)
 moe_sort(int* slots, int* tiles, int* ends, const int* ids, int n_slots, int first, int held,
@@ -78,15 +68,8 @@ moe_sort(int* slots, int* tiles, int* ends, const int* ids, int n_slots, int fir
     // A warp takes neighbouring slots, 32 at a time, and counts those of each expert.
     const int rounds = (n_slots + 1023) / 1024;
     int* own = place + warp * held;
-    for (int r = 0; r < rounds; r++) {
-        const int i = (warp * rounds + r) * 32 + lane, e = i < n_slots ? slot[i] : held;
-        const unsigned lanes = same(e);
-        const int before = e < held ? own[e] : 0, rank = __popc(lanes & ((1u << lane) - 1));
-        __syncwarp();
-        if (e < held && rank == 0) own[e] = before + __popc(lanes);
-        if (i < n_slots) slot[i] = e | (before + rank) << 16;
-        __syncwarp();
-    }
+    for (int i = warp * rounds * 32 + lane; i < min(n_slots, (warp + 1) * rounds * 32); i += 32)
+        if (slot[i] < held) slot[i] |= atomicAdd(own + slot[i], 1) << 16;
     __syncthreads();
     for (int e = warp; e < held; e += 32) {  // a lane per warp
         const int count = place[lane * held + e], sum = sum_up_to(count);

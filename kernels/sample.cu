@@ -6,6 +6,8 @@
 // Dtypes    logits float32; probabilities and their sums float64
 // Grid      (CLUSTER), 1024 threads
 // Assumes   logits 16-byte aligned; banned ids' logits are overwritten with -inf
+// Variants  CLUSTER=1; CLUSTER=8 @9.0
+// Spills    none
 // Numerics  the candidates are exactly NumPy's; probabilities differ by an ulp of exp, their sums
 //           by the order of at most 1024 float64 terms: an edge or a draw within 1e-12 of a step may
 //           fall on the other side. temp <= 0: the largest logit, of equals the lowest id. Logits
@@ -24,6 +26,9 @@
 struct Candidates {
     unsigned id[MOST], value[MOST];
     bool kept[MOST];
+    double u;
+    long long chain[6];
+    int position;  // of the token to draw
     double sums[SELECT_WARPS];
     unsigned best[2][16];
     int first, last;
@@ -59,7 +64,8 @@ __device__ __forceinline__ double block_scan(double x, int k, double* sums, doub
         if (lane == 31) sums[warp] = x;
     }
     __syncthreads();
-    double before = all = 0;
+    double before = 0;
+    all = 0;
     for (int i = 0; i * 32 < k; i++) {
         if (i == warp) before = all;
         all += sums[i];
@@ -123,11 +129,13 @@ __device__ __forceinline__ void argmax(RowShare& share, Candidates& c) {
     c.first = (int)id;
 }
 
-// The place among k candidates (ascending ids) that the chain and the random number u lead to; all
+// The place among k candidates (ascending ids) that the chain and the random number c.u lead to; all
 // threads of a CTA. `top` is their largest value, `space` holds 1024 words.
 __device__ __forceinline__ int drawn(Candidates& c, unsigned long long* space, int k, float top,
-                                     double temp, double top_p, double log_min_p, double u) {
+                                     double temp) {
     const int i = threadIdx.x;
+    const double top_p = __longlong_as_double(c.chain[1]);
+    const double log_min_p = __longlong_as_double(c.chain[2]);
     const bool there = i < k;
     const float value = there ? __uint_as_float(c.value[i]) : NONE;
     bool kept = there;
@@ -138,22 +146,19 @@ __device__ __forceinline__ int drawn(Candidates& c, unsigned long long* space, i
             there ? (unsigned long long)ordered(value) << 32 | (unsigned)(MOST - i) : 0;
         const unsigned long long one = sorted(mine, k > 32 ? 1 << (32 - __clz(k - 1)) : 32, space);
         const double weight = there ? exp((double)unordered((unsigned)(one >> 32)) - top) : 0;
-        block_scan(weight, k, c.sums, all);
-        const double reached = block_scan(weight / all, k, c.sums, all);
-        const int short_of_it = __syncthreads_count(there && reached < top_p);
+        const double reached = block_scan(weight, k, c.sums, all);
+        const int short_of_it = __syncthreads_count(there && reached < top_p * all);
         if (there) c.kept[MOST - (unsigned)one] = i <= short_of_it;
         __syncthreads();
         kept = there && c.kept[i];
     }
     kept = kept && (value >= top + log_min_p || value == top);
     const double weight = kept ? exp(value / temp - top / temp) : 0;
-    block_scan(weight, k, c.sums, all);
-    const double reached = block_scan(weight / all, k, c.sums, all);
     if (i == 0) c.first = MOST, c.last = 0;
-    __syncthreads();
+    const double reached = block_scan(weight, k, c.sums, all);
     if (kept) {
         atomicMax(&c.last, i);
-        if (reached > u * all) atomicMin(&c.first, i);
+        if (reached > c.u * all) atomicMin(&c.first, i);
     }
     __syncthreads();
     return min(c.first, c.last);
@@ -167,12 +172,17 @@ sample(int* token, int* pos, int* ring, float* logits, const long long* chain, i
     pdl_launch();
     select_clear(s);
     pdl_wait();
-    const double temp = __longlong_as_double(chain[0]), top_p = __longlong_as_double(chain[1]);
-    const int k = (int)chain[4], n_banned = (int)chain[5];
+    const int n_banned = (int)chain[5];
     for (int i = threadIdx.x; i < n_banned; i += SELECT_THREADS) logits[chain[6 + i]] = NONE;
+    if (threadIdx.x < 6) c.chain[threadIdx.x] = chain[threadIdx.x];
+    if (threadIdx.x == 6) c.position = pos[0] + 1;
     __syncthreads();  // every CTA of the cluster bans for itself
     RowShare share(logits, n_vocab);
+    if (threadIdx.x == MOST - 1 && cluster_rank() == 0)  // while the logits are on their way
+        c.u = uniform((unsigned long long)c.chain[3], c.position);
     cluster_wait();
+    const double temp = __longlong_as_double(c.chain[0]);
+    const int k = (int)c.chain[4];
     int id;
     float top;
     if (temp <= 0) {
@@ -190,15 +200,12 @@ sample(int* token, int* pos, int* ring, float* logits, const long long* chain, i
         for (int i = threadIdx.x & 31; i < k; i += 32)
             key = max(key, ordered(__uint_as_float(c.value[i])));
         top = unordered(warp_max(key));
-        const double u = uniform((unsigned long long)chain[3], pos[0] + 1);
-        const int place = drawn(c, (unsigned long long*)s.count, k, top, temp, top_p,
-                                __longlong_as_double(chain[2]), u);
+        const int place = drawn(c, (unsigned long long*)s.count, k, top, temp);
         id = (int)c.id[place];
     }
     if (threadIdx.x) return;
     const bool finite = fabsf(top) < __int_as_float(0x7f800000);
-    const int position = pos[0] + 1;
     token[0] = finite ? id : 0;
-    ring[position % ring_size] = finite ? id : -1;
-    pos[0] = position;
+    ring[c.position % ring_size] = finite ? id : -1;
+    pos[0] = c.position;
 }

@@ -80,7 +80,8 @@ CHAT: tuple[Flag, ...] = (
     Flag(
         ("--chat-template",),
         text,
-        "a built-in template's name or a jinja text, instead of the file's",
+        "instead of the file's, a jinja text or a built-in name: chatml, deepseek2, deepseek3, "
+        "deepseek3.1, glm4, glm5, kimi-k2, mistral-v3-tekken, mistral-v7",
         "NAME",
     ),
     Flag(("--chat-template-file",), text, "read the template from a file", "FILE"),

@@ -140,9 +140,8 @@ class Sampler:
     def candidates(self, logits: Logits, position: int = 0) -> tuple[Ids, NDArray[np.float64]]:
         """Ids that pass the chain, ascending, and the probability of each."""
         ids: Ids = np.flatnonzero(logits > -np.inf)
-        turn = Turn(
-            self.params, self._past.tokens, self._breakers, uniform(self.seed, position, _XTC)
-        )
+        chance = uniform(self.seed, position, _XTC) if "xtc" in self.stages else 1.0
+        turn = Turn(self.params, self._past.tokens, self._breakers, chance)
         for name in self.stages:
             logits, ids = STAGES[name].apply(logits, ids, turn)
         if self.params.mirostat:

@@ -13,6 +13,7 @@ from mlacli.chat_template import (
     chosen_template,
 )
 from mlacli.errors import MlacliError, UsageError
+from mlacli.flags_generation import CHAT
 
 TOKENS = {"bos_token": "<BOS>", "eos_token": "<EOS>"}
 USER = {"role": "user", "content": "Why is “the sky” blue?\n"}
@@ -155,6 +156,11 @@ def test_a_template_that_never_ends_is_stopped(monkeypatch):
 def test_a_giant_template_is_not_even_tried():
     with pytest.raises(TemplateError, match="characters"):
         render("x" * (1 << 21), [USER])
+
+
+def test_the_help_names_all_built_in_templates():
+    flag = next(f for f in CHAT if f.key == "chat_template")
+    assert flag.help.endswith(": " + ", ".join(built_in_names()))
 
 
 def test_which_template_is_taken(tmp_path):

@@ -18,9 +18,10 @@ constexpr int GEMM_ROWS = 256, GEMM_TOKENS = 128, GEMM_TILES = 16;
 constexpr int GEMM_X_BYTES = GEMM_TOKENS * 128;  // of a stage
 #ifdef WGMMA
 constexpr int GEMM_THREADS = 384, GEMM_COPIERS = 128, GEMM_FIRST_COPIER = 256;
+constexpr int GEMM_AHEAD = STAGES > 3 ? STAGES - 3 : 0;  // stages whose copies are under way
 #else
 constexpr int GEMM_THREADS = 256, GEMM_COPIERS = 256, GEMM_FIRST_COPIER = 0;
-constexpr int GEMM_AHEAD = STAGES - 1;  // stages whose copies are under way
+constexpr int GEMM_AHEAD = STAGES - 1;
 #endif
 constexpr int GEMM_OWN_TOKENS = GEMM_TOKENS * 8 / GEMM_COPIERS;  // that a thread copies pieces of
 constexpr int GEMM_OWN_TILES = GEMM_TILES * 32 / GEMM_COPIERS;   // that a warp copies
@@ -216,15 +217,10 @@ __device__ __forceinline__ void multiply_stage(
     unsigned long long b[4];
 #pragma unroll
     for (int j = 0; j < 4; j++) b[j] = wgmma_descriptor(x, 32 * j);
-    // Turns keep one warpgroup unpacking while the tensor cores work for the other; without them
-    // both unpack, then both multiply. For narrow products the barriers cost more than that.
-    const int own = threadIdx.x >> 7;
-    if constexpr (N > 64) turn_wait(own);
     wgmma_fence();
 #pragma unroll
     for (int j = 0; j < 4; j++) wgmma_f16<N>(d, a[j], b[j], accumulate || j > 0);
     wgmma_commit();
-    if constexpr (N > 64) turn_pass(own);
 #else
     const int lane = threadIdx.x & 31;
     if (!accumulate)
@@ -274,12 +270,11 @@ struct Gemm {
     __device__ __forceinline__ bool copies() {
         if (threadIdx.x < GEMM_FIRST_COPIER) {
             registers_up<216>();
-            if (threadIdx.x >= 128) turn_pass(1);  // the first turn is warpgroup 0's
             return false;
         }
         registers_down<72>();
-        int to = 0;           // slot copied to
-        unsigned wanted = 1;  // phase of free[to]: at first all are free
+        int to = 0, ready = 0, n = 0;  // slot copied to; slot that is full next; stages under way
+        unsigned wanted = 1;           // phase of free[to]: at first all are free
         for (int item = blockIdx.x; item < items.n; item += gridDim.x) {
             GemmSource from;
             items.open(item, from);
@@ -287,12 +282,24 @@ struct Gemm {
             for (int step = 0; step < from.steps; step++) {
                 barrier_wait(free + to, wanted);
                 copy_stage<TILE_BYTES>(ring, to, from, step);
-                barrier_arrive_copied(full + to);
+                cp_async_commit();
                 if (++to == STAGES) to = 0, wanted ^= 1;
+                if (n < GEMM_AHEAD) {
+                    n++;
+                    continue;
+                }
+                cp_async_wait<GEMM_AHEAD>();
+                wgmma_publish();
+                barrier_arrive(full + ready);
+                ready = ready + 1 == STAGES ? 0 : ready + 1;
             }
         }
-        cp_async_commit();
         cp_async_wait<0>();
+        wgmma_publish();
+        for (; n > 0; n--) {
+            barrier_arrive(full + ready);
+            ready = ready + 1 == STAGES ? 0 : ready + 1;
+        }
         return true;
     }
 
@@ -306,7 +313,6 @@ struct Gemm {
 #pragma unroll 1
         for (int k = 0; k < steps; k++) {
             barrier_wait(full + at, phase);
-            wgmma_publish();  // here, because whoever copies would wait for all its copies
             const unsigned char* x = ring + at * GEMM_X_BYTES;
             const unsigned char* tile =
                 ring + STAGES * GEMM_X_BYTES + (at * GEMM_TILES + warp) * TILE_BYTES;

@@ -9,15 +9,21 @@
 #include "mla_splits.cuh"
 #include "mma.cuh"
 #include "pdl.cuh"
-#if !defined(SIMT) && __CUDA_ARCH__ >= 900 && defined(TRY_BULK)
-#define BULK 1  // rows come by bulk copies: cp.async would take a third of the load units' time
+// Float16 rows in a row come by bulk copies, asked for by warps of their own: in the other warps, cp.async
+// would take a third of a tile's time, and a warp gets rid of a bulk copy every 40 ns.
+#if CACHE_KIND == 0 && !CHOSEN && (defined(BULK_SIM) || (!defined(SIMT) && __CUDA_ARCH__ >= 900))
+#define BULK 1
+#ifndef BULK_SIM
 #include "bulk_copy.cuh"
+#endif
 #else
 #define BULK 0
 #endif
 
 constexpr int TILE = SPLIT_ROWS;              // cache rows at a time
 constexpr int M = 16 * MT;                    // query rows of a CTA
+constexpr int PRODUCERS = BULK ? 2 * MT : 0;  // warps; 4 are a warpgroup that can give registers away
+constexpr int THREADS = 256 + 32 * PRODUCERS; // the first 256 compute
 constexpr int W = R + P;
 constexpr int STEPS = (W + 15) / 16;          // of 16 columns, the last may be half empty
 constexpr int LD = 16 * STEPS + 8;            // halves between rows: an odd number of 16 bytes, so
@@ -45,7 +51,8 @@ struct Shared {
     float* score;              // [KG][M][LDS]: parts of scores
     __half* weight;            // [M][LDP]: probabilities
     float* keep;               // [M]: what remains of older sums
-    unsigned long long* full;  // [STAGES + 1]: tiles that have arrived; queries
+    unsigned long long* full;  // [STAGES]: tiles that have arrived (BULK)
+    unsigned long long* empty; // [STAGES]: tiles that all warps are done with (BULK)
     float* scale;              // [2][TILE][BLOCKS] of this tile and the next (q8_0)
     int* wanted;               // [length]: this split's rows (CHOSEN)
 };
@@ -57,7 +64,8 @@ __device__ __forceinline__ Shared carve(char* at) {
     s.score = (float*)at, at += KG * M * LDS * 4;
     s.weight = (__half*)at, at += M * LDP * 2;
     s.keep = (float*)at, at += M * 4;
-    s.full = (unsigned long long*)at, at += (STAGES + 1) * 8;
+    s.full = (unsigned long long*)at, at += STAGES * 8;
+    s.empty = (unsigned long long*)at, at += STAGES * 8;
     s.scale = (float*)at, at += CACHE_KIND == 3 ? 2 * TILE * BLOCKS * 4 : 0;
     s.wanted = (int*)at;
     return s;
@@ -70,31 +78,63 @@ __device__ __forceinline__ int row_of(const Shared& s, int i, int start, int sto
 }
 
 // ---------------------------------------------------------------- copies --------------------
+// Among the threads that compute.
+__device__ __forceinline__ void all_meet() {
+#if BULK
+    meet(1, 256);
+#else
+    __syncthreads();
+#endif
+}
+
+// This step's first row: those below are older than the launch before.
+__device__ __forceinline__ int first_position(const int* pos, int n) {
+    int least = 0x7fffffff;
+    for (int t = threadIdx.x & 31; t < n; t += 32) {
+        const int at = position(pos, t);
+        least = min(least, at < 0 ? least : at);
+    }
+#pragma unroll
+    for (int offset = 16; offset; offset >>= 1)
+        least = min(least, __shfl_xor_sync(~0u, least, offset));
+    return least;
+}
+
+#if BULK
+// What the last warps do: a lane asks for one row of each tile. Slots without a row become zeros. Rows from `fresh` on may be asked for once the predecessor is done.
+__device__ __forceinline__ void produce(const Shared& s, const char* cache, int fresh, int start,
+                                        int stop, int tiles) {
+    constexpr int SHARE = TILE / PRODUCERS;  // rows of a warp
+    const int lane = threadIdx.x & 31, first = (threadIdx.x / 32 - 8) * SHARE;
+    bool waited = !EARLY;
+    for (int i = 0; i < tiles; i++) {
+        // the last stage is free once the queries have left it
+        const int stage = i % STAGES, uses = i / STAGES + (stage == STAGES - 1);
+        if (uses) barrier_wait(shared_address(s.empty + stage), (uses - 1) & 1);
+        if (!waited && start + min((i + 1) * TILE, stop - start) > fresh) pdl_wait(), waited = true;
+        char* to = s.ring + stage * STAGE_BYTES + first * STAGE_ROW;
+        const int row = lane < SHARE ? row_of(s, i * TILE + first + lane, start, stop) : -1;
+        const unsigned rows = __ballot_sync(~0u, row >= 0), bar = shared_address(s.full + stage);
+        if (rows != (1u << SHARE) - 1) {
+            for (int j = 0; j < SHARE; j++)
+                for (int c = lane; c < CHUNKS && !(rows >> j & 1); c += 32)
+                    *(uint4*)(to + j * STAGE_ROW + 16 * c) = make_uint4(0, 0, 0, 0);
+            publish_shared();  // a later copy may come to the same place
+            __syncwarp();
+        }
+        if (lane == 0) barrier_expect(bar, __popc(rows) * ROW_BYTES);
+        __syncwarp();
+        if (row >= 0)
+            bulk_load(shared_address(to + lane * STAGE_ROW), cache + (long long)row * ROW_BYTES,
+                      ROW_BYTES, bar);
+    }
+    if (!waited) pdl_wait();
+}
+#else
 // Starts copying the tile whose first slot is `first`; slots without a row become zeros.
 __device__ __forceinline__ void fetch(const Shared& s, const char* cache, int stage, int first,
                                       int start, int stop) {
     char* to = s.ring + stage * STAGE_BYTES;
-#if BULK
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const unsigned bar = shared_address(s.full + stage);
-    if (warp == 0) {
-        const unsigned rows = __ballot_sync(~0u, row_of(s, first + lane, start, stop) >= 0);
-        if (lane == 0) barrier_expect(bar, __popc(rows) * ROW_BYTES);
-    }
-    if (lane < TILE / 8) {  // a warp issues four copies: one after another takes 40 ns each
-        const int slot = warp * (TILE / 8) + lane, row = row_of(s, first + slot, start, stop);
-        if (row >= 0)
-            bulk_load(shared_address(to + slot * STAGE_ROW), cache + (long long)row * ROW_BYTES,
-                      ROW_BYTES, bar);
-    }
-    if (CHOSEN || start + first + TILE > stop) {
-        for (int chunk = threadIdx.x; chunk < TILE * CHUNKS; chunk += 256)
-            if (row_of(s, first + chunk / CHUNKS, start, stop) < 0)
-                *(uint4*)(to + chunk / CHUNKS * STAGE_ROW + 16 * (chunk % CHUNKS)) =
-                    make_uint4(0, 0, 0, 0);
-        publish_shared();  // a later copy may come to the same place
-    }
-#else
     // a thread keeps its column: whole rows at a time, so that addresses are one addition apart
     constexpr int AT_ONCE = 256 / CHUNKS < TILE ? 256 / CHUNKS : TILE;
     const int own = threadIdx.x / CHUNKS, col = threadIdx.x % CHUNKS * 16;
@@ -107,40 +147,59 @@ __device__ __forceinline__ void fetch(const Shared& s, const char* cache, int st
         cp_async16(to + slot * STAGE_ROW + col,
                    cache + (long long)max(row, 0) * ROW_BYTES + col, row >= 0);
     }
+}
+
+// Asks for the first STAGES - 1 tiles, for rows from `fresh` on once the predecessor is done.
+__device__ __forceinline__ void fetch_first(const Shared& s, const char* cache, int fresh, int start,
+                                            int stop, int tiles) {
+    int asked = 0;
+    for (; EARLY && asked < min(STAGES - 1, tiles); asked++) {
+        if (start + min((asked + 1) * TILE, stop - start) > fresh) break;
+        fetch(s, cache, asked, asked * TILE, start, stop);
+        cp_async_commit();
+    }
+    if (EARLY) pdl_wait();
+    for (; asked < STAGES - 1; asked++) {
+        if (asked < tiles) fetch(s, cache, asked, asked * TILE, start, stop);
+        cp_async_commit();
+    }
+}
 #endif
-}
 
-// Ends the copies of a stage: without bulk copies, of as many tiles as were asked for.
-__device__ __forceinline__ void fetched() {
-    if (!BULK) cp_async_commit();
-}
-
-// Until tile i has arrived.
-__device__ __forceinline__ void await(const Shared& s, int i) {
+// Until tile i is there for all. Without bulk copies, also asks for another one.
+__device__ __forceinline__ void take_tile(const Shared& s, const char* cache, int i, int start,
+                                          int stop, int tiles) {
 #if BULK
     barrier_wait(shared_address(s.full + i % STAGES), i / STAGES & 1);
 #else
     cp_async_wait<STAGES - 2>();
+    __syncthreads();  // and all are done with tile i - 1
+    if (i + STAGES - 1 < tiles)
+        fetch(s, cache, (i + STAGES - 1) % STAGES, (i + STAGES - 1) * TILE, start, stop);
+    cp_async_commit();
 #endif
 }
 
+// This warp is done with what stage `stage` held.
+__device__ __forceinline__ void leave(const Shared& s, int stage) {
 #if BULK
-__device__ __forceinline__ void publish_queries() { publish_shared(); }
-#else
-__device__ __forceinline__ void publish_queries() {}
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(s.empty + stage));
 #endif
+}
 
 // The CTA's queries to `to`, [M][LD]; rows from `row_end` on hold anything: nobody uses their results.
-__device__ __forceinline__ void take_queries(const Shared& s, __half* to, const __half* q, int row0,
-                                             int row_end) {
+__device__ __forceinline__ void take_queries(__half* to, const __half* q, int row0, int row_end) {
 #pragma unroll
     for (int i = threadIdx.x; i < M * (W / 8); i += 256) {
         const int row = row0 + i / (W / 8), c = i % (W / 8) * 8;
         if (row < row_end)
             *(uint4*)(to + i / (W / 8) * LD + c) = *(const uint4*)(q + (long long)row * W + c);
     }
-    if (BULK) publish_queries();
-    __syncthreads();
+#if BULK
+    publish_shared();  // tiles follow
+#endif
+    all_meet();
 }
 
 // ---------------------------------------------------------------- other types ---------------

@@ -43,6 +43,14 @@ __device__ __forceinline__ unsigned warp_max(unsigned x) {
 #endif
 }
 __device__ __forceinline__ unsigned warp_min(unsigned x) { return ~warp_max(~x); }
+__device__ __forceinline__ unsigned warp_add(unsigned x) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    return __reduce_add_sync(~0u, x);
+#else
+    for (int offset = 16; offset; offset >>= 1) x += __shfl_xor_sync(~0u, x, offset);
+    return x;
+#endif
+}
 
 // This CTA's share of a row. A warp's values are contiguous: its groups of 128, a float4 a lane.
 struct RowShare {

@@ -23,6 +23,7 @@ struct SelectShared {
     unsigned digit, level, size;
     unsigned listed, above, extra[16];  // select_linear's, with the values of its last step
     unsigned key[CLUSTER][LISTED], at[CLUSTER][LISTED];
+    unsigned listed_key[LISTED], listed_at[LISTED], owner[LISTED];
     unsigned bitmap[SELECT_BYTES / 4];
 };
 
@@ -60,8 +61,9 @@ __device__ __forceinline__ void select_clear(SelectShared& s) {
 // maxima, of warps or of lanes' batches, if those are at least k, else the smallest value. As keys.
 __device__ __forceinline__ void bounds(RowShare& share, int k, SelectShared& s, unsigned& peak,
                                        unsigned& low) {
-    const int full = share.n / (share.groups * 128), lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const bool by_warp = k <= full, by_lane = k <= full * 32 * ((share.groups + HELD - 1) / HELD);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, batches = (share.groups + HELD - 1) / HELD;
+    const long long whole = share.n - share.groups * 128, wanted = (long long)k * share.groups * 128;
+    const bool by_warp = wanted <= whole, by_lane = wanted <= whole * 32 * batches;  // whole warps only
     const float most_possible = __int_as_float(0x7f800000);
     float most = LOWEST, batch = LOWEST, least = most_possible;
     share.each(
@@ -133,43 +135,52 @@ __device__ __forceinline__ bool select_linear(RowShare& share, int k, SelectShar
     unsigned n_above = 0;
     share.each([&](const float4& v, int at) {
         const float x[4] = {v.x, v.y, v.z, v.w};
-        unsigned above = 0;
+        unsigned above = 0, equal = 0;
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             const float t = step(x[e]);
-            above |= (t < last ? 1u : 0u) << e;
-            if (t == last && x[e] >= low) {
-                const unsigned slot = atomicAdd(&s.listed, 1u);
-                for (int c = 0; c < CLUSTER; c++) {
-                    peer_store(&s.key[rank][slot], c, ordered(x[e]));
-                    peer_store(&s.at[rank][slot], c, at + e);
+            if (t < last) above |= 1u << e;
+            if (t == last) equal |= 1u << e;
+        }
+        if (equal) {  // seldom
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                if (equal >> e & 1 && x[e] >= low) {
+                    const unsigned slot = atomicAdd(&s.listed, 1u);
+                    for (int c = 0; c < CLUSTER; c++) {
+                        peer_store(&s.key[rank][slot], c, ordered(x[e]));
+                        peer_store(&s.at[rank][slot], c, at + e);
+                    }
                 }
-            }
         }
         n_above += __popc(above);
         const unsigned right = __shfl_xor_sync(~0u, above, 1);
         if (!(lane & 1)) ((unsigned char*)s.bitmap)[(at - first) >> 3] = above | right << 4;
     });
-    n_above = warp_scan(n_above);
-    if (lane == 31) atomicAdd(&s.above, n_above);
+    n_above = warp_add(n_above);
+    if (lane == 0) atomicAdd(&s.above, n_above);
     __syncthreads();
     if (tid < CLUSTER) {
         peer_store(&s.cta[0][rank], tid, s.above);
         peer_store(&s.cta[1][rank], tid, s.listed);
     }
     cluster_sync();
-    // Of the list, the `level` first by value, then by position.
-    int c = 0, slot = tid;
-    while (c < CLUSTER && slot >= (int)s.cta[1][c]) slot -= s.cta[1][c++];
-    if (c < CLUSTER) {
-        const unsigned key = s.key[c][slot], at = s.at[c][slot];
+    // Of the list, the `level` first by value, then by position. First into one piece.
+    int owner = 0, slot = tid;
+    while (owner < CLUSTER && slot >= (int)s.cta[1][owner]) slot -= s.cta[1][owner++];
+    if (owner < CLUSTER) {
+        s.listed_key[tid] = s.key[owner][slot], s.listed_at[tid] = s.at[owner][slot];
+        s.owner[tid] = owner;
+    }
+    __syncthreads();
+    for (int i = tid >> 5; i < (int)s.size; i += SELECT_WARPS) {  // a warp for one of them
+        const unsigned key = s.listed_key[i], at = s.listed_at[i];
         unsigned better = 0;
-        for (int o = 0; o < CLUSTER; o++)
-            for (unsigned i = 0; i < s.cta[1][o]; i++)
-                better += s.key[o][i] > key || (s.key[o][i] == key && s.at[o][i] < at);
-        if (better < s.level) {
-            atomicAdd(&s.extra[c], 1u);
-            if (c == rank) atomicOr(&s.bitmap[(at - first) >> 5], 1u << (at & 31));
+        for (int o = lane; o < (int)s.size; o += 32)
+            better += s.listed_key[o] > key || (s.listed_key[o] == key && s.listed_at[o] < at);
+        if (warp_add(better) < s.level && lane == 0) {
+            atomicAdd(&s.extra[s.owner[i]], 1u);
+            if ((int)s.owner[i] == rank) atomicOr(&s.bitmap[(at - first) >> 5], 1u << (at & 31));
         }
     }
     __syncthreads();

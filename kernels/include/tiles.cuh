@@ -148,7 +148,16 @@ FORCE_INLINE unsigned half_bytes(unsigned w, unsigned pick, int zero) {
     return half2_add(pair, minus_half2(1024 + zero));
 }
 FORCE_INLINE unsigned twice(unsigned pair, int which) {
+#ifdef __CUDA_ARCH__
+    unsigned r;  // as halves: the compiler folds it into the operand of the next instruction
+    if (which)
+        asm("{.reg .b16 lo, hi; mov.b32 {lo, hi}, %1; mov.b32 %0, {hi, hi};}" : "=r"(r) : "r"(pair));
+    else
+        asm("{.reg .b16 lo, hi; mov.b32 {lo, hi}, %1; mov.b32 %0, {lo, lo};}" : "=r"(r) : "r"(pair));
+    return r;
+#else
     return __byte_perm(pair, 0, which ? 0x3232 : 0x1010);
+#endif
 }
 
 // For types with scales of scales: boost * d is rounded to float16, which changes nothing unless

@@ -15,7 +15,7 @@
 
 #ifdef WGMMA
 // Descriptor of B from a shared address and 32 bytes per 16 columns of K.
-__device__ __forceinline__ unsigned long long wgmma_descriptor(const void* shared, int more) {
+__device__ __forceinline__ unsigned long long wgmma_descriptor(const void* shared, int more = 0) {
     const unsigned at = (unsigned)__cvta_generic_to_shared(shared);
     constexpr unsigned swizzle_128 = 1u << 30, group_stride = 1024 >> 4;
     unsigned long long both;  // the upper half is a constant: no carries
@@ -34,7 +34,7 @@ template <int N>
 __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
-// What was written to shared memory and this thread may read (cp.async too) becomes visible to wgmma.
+// What this thread wrote to shared memory (cp.async too, once waited for) becomes visible to wgmma.
 __device__ __forceinline__ void wgmma_publish() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -48,23 +48,11 @@ __device__ __forceinline__ void barrier_arrive(unsigned long long* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];"
                  :: "r"((unsigned)__cvta_generic_to_shared(barrier)) : "memory");
 }
-// The same once all cp.async of this thread so far are done; doesn't wait for them.
-__device__ __forceinline__ void barrier_arrive_copied(unsigned long long* barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];"
-                 :: "r"((unsigned)__cvta_generic_to_shared(barrier)) : "memory");
-}
 // Until the phase of this parity has ended.
 __device__ __forceinline__ void barrier_wait(unsigned long long* barrier, unsigned parity) {
     asm volatile("{\n.reg .pred p;\nWAIT_%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
                  "@!p bra WAIT_%=;\n}\n"
                  :: "r"((unsigned)__cvta_generic_to_shared(barrier)), "r"(parity) : "memory");
-}
-// Two warpgroups take turns: turn_wait() until the other has passed the turn on.
-__device__ __forceinline__ void turn_wait(int own) {
-    asm volatile("bar.sync %0, 256;" :: "r"(1 + own) : "memory");
-}
-__device__ __forceinline__ void turn_pass(int own) {
-    asm volatile("bar.arrive %0, 256;" :: "r"(2 - own) : "memory");
 }
 // N registers for each thread of this warpgroup from here on; all its warps call it.
 template <int N>

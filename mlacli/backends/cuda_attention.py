@@ -188,9 +188,11 @@ def attend(
             break
     assert fits, "on_tensor_cores() knows what fits; chosen rows take little"
     stages = fits[-1]
+    bulk = ops.capability >= 90 and kv.cache_type == "f16" and chosen is None
+    block = 256 + 64 * m_tiles * bulk  # BULK of kernels/include/mla_rows.cuh
     part, stat = ops.new((n * h, splits, r)), ops.new((n * h, splits, 2))
     ops.run(
-        "mla_decode_mma", (splits, groups, tokens), 256, part, stat, q, kv.values, kv.scales,
+        "mla_decode_mma", (splits, groups, tokens), block, part, stat, q, kv.values, kv.scales,
         chosen, step.pos, rows, h, n, top_k, scale,
         shared=decode_shared(r, width, m_tiles, kv.cache_type, stages, slots),
         R=r, P=width - r, MT=m_tiles, CACHE_KIND=_KINDS[kv.cache_type], STAGES=stages,
@@ -289,6 +291,6 @@ def decode_shared(
     raw = packed.get(cache_type, line)
     m = 16 * m_tiles
     size = stages * _TILE * raw + (_TILE * line if cache_type != "f16" else 0)
-    size += 4 * m * (_TILE + 8) * 4 + m * (_TILE + 8) * 2 + m * 4 + 8 * (stages + 1)
+    size += 4 * m * (_TILE + 8) * 4 + m * (_TILE + 8) * 2 + m * 4 + 16 * stages
     size += 2 * _TILE * -(-width // 32) * 4 if cache_type == "q8_0" else 0
     return max(size + 4 * slots, 4 * m * (r + 8))

@@ -243,9 +243,9 @@ def _stages(ops: Any, weights: Sequence[CudaWeight]) -> int:
 def _width(ops: Any, n: int, row_items: int) -> int:
     """Tokens of a work item: the width with the least time, in cycles for 64 columns."""
 
-    def cycles(width: int) -> int:
+    def cycles(width: int) -> float:  # unpacking the weights, and per token; an H200, 2026-11-22
         waves: int = -(-row_items * -(-n // width) // ops.device.n_sm)
-        return waves * max(8 * width, 480)  # tensor cores, or unpacking the weights
+        return waves * (480 + 4.5 * width)
 
     return min(_WIDTHS, key=cycles)
 

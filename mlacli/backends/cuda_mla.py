@@ -111,4 +111,5 @@ class Attention:
         if not chooses:
             return None
         into = self._chosen[: step.n]
-        return sparse.select(ops, queries, rows, step, indexer.top_k, ops.imposed_rows, into)
+        imposed = ops.imposed.get(w.indexer_attn_k.name)
+        return sparse.select(ops, queries, rows, step, indexer.top_k, imposed, into)

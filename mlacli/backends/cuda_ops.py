@@ -44,7 +44,8 @@ class CudaOps(Ops):
         self._steps: Steps | None = None
         self._counter: Any = None  # of route's last CTA, see cuda_matvec.route
         self.n_sm, self.capability = device.n_sm, device.capability
-        self.imposed_rows: Any = None  # instead of an indexer's choice: a test hook
+        # A test hook: choices [n, count] by the name of the weight that would make them.
+        self.imposed: dict[str, Host] = {}
         self._layer = 0  # where a half layer's temporaries begin
         self._pos: Any = None  # of the step under way
 
@@ -231,14 +232,23 @@ class CudaOps(Ops):
             else:
                 scores = self.new((n, n_experts))
                 self.products(x, [(gate, scores)])
-            return plain.route(self, scores, bias, routing, self._pos)
+            return plain.route(self, scores, bias, routing, self._pos, self._imposed_on(gate, n))
         chosen = Chosen(self.new((n, routing.n_used), np.int32), self.new((n, routing.n_used)))
         values, norm = self._unnormed(x)
         matvec.route(
             self, chosen.ids, chosen.weights, self.new((n, n_experts)), self._counter, gate,
-            values, routing, norm, bias, self._pos,
+            values, routing, norm, bias, self._pos, self._imposed_on(gate, n),
         )  # fmt: skip
         return chosen
+
+    def _imposed_on(self, gate: CudaWeight, n: int) -> Array | None:
+        """Ids [n, n_used] to take instead of choosing; not in a captured step."""
+        ids = self.imposed.get(gate.name)
+        if ids is None:
+            return None
+        padded = np.full((n, ids.shape[1]), -1, np.int32)
+        padded[: len(ids)] = ids
+        return self.put(padded)
 
     def experts(self, x: Act, chosen: Chosen | None, w: LayerWeights) -> Act | None:
         """Pending, as matmul()."""

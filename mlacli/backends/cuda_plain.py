@@ -76,15 +76,20 @@ def add(ops: CudaOps, a: Array, b: Array, into: Array | None = None) -> Array:
 
 
 def route(
-    ops: CudaOps, scores: Array, bias: CudaWeight | None, routing: Routing, pos: Array
-) -> Chosen:
-    """The choice from gate scores [n, E]; tokens at pos -1 choose nobody."""
+    ops: CudaOps, scores: Array, bias: CudaWeight | None, routing: Routing, pos: Array,
+    imposed: Array | None = None,
+) -> Chosen:  # fmt: skip
+    """The choice from gate scores [n, E]; tokens at pos -1 choose nobody.
+
+    `imposed` ids [n, n_used] are taken instead (a test hook).
+    """
     n, n_experts = scores.shape
     chosen = Chosen(ops.new((n, routing.n_used), np.int32), ops.new((n, routing.n_used)))
     ops.run(
         "route_f32", (n,), 32, chosen.ids, chosen.weights, scores,
-        None if bias is None else bias.raw, pos, n_experts, routing.n_used, routing.n_groups,
-        routing.n_groups_used, routing.sigmoid, routing.renormalise, routing.scale,
+        None if bias is None else bias.raw, pos, imposed, n_experts, routing.n_used,
+        routing.n_groups, routing.n_groups_used, routing.sigmoid, routing.renormalise,
+        routing.scale,
     )  # fmt: skip
     return chosen
 

@@ -1,4 +1,4 @@
-"""The lightning indexer of sparse attention (DSA) on a CUDA device: launches of kernels/dsa.cu.
+"""The lightning indexer of sparse attention (DSA) on a CUDA device: launches of kernels/dsa*.cu.
 
 A layer calls `index` once its products are there: it stores the tokens' keys and, where the step is
 sparse (step.n_kv > top_k, known on the host: two graphs), prepares their queries, which `select`
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 _KEYS: dict[str, tuple[int, Any]] = {
     "f32": (0, np.float32), "f16": (1, np.float16), "bf16": (2, np.uint16), "q8_0": (3, np.int8),
 }  # fmt: skip
+_LAYOUTS = {"dsa_scores_wgmma": 1, "dsa_scores_wgmma_few": 1, "dsa_scores_wgmma_one": 2}
 _PARTS = {"f16": 2, "bf16": 3}  # 16-bit pieces of a query; other key types take float32 products
 _BLOCK = 32  # columns of a q8_0 scale
 _FEW = 3  # tokens whose queries fit shared memory together, twice an SM
-_TOKENS_AT_ONCE = 16  # kernels/dsa.cu
-_PLAIN_ROWS = 64  # kernels/dsa.cu
+_TOKENS_AT_ONCE = 16  # kernels/dsa_scores.cu
+_PLAIN_ROWS = 64  # kernels/dsa_scores.cu
 _SCORES = 64 << 20  # bytes of scores held at once; fewer tokens go together where rows are many
 _MOST_WIDTH, _MOST_PLAIN_WIDTH = 128, 1024  # of tensor kernels: registers; of all: shared memory
-_MOST_SHARED = 200 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Queries:
     parts: Array
     weights: Array  # [n, I]
     n_parts: int  # 0: float32 [n, I, i]
-    slabs: bool = False  # in the order of dsa_scores_wgmma
+    kernel: str  # that takes them
 
 
 def new_index_rows(
@@ -80,18 +80,18 @@ def index(
     half, width = step.cos.shape[-1], rows.width
     heads = 0 if weights is None else weights.shape[1]
     n_parts = _n_parts(ops, rows, heads)
-    slabs = _has_slabs(ops, rows, heads, step.n)
+    kernel = _score_kernel(ops, rows, heads, step.n)
     prepared = None
     if q is not None and weights is not None:
         parts = ops.new((step.n, (n_parts or 2) * heads * width), "u2")
-        prepared = Queries(parts, ops.new((step.n, heads), "f4"), n_parts, slabs)
+        prepared = Queries(parts, ops.new((step.n, heads), "f4"), n_parts, kernel)
     ops.run(
         "dsa_prepare", (step.n, 1 + -(-heads // 8)), 256, rows.values, rows.scales,
         None if prepared is None else prepared.parts,
         None if prepared is None else prepared.weights, key, norm, bias, q, weights, step.pos,
         step.cos, step.sin, width, half, heads, key.stride(0), 0 if q is None else q.stride(0),
         0 if weights is None else weights.stride(0), eps, float(np.float32(np.sqrt(heads * width))),
-        KEYS=_KEYS[rows.cache_type][0], PARTS=n_parts, **({"SLABS": 1} if slabs else {}),
+        KEYS=_KEYS[rows.cache_type][0], PARTS=n_parts, LAYOUT=_LAYOUTS.get(kernel, 0),
     )  # fmt: skip
     return prepared
 
@@ -102,15 +102,19 @@ def select(
 ) -> Array:  # fmt: skip
     """The top_k best rows of each token, ascending [n, top_k], ties to the lower row, -1 = none.
 
-    `imposed` host rows [n, top_k] are taken instead (a test hook; not in a captured step).
+    `imposed` host rows [tokens, top_k] are taken instead (a test hook; not in a captured step).
     """
+    n = step.n if imposed is None else max(len(imposed), 0 if into is None else len(into))
+    chosen: Array = ops.new((n, top_k), "i4") if into is None else into
     if imposed is not None:
-        taken: Array = ops.put(np.sort(imposed, axis=1).astype(np.int32))
-        return taken
+        rows_of = np.full((n, top_k), -1, np.int32)  # of padded tokens as well
+        rows_of[: len(imposed)] = np.sort(imposed, axis=1)
+        ops.device.copy_in(chosen, rows_of)
+        return chosen
     assert queries is not None, "index() had no queries"
-    chosen: Array = ops.new((step.n, top_k), "i4") if into is None else into
     ld = score_stride(len(rows.values))
     at_once = tokens_at_once(step.n, len(rows.values))
+    mark = ops.device.mark()
     scores = ops.new((at_once, ld), "f4")
     for start in range(0, step.n, at_once):
         stop = min(step.n, start + at_once)
@@ -121,6 +125,7 @@ def select(
             "dsa_select", (cluster, n), 1024, chosen[start:stop], scores, pos, top_k, ld,
             CLUSTER=cluster,
         )  # fmt: skip
+    ops.device.rewind(mark)  # kernels run in order: what comes next may overwrite the scores
     return chosen
 
 
@@ -154,14 +159,27 @@ def _n_parts(ops: Any, rows: IndexRows, heads: int) -> int:
     """16-bit pieces of a query for tensor cores; 0 where sizes or the device leave them out."""
     n_parts = _PARTS.get(rows.cache_type, 0) if ops.capability >= 80 else 0
     fits = heads % 8 == 0 and rows.width % 32 == 0 and rows.width <= _MOST_WIDTH
-    return n_parts if fits and 3 * _token_bytes(n_parts, heads, rows.width) <= _MOST_SHARED else 0
+    fits = fits and 3 * _token_bytes(n_parts, heads, rows.width) <= _most_shared(ops)
+    return n_parts if fits else 0
 
 
-def _has_slabs(ops: Any, rows: IndexRows, heads: int, n: int) -> bool:
-    """Whether n tokens take Hopper's warpgroup products."""
-    fits = heads in ((32, 64, 128) if n <= _FEW else (8, 16, 32, 64, 128)) and rows.width % 64 == 0
-    fits = fits and rows.width <= _MOST_WIDTH
-    return fits and rows.cache_type == "f16" and bool(ops.capability == 90)
+def _most_shared(ops: Any) -> int:
+    """Bytes of shared memory that a CTA may have."""
+    return {75: 64, 80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(ops.capability, 99) << 10
+
+
+def _score_kernel(ops: Any, rows: IndexRows, heads: int, n: int) -> str:
+    """Which kernel of dsa_scores.cu or dsa_scores_wgmma.cu scores the rows for n tokens."""
+    if not _n_parts(ops, rows, heads):
+        return "dsa_scores_plain"
+    if ops.capability == 90 and rows.cache_type == "f16" and rows.width in (64, 128):
+        if n == 1 and heads in (32, 64):
+            return "dsa_scores_wgmma_one"
+        if n <= _FEW and heads in (32, 64, 128):
+            return "dsa_scores_wgmma_few"
+        if n > _FEW and heads in (8, 16, 32, 64, 128):
+            return "dsa_scores_wgmma"
+    return "dsa_scores_few" if n <= _FEW else "dsa_scores_many"
 
 
 def _token_bytes(n_parts: int, heads: int, width: int) -> int:
@@ -175,26 +193,29 @@ def _scores(
     heads, width, ld = queries.weights.shape[1], rows.width, scores.shape[1]
     parts, weights = queries.parts[start : start + n], queries.weights[start : start + n]
     key_type = _KEYS[rows.cache_type][0]
-    if not queries.n_parts:
+    args = scores, parts, weights, rows.values
+    if queries.kernel == "dsa_scores_plain":
         columns, heads4 = -(-width // 4) * 4, -(-heads // 4) * 4
         shared = 4 * (heads4 * (columns + 1) + _PLAIN_ROWS * (columns + 1))
-        assert shared <= _MOST_SHARED, "index queries of one token fit shared memory"
-        grid = (max(1, 2 * ops.n_sm // n), n)
+        assert shared <= _most_shared(ops), "index queries of one token fit shared memory"
         ops.run(
-            "dsa_scores_plain", grid, 256, scores, parts, weights, rows.values, rows.scales, pos,
-            width, heads, ld, shared=shared, KEYS=key_type, PARTS=0,
+            queries.kernel, (max(1, 2 * ops.n_sm // n), n), 256, *args, rows.scales, pos, width,
+            heads, ld, shared=shared, KEYS=key_type, PARTS=0,
         )  # fmt: skip
         return
-    few, token = len(queries.parts) <= _FEW, _token_bytes(queries.n_parts, heads, width)
-    if queries.slabs:
-        name, block = ("dsa_scores_wgmma_few", 512) if few else ("dsa_scores_wgmma", 384)
-        ops.run(
-            name, (ops.n_sm,), block, scores, parts, weights, rows.values, pos, n, ld,
-            shared=n * token if few else 2 * (512 * width + 512), HEADS=heads, WIDTH=width,
-        )  # fmt: skip
-        return
-    ops.run(
-        "dsa_scores_few" if few else "dsa_scores_many", (2 * ops.n_sm if few else ops.n_sm,), 256,
-        scores, parts, weights, rows.values, pos, n, ld, shared=(n if few else 3) * token,
-        KEYS=key_type, PARTS=queries.n_parts, HEADS=heads, WIDTH=width,
-    )  # fmt: skip
+    token, sizes = _token_bytes(queries.n_parts, heads, width), {"HEADS": heads, "WIDTH": width}
+    match queries.kernel:
+        case "dsa_scores_wgmma_one":
+            shared = 6 * 256 * width + 8192
+            ops.run(queries.kernel, (ops.n_sm,), 256, *args, pos, shared=shared, **sizes)
+        case "dsa_scores_wgmma_few":
+            ops.run(queries.kernel, (ops.n_sm,), 512, *args, pos, n, ld, shared=n * token, **sizes)
+        case "dsa_scores_wgmma":
+            shared = 2 * (512 * width + 512)
+            ops.run(queries.kernel, (ops.n_sm,), 384, *args, pos, n, ld, shared=shared, **sizes)
+        case kernel:
+            few = kernel == "dsa_scores_few"
+            ops.run(
+                kernel, (2 * ops.n_sm if few else ops.n_sm,), 256, *args, pos, n, ld,
+                shared=(n if few else 3) * token, KEYS=key_type, PARTS=queries.n_parts, **sizes,
+            )  # fmt: skip

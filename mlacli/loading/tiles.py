@@ -53,8 +53,13 @@ class TiledShape:
 
 
 def is_tiled(tensor: str, shape: tuple[int, ...], qtype: QType) -> bool:
-    """Whether CUDA keeps the tensor in tiles: products do; embeddings are looked up by row."""
-    return len(shape) > 1 and qtype.name in _TILES and tensor != "token_embd.weight"
+    """Whether CUDA keeps the tensor in tiles: products do; embeddings are looked up by row.
+
+    Routers don't either: their products stay in float32 whatever their type, as a rounded score
+    can choose another expert.
+    """
+    plain = tensor == "token_embd.weight" or tensor.endswith(".ffn_gate_inp.weight")
+    return len(shape) > 1 and qtype.name in _TILES and not plain
 
 
 def packed_columns(n_in: int, qtype: QType, skip: int = 0) -> int:

@@ -272,3 +272,91 @@ def test_thoughts_are_dimmed_on_a_terminal():
     assert "\x1b[2m" in shown and "\x1b[22m" in shown
     screen.type("/exit\n")
     assert screen.end() == 0
+
+
+def test_a_file_with_a_template_chats_on_a_terminal():
+    own = "tokenizer.chat_template=str:{% for m in messages %}{{ m.content }} {% endfor %}"
+    screen = Terminal("--override-kv", own, "--temp", "0", "-n", "6")
+    screen.until("> ")
+    screen.type("Once upon a time\n")
+    assert len(screen.until("\r\n\r\n> ")) > 20
+    screen.type("\x04")
+    assert screen.end() == 0
+
+
+def test_a_hostile_template_in_a_file_is_an_error_before_weights_load():
+    for text, why in (
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+         "takes too long"),
+    ):  # fmt: skip
+        began = time.monotonic()
+        done = subprocess.run(
+            [*BASE, "-cnv", "--override-kv", f"tokenizer.chat_template=str:{text}"],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 1 and done.stdout == "" and time.monotonic() - began < 60
+        assert why in done.stderr.splitlines()[-1] and "the file's" in done.stderr
+        assert "seed" not in done.stderr
+
+
+def test_a_prompt_cache_serves_the_next_chat(tmp_path):
+    words = ["-cnv", *CHAT, "-n", "4", "--prompt-cache", str(tmp_path / "cache.gguf")]
+    words += ["-sys", "You tell stories about animals that live in the old forest. " * 3]
+    first = piped("One\n", *words)
+    again = piped("One\n", *words)
+    assert again[1] == first[1]
+    tokens = [
+        int(re.search(r"prompt eval time.*/ +(\d+) tokens", e)[1]) for _, _, e in (first, again)
+    ]
+    assert tokens[1] == 1 < tokens[0]
+    other = piped("Two\n", *words)[2]
+    assert 1 < int(re.search(r"prompt eval time.*/ +(\d+) tokens", other)[1]) < tokens[0]
+
+
+def test_ctrl_c_ends_a_long_prompt_between_two_ubatches():
+    import io
+
+    import mlacli
+    from mlacli.cli.answer import Answerer, CtrlC
+    from mlacli.cli.console import TokenStream
+    from mlacli.sampling import Sampler
+
+    with mlacli.load(temp=0, ubatch_size=32) as engine:
+        answerer = Answerer(engine, engine.tokenizer, Sampler(engine.params.sampling), 4)
+        ids = list(range(100, 400))
+        with CtrlC() as ctrl_c, TokenStream(io.StringIO()) as out:
+            ctrl_c.hit = True
+            answer = answerer.run(ids, out, ctrl_c=ctrl_c)
+        assert (answer.ended, answer.ids, engine.n_kv) == ("ctrl-c", [], 32)
+        answer = answerer.run(ids, TokenStream(io.StringIO()), reuse=True)
+        assert len(answer.ids) == 4 and engine.timings.n_prompt == 300 - 32
+        assert answer.ids == list(engine.generate_ids(ids, 4))[: len(answer.ids)]
+
+
+def test_tags_of_thoughts_count_where_they_are_control_tokens(fake_model):
+    import io
+    from types import SimpleNamespace
+
+    from mlacli.cli.answer import Answerer
+    from mlacli.cli.console import TokenStream
+    from mlacli.reasoning import ThoughtSplitter
+
+    tokenizer = fake_model.tokenizer
+    tokenizer.piece = lambda i: {2: b"<think>", 3: b"</think>"}.get(i, bytes([i]))
+    tokenizer.is_hidden = lambda i: i < 4
+    tokenizer.stream = lambda: SimpleNamespace(push=lambda i: chr(i) if i > 3 else "", flush=str)
+    fake_model.answer = [2, *b"hm", 3, *b"yes", 1]
+    engine = fake_model.engine_class(fake_model, fake_model.prepare(None, fake_params()))
+    sampler = SimpleNamespace(params=SimpleNamespace(ignore_eos=False))
+    out = io.StringIO()
+    answer = Answerer(engine, tokenizer, sampler, -1).run(
+        [5], TokenStream(out), splitter=ThoughtSplitter()
+    )
+    assert (answer.thought, answer.text, out.getvalue()) == ("hm", "yes", "yes")
+
+
+def fake_params():
+    from mlacli.params import Params
+
+    return Params()

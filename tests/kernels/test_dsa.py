@@ -44,7 +44,7 @@ def test_a_step_that_is_not_sparse_stores_keys_alone(ops: Any) -> None:
     rows, step = case.rows_on(ops), device_step(ops, case.step)
     key, norm, bias = map(ops.put, (case.key, case.norm, case.bias))
     assert cuda_sparse.index(ops, rows, key, norm, bias, 1e-6, step) is None
-    case.want()
+    case.store()
     assert np.array_equal(ops.get(rows.values)[:30], case.numpy.read(0, 30).astype(np.float16))
     assert np.isnan(ops.get(rows.values)[30:]).all()
 

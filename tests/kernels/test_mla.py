@@ -101,13 +101,28 @@ CASES = [  # h, r, p, positions, cache type, sharpness
 
 @pytest.mark.parametrize("h, r, p, pos, cache_type, sharp", CASES)
 def test_attention(h: int, r: int, p: int, pos: list[int], cache_type: str, sharp: float) -> None:
-    rng, ops, scale = np.random.default_rng(0), SimtOps(), 1 / np.sqrt(r + p)
+    attended(SimtOps(), h, r, p, pos, cache_type, sharp)
+
+
+@pytest.mark.parametrize("h, r, p, pos, cache_type, sharp", [c for c in CASES if c[4] == "f16"])
+def test_attention_with_rows_by_bulk_copies(
+    h: int, r: int, p: int, pos: list[int], cache_type: str, sharp: float
+) -> None:
+    attended(SimtOps(n_sm=2, capability=90), h, r, p, pos, cache_type, sharp, early=True)
+
+
+def attended(
+    ops: SimtOps, h: int, r: int, p: int, pos: list[int], cache_type: str, sharp: float,
+    early: bool = False,
+) -> None:  # fmt: skip
+    """Runs a case and compares it."""
+    rng, scale = np.random.default_rng(0), 1 / np.sqrt(r + p)
     rows = rng.standard_normal((max(pos) + 1, r + p)).astype(np.float32)
     kv, numpy = cached(ops, rows, max(pos) + 40, cache_type)
     q = half(rng.standard_normal((len(pos), h, r + p)) * sharp)
     step = step_of(ops, pos, p)
     device_q = ops.put(q.astype(np.float16))
-    parts = attention.attend(ops, device_q, kv, step, r, scale, True)
+    parts = attention.attend(ops, device_q, kv, step, r, scale, True, early=early)
     got = ops.get(attention.merge(ops, parts, step))
     n_kv = max(pos) + 1
     want = exact(q, half(numpy.read(0, n_kv)), pos, r, scale)

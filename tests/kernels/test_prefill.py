@@ -28,9 +28,11 @@ from kit.prefill_cases import (
 )
 from kit.prefill_sim import SimulatedOps
 
+from mlacli import expanded_sizes
 from mlacli.backends import cuda_prefill
 from mlacli.backends.cuda_array import Array
-from mlacli.backends.cuda_prefill import Sizes, attend_expanded, chunks, scratch_bytes, takes
+from mlacli.backends.cuda_prefill import Sizes, attend_expanded, takes
+from mlacli.expanded_sizes import chunks, scratch_bytes
 from mlacli.models.parts import Temperature
 from mlacli.ops import Step
 
@@ -87,8 +89,8 @@ def test_chunks_and_shared_items_are_merged(
     simulated: Callable[..., SimulatedOps], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three chunks, and two CTAs for the rows of an item; some tokens see the first chunk only."""
-    monkeypatch.setattr(cuda_prefill, "_CHUNK", 256)
-    monkeypatch.setattr(cuda_prefill, "_LEAST_CHUNK", 128)
+    monkeypatch.setattr(expanded_sizes, "CHUNK", 256)
+    monkeypatch.setattr(expanded_sizes, "LEAST_CHUNK", 128)
     monkeypatch.setattr(cuda_prefill, "_splits", lambda *_: 2)
     ops = simulated(1)  # one CTA expands all in turn
     check(ops, Case(replace(SMALL, h=1), 300, 250, n_padded=10, sharp=6.0))
@@ -134,7 +136,7 @@ def test_the_plan_pays_for_all_scratch(sizes: Sizes, n: int) -> None:
         ops, step = Scratch(), Step(none, none, none, none, n, n_kv, ())
         attend_expanded(ops, q, kv, w, w, step, sizes, 1.0)
         taken.append(ops.nbytes)
-    assert max(taken) <= scratch_bytes(sizes, n, n_ctx, Scratch.n_sm) < 2 * max(taken) + (1 << 22)
+    assert max(taken) <= scratch_bytes(sizes, n, n_ctx) < 2 * max(taken) + (1 << 22)
 
 
 @pytest.mark.parametrize("n_ctx", [700, 5000, 40960])

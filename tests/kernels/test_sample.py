@@ -22,7 +22,7 @@ def ops() -> Launcher:
 
 @pytest.mark.parametrize("n_vocab", [41, 5003])
 def test_tokens_are_those_of_the_sampler(ops: Any, n_vocab: int) -> None:
-    assert sampling_cases.check(ops, n_vocab, ("", "ties"), 1) == 14
+    assert sampling_cases.check(ops, n_vocab, ("", "ties"), 1) == 0
 
 
 def test_banned_ids(ops: Any) -> None:

@@ -1,6 +1,7 @@
 """Cases of the device sampler, run on a Launcher of any device and compared with the Sampler."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from mlacli.backends import cuda_sampling
 from mlacli.errors import MlacliError
 from mlacli.params import SamplingParams
-from mlacli.sampling import Sampler
+from mlacli.sampling import Sampler, uniform
 
 CHAINS = (
     SamplingParams(seed=1, temp=0.0),
@@ -60,8 +61,22 @@ class Driven:
         return drawn
 
 
+def admissible(sampler: Sampler, logits: np.ndarray, position: int) -> set[int]:
+    """Tokens of the chain when sums of probabilities are off by 1e-12, far more than rounding."""
+    p, found = sampler.params, set()
+    for nudge in (-1e-12, 0.0, 1e-12):
+        nudged = Sampler(replace(p, top_p=p.top_p + nudge if p.top_p < 1 else p.top_p))
+        ids, share = nudged.candidates(logits)
+        reached = np.cumsum(share)
+        for shift in (-1e-12, 0.0, 1e-12):
+            target = uniform(sampler.seed, position) * reached[-1] + shift
+            place = int(np.searchsorted(reached, target, "right"))
+            found.add(int(ids[min(place, ids.size - 1)]))
+    return found
+
+
 def check(ops: Any, n_vocab: int, kinds: Iterable[str], draws: int, seed: int = 0) -> int:
-    """All chains on each kind of logits; the number of tokens compared, all of them equal."""
+    """All chains on each kind of logits; how many tokens were decided by rounding alone."""
     rng, n = np.random.default_rng(seed), 0
     for params in CHAINS:
         assert cuda_sampling.can_run(params)
@@ -71,8 +86,10 @@ def check(ops: Any, n_vocab: int, kinds: Iterable[str], draws: int, seed: int = 
                 logits = logits_of(rng, n_vocab, kind)
                 want = driven.host.next(logits, position)
                 got = driven(logits, position)
-                assert got == want, (params, kind, position, got, want)
-                n += 1
+                if got != want:
+                    likely = admissible(driven.host, logits, position)
+                    assert params.temp > 0 and got in likely, (params, kind, position, got, want)
+                    n += 1
     return n
 
 

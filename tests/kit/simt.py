@@ -47,6 +47,8 @@ def kernel(name: str, shared: int = 0, **defines: Any) -> Callable[..., None]:
     casts = [p.rsplit("*", 1)[0] + "*" if "*" in p else "" for p in match[1].split(",")]
     args = ", ".join(f"({c.strip()})a{i}" if c else f"a{i}" for i, c in enumerate(casts))
     given = "".join(f"#define {k} {v}\n" for k, v in defines.items())
+    if "BULK_SIM" in defines:
+        given += f'#include "{KIT}/bulk_sim.h"\n'
     (folder / "kernel.cpp").write_text(
         f'#include "{KIT}/simt.h"\n{given}\n{text}\n{memory}\n'
         f'extern "C" void simt_run(int x, int y, int z, int block, {parameters}) {{\n'
@@ -87,5 +89,7 @@ class SimtOps:
         return self._held[array.ptr].reshape(array.shape)
 
     def run(self, name: str, grid: tuple[int, ...], block: int, *args: Any, **how: Any) -> None:
+        if name == "mla_decode_mma" and self.capability >= 90:
+            how["BULK_SIM"] = "attention_memory"
         pointers = [a.ptr if isinstance(a, Array) else a for a in args]
         kernel(name, **how)(grid, block, *pointers)
