@@ -17,9 +17,9 @@
 // Bound by  bytes of the chosen experts
 // Variants  EXPERTS_UP=1 N_STAGES=2 N_ROWS=3 N_WARPS=8 N_CTAS=1 N_AHEAD=2 N_COL_TILES=32 AT_EDGE=0 UP_SHIFT=0 WITH_NORM=1
 //           WTYPE0=12 WTYPE1=12 WTYPE2=13 WTYPE3=8; EXPERTS_UP=1 N_STAGES=2 N_ROWS=1 N_WARPS=4 N_CTAS=1 N_AHEAD=2 N_COL_TILES=5
-//           AT_EDGE=1 UP_SHIFT=8 WITH_NORM=0 WTYPE0=2 WTYPE1=2 WTYPE2=-1 WTYPE3=-1; EXPERTS_DOWN=1 N_STAGES=2 N_USED=6
+//           AT_EDGE=1 UP_SHIFT=8 WITH_NORM=0 WTYPE0=2 WTYPE1=2 WTYPE2=-1 WTYPE3=-1; EXPERTS_DOWN=1 N_USED=6
 //           N_PARTS=2 N_PARTS_SHARED=4 N_CTAS=1 N_AHEAD=4 N_COL_TILES=22 N_COL_TILES_SHARED=44 AT_EDGE=0
-//           AFTER_UP=1 WITH_ADD=1 WTYPE0=6 WTYPE1=14; EXPERTS_DOWN=1 N_STAGES=2 N_USED=8 N_PARTS=2 N_PARTS_SHARED=0
+//           AFTER_UP=1 WITH_ADD=1 WTYPE0=6 WTYPE1=14; EXPERTS_DOWN=1 N_USED=8 N_PARTS=2 N_PARTS_SHARED=0
 //           N_CTAS=1 N_AHEAD=4 N_COL_TILES=32 N_COL_TILES_SHARED=0 AT_EDGE=1 AFTER_UP=0 WITH_ADD=0
 //           WTYPE0=14 WTYPE1=-1
 // Sources   own
@@ -136,55 +136,6 @@ experts_down_few(float* y, const unsigned char* down, const unsigned char* share
     const int row_tiles = (d + 15) / 16;
     const float* x = h + token * ldh;
     pdl_launch();
-#if HAS_RING && N_STAGES > 0
-    // Fragments of x of every slot and of the shared expert, then the warps' rings.
-    extern __shared__ __align__(128) unsigned char memory[];
-    __shared__ unsigned long long full[N_WARPS][N_STAGES];
-    using Routed = RingStreams<OneShare<N_COL_TILES, N_PARTS, N_AHEAD>, WTYPE0>;
-    constexpr int X = sizeof(OneX<N_COL_TILES>);
-#if WTYPE1 >= 0
-    using Beside = RingStreams<OneShare<N_COL_TILES_SHARED, N_PARTS_SHARED, N_AHEAD>, WTYPE1>;
-    constexpr int X_ALL = N_USED * X + sizeof(OneX<N_COL_TILES_SHARED>);
-    constexpr int STAGE = Beside::nbytes > Routed::nbytes ? Beside::nbytes : Routed::nbytes;
-#else
-    constexpr int X_ALL = N_USED * X, STAGE = Routed::nbytes;
-#endif
-    unsigned char* ring = memory + (X_ALL + 127) / 128 * 128 + warp * N_STAGES * STAGE;
-    float squares = 0.f;
-    if (warp < ROUTED_WARPS) {
-        const int slot = warp / N_PARTS;
-        if constexpr (!AFTER_UP) pdl_wait();
-        const int e = ids[token * N_USED + slot] - first;
-        if (e >= 0 && e < held) {
-            Routed tiles;
-            const auto seek = [&](Routed& s, int) {
-                s.start(tile_view<WTYPE0>(down, (long long)held * row_tiles, N_COL_TILES),
-                        ((long long)e * row_tiles + blockIdx.x) * N_COL_TILES, 0, 0);
-                return true;
-            };
-            ring_rows<false, AT_EDGE, N_STAGES>(
-                sums.part[warp], *(OneX<N_COL_TILES>*)(memory + slot * X), tiles, ring, full[warp],
-                warp % N_PARTS, 1, seek, x + slot * f, nullptr, f, skip,
-                weights[token * N_USED + slot], squares);
-        } else {
-            if (lane < 16) sums.part[warp][0][0][lane] = 0.f;
-            pdl_wait();
-        }
-    } else {
-#if WTYPE1 >= 0
-        Beside tiles;
-        const auto seek = [&](Beside& s, int) {
-            s.start(tile_view<WTYPE1>(shared_down, row_tiles, N_COL_TILES_SHARED),
-                    (long long)blockIdx.x * N_COL_TILES_SHARED, 0, 0);
-            return true;
-        };
-        ring_rows<false, AT_EDGE, N_STAGES>(
-            sums.part[warp], *(OneX<N_COL_TILES_SHARED>*)(memory + N_USED * X), tiles, ring,
-            full[warp], warp - ROUTED_WARPS, 1, seek, x + N_USED * f, nullptr, fs, shared_skip, 1.f,
-            squares);
-#endif
-    }
-#else
     float acc[1][2] = {}, squares = 0.f;
     if (warp < ROUTED_WARPS) {
         using Share = OneShare<N_COL_TILES, N_PARTS, N_AHEAD>;
@@ -216,7 +167,6 @@ experts_down_few(float* y, const unsigned char* down, const unsigned char* share
     }
 #endif
     few_store(sums, acc);
-#endif
     const int row = threadIdx.x, o = 16 * blockIdx.x + row;
     float old = 0.f;  // fetched while the other warps finish
     if (WITH_ADD && row < 16 && o < d) old = y[token * ldy + o];

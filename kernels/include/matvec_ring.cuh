@@ -1,47 +1,26 @@
 // As one_rows of matvec_one.cuh, with the weights under way to a ring in shared memory, so that no
-// register waits for them and the compiler can't put a load off until it is needed. Asynchronous copies
-// of 16 bytes a lane; with RING_BULK bulk copies that one lane starts (compute capability 9.0).
+// register waits for them and the compiler can't put a load off until it is needed: asynchronous copies of
+// 16 bytes a lane (bulk copies were slower, kernels/README.md).
 //
 // Sources: PTX manual; code own.
 // Tested by tests/gpu/test_cuda_matvec.py
 #pragma once
 #include "matvec_one.cuh"
 
-#ifndef RING_BULK
-#define RING_BULK 0
-#endif
-#if !defined(SIMT) && __CUDA_ARCH__ >= (RING_BULK ? 900 : 800)
+#if defined(SIMT) || __CUDA_ARCH__ >= 800
 #define HAS_RING 1
 // ---------------------------------------------------------------- instructions --------------
-__device__ __forceinline__ unsigned ring_address(const void* p) {
-    return (unsigned)__cvta_generic_to_shared(p);
+#ifdef SIMT  // copies are over at once
+__device__ __forceinline__ void ring_copy16(unsigned char* to, const unsigned char* from) {
+    memcpy(to, from, 16);
 }
-#if RING_BULK
-__device__ __forceinline__ void ring_init(unsigned long long* full) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(ring_address(full)) : "memory");
-}
-__device__ __forceinline__ void ring_fence() {
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-// This phase is over once `nbytes` have come.
-__device__ __forceinline__ void ring_expect(unsigned long long* full, int nbytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(ring_address(full)),
-                 "r"(nbytes) : "memory");
-}
-__device__ __forceinline__ void ring_wait(unsigned long long* full, int parity) {
-    asm volatile("{ .reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; "
-                 "@!p bra again; }" ::"r"(ring_address(full)), "r"(parity) : "memory");
-}
-__device__ __forceinline__ void ring_copy(
-        unsigned to, const unsigned char* from, int nbytes, unsigned long long* full) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
-                 "[%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(nbytes), "r"(ring_address(full))
-                 : "memory");
-}
+__device__ __forceinline__ void ring_commit() {}
+template <int N>
+__device__ __forceinline__ void ring_wait_all_but() {}
 #else
-__device__ __forceinline__ void ring_copy16(unsigned to, const unsigned char* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+__device__ __forceinline__ void ring_copy16(unsigned char* to, const unsigned char* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                 ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from) : "memory");
 }
 __device__ __forceinline__ void ring_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -58,9 +37,7 @@ __device__ __forceinline__ void ring_wait_all_but() {
 template <class SHARE, int... Q>
 struct RingStreams {
     static constexpr int nbytes = 0, count = 0;
-    __device__ __forceinline__ int size(int, int) const { return 0; }
-    __device__ __forceinline__ void copy(unsigned, int, int, unsigned long long*) const {}
-    __device__ __forceinline__ void copy16(unsigned, int, int, int) const {}
+    __device__ __forceinline__ void copy(unsigned char*, int, int, int) const {}
     __device__ __forceinline__ void add(
             const unsigned char*, int, int, const FewX<0>&, int, float (*)[2]) const {}
 };
@@ -86,23 +63,8 @@ struct RingStreams<SHARE, Q, REST...> : RingStreams<SHARE, REST...> {
     __device__ __forceinline__ static int met(int at, int n) {
         return T::d_words == 0 ? 0 : SHARE::blocks ? blocks : (at + n - 1 >> 2) - (at >> 2) + 1;
     }
-    __device__ __forceinline__ int size(int at, int n) const {
-        return n * (T::q_bytes + T::h_bytes + T::s_bytes + T::m_bytes) + met(at, n) * T::d_bytes +
-               Others::size(at, n);
-    }
-    __device__ __forceinline__ void copy(
-            unsigned to, int at, int n, unsigned long long* full) const {
-        const long long tile = first + at;
-        ring_copy(to, view.q + tile * T::q_bytes, n * T::q_bytes, full);
-        if (T::h_bytes) ring_copy(to + at_h, view.h + tile * T::h_bytes, n * T::h_bytes, full);
-        if (T::s_bytes) ring_copy(to + at_s, view.s + tile * T::s_bytes, n * T::s_bytes, full);
-        if (T::m_bytes) ring_copy(to + at_m, view.m + tile * T::m_bytes, n * T::m_bytes, full);
-        if (T::d_bytes)
-            ring_copy(to + at_d, view.d + (tile >> 2) * T::d_bytes, met(at, n) * T::d_bytes, full);
-        Others::copy(to + own, at, n, full);
-    }
-    // The same by a whole warp, 16 bytes a lane at a time.
-    __device__ __forceinline__ void copy16(unsigned to, int at, int n, int lane) const {
+    // By a whole warp, 16 bytes a lane at a time: column tiles `at` .. `at` + n - 1 of the row tile.
+    __device__ __forceinline__ void copy(unsigned char* to, int at, int n, int lane) const {
         const long long tile = first + at;
         const unsigned char* from = view.q + tile * T::q_bytes + 16 * lane;
 #pragma unroll
@@ -130,7 +92,7 @@ struct RingStreams<SHARE, Q, REST...> : RingStreams<SHARE, REST...> {
             }
             if (piece < size) ring_copy16(to + target + 16 * piece, plane + 16 * piece);
         }
-        Others::copy16(to + own, at, n, lane);
+        Others::copy(to + own, at, n, lane);
     }
     // acc += tile i of the batch that begins at column tile `at`.
     __device__ __forceinline__ void add(
@@ -147,52 +109,31 @@ struct RingStreams<SHARE, Q, REST...> : RingStreams<SHARE, REST...> {
 };
 
 // ---------------------------------------------------------------- row tile after row tile ---
-// As one_rows, of part `who` of the columns; part[k][stream] is this warp's, its sums times `weight`. ring:
-// STAGES stages of this warp, at a multiple of 16 bytes; full: its STAGES barriers.
-template <bool NORM, bool RAGGED, int STAGES, int STRIDE, class SHARE, int TILES, class SEEK, int... Q>
+// As one_rows. ring: STAGES stages of this warp, at a multiple of 16 bytes.
+template <bool NORM, bool RAGGED, int STAGES, int WARPS, class SHARE, int TILES, class SEEK, int... Q>
 __device__ __forceinline__ void ring_rows(
-        float (*part)[STRIDE][16], OneX<TILES>& fragments, RingStreams<SHARE, Q...>& w,
-        unsigned char* ring, unsigned long long* full, int who, int n, const SEEK& seek,
-        const float* x, const float* norm, int in, int skip, float weight, float& squares) {
-    constexpr int depth = SHARE::depth, streams = sizeof...(Q), stage_bytes = RingStreams<SHARE, Q...>::nbytes;
+        float (*part)[WARPS][sizeof...(Q)][16], OneX<TILES>& fragments,
+        RingStreams<SHARE, Q...>& w, unsigned char* ring, int n, const SEEK& seek, const float* x,
+        const float* norm, int in, int skip, float& squares) {
+    constexpr int depth = SHARE::depth, streams = sizeof...(Q);
+    constexpr int stage_bytes = RingStreams<SHARE, Q...>::nbytes;
     constexpr bool whole = SHARE::even && SHARE::most % depth == 0;
-    const int lane = threadIdx.x & 31, from = SHARE::from(who), count = SHARE::count(who);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int from = SHARE::from(warp), count = SHARE::count(warp);
     int next_k = 0, next_at = 0;  // the batch to copy next
     bool there = false;
     const auto copy_next = [&](int stage) {
         if (next_at == 0) there = seek(w, next_k);
         const int tiles = whole ? depth : min(depth, count - next_at);
-        const unsigned to = ring_address(ring + stage * stage_bytes);
-#if RING_BULK
-        if (there && tiles > 0) {
-            ring_expect(full + stage, w.size(from + next_at, tiles));
-            w.copy(to, from + next_at, tiles, full + stage);
-        } else {
-            ring_expect(full + stage, 0);
-        }
-#else
-        if (there) w.copy16(to, from + next_at, tiles, lane);
-#endif
+        if (there) w.copy(ring + stage * stage_bytes, from + next_at, tiles, lane);
         next_at += depth;
         if (next_at >= SHARE::most) next_at = 0, next_k++;
     };
-#if RING_BULK
-    if (lane == 0) {
-#pragma unroll
-        for (int s = 0; s < STAGES; s++) ring_init(full + s);
-        ring_fence();
-#pragma unroll 1
-        for (int s = 0; s < STAGES && next_k < n; s++) copy_next(s);
-    }
-    __syncwarp();
-    int parity = 0;
-#else
 #pragma unroll
     for (int s = 0; s < STAGES; s++) {
         if (next_k < n) copy_next(s);
         ring_commit();
     }
-#endif
     one_stage<SHARE, NORM, RAGGED>(fragments, from, count, x, norm, in, skip, squares);
     int stage = 0;
 #pragma unroll 1
@@ -202,12 +143,8 @@ __device__ __forceinline__ void ring_rows(
         for (int r = 0; r < streams; r++) acc[r][0] = acc[r][1] = 0.f;
 #pragma unroll 1
         for (int at = 0; at < SHARE::most; at += depth) {
-#if RING_BULK
-            ring_wait(full + stage, parity);
-#else
             ring_wait_all_but<STAGES - 1>();
             __syncwarp();  // all lanes' copies have come
-#endif
             const unsigned char* batch = ring + stage * stage_bytes;
 #pragma unroll
             for (int i = 0; i < depth; i++) {
@@ -217,21 +154,16 @@ __device__ __forceinline__ void ring_rows(
                 w.add(batch, from + at, i, f, lane, acc);
             }
             __syncwarp();  // all have read the stage
-#if RING_BULK
-            if (lane == 0 && next_k < n) copy_next(stage);
-            if (++stage == STAGES) stage = 0, parity ^= 1;
-#else
             if (next_k < n) copy_next(stage);
             ring_commit();
             if (++stage == STAGES) stage = 0;
-#endif
         }
 #pragma unroll
         for (int r = 0; r < streams; r++) {
             few_rows(acc[r]);
             if ((lane & 3) == 0)
-                part[k][r][lane >> 2] = weight * acc[r][0],
-                part[k][r][8 + (lane >> 2)] = weight * acc[r][1];
+                part[k][warp][r][lane >> 2] = acc[r][0],
+                part[k][warp][r][8 + (lane >> 2)] = acc[r][1];
         }
     }
 }

@@ -4,8 +4,8 @@
 #pragma once
 #include "matvec_ring.cuh"
 
-// How a CTA's weights travel: through a ring of STAGES stages in shared memory, or (0, or where there are no
-// bulk copies, or x isn't staged) through registers.
+// How a CTA's weights travel: through a ring in shared memory, or (not RING, or where there are no
+// asynchronous copies) through registers.
 template <bool RING, class SHARE, int... Q>
 struct OnePick {
     using type = OneStreams<SHARE, Q...>;
@@ -54,13 +54,10 @@ __device__ __forceinline__ void one_cta(
     if constexpr (OneStaged<TILES>::fits) {
 #if HAS_RING
         if constexpr (STAGES > 0) {
-            extern __shared__ __align__(128) unsigned char ring[];
-            __shared__ unsigned long long full[WARPS][STAGES];
-            // a row tile further is WARPS times as many sums further
-            auto part = reinterpret_cast<float(*)[WARPS * STREAMS::count][16]>(sums.part[0][warp]);
+            __align__(128) extern __shared__ unsigned char ring[];
             ring_rows<NORM, RAGGED, STAGES>(
-                part, staged.x, streams, ring + warp * STAGES * STREAMS::nbytes, full[warp], warp, n,
-                seek, x, norm, in, skip, 1.f, squares);
+                sums.part, staged.x, streams, ring + warp * STAGES * STREAMS::nbytes, n, seek, x, norm,
+                in, skip, squares);
         } else
 #endif
             one_rows<NORM, RAGGED>(sums.part, staged.x, streams, n, seek, x, norm, in, skip, squares);

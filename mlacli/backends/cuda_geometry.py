@@ -44,7 +44,6 @@ class DownGeometry:
     parts_shared: int
     ahead: int = 4
     ctas: int = 1
-    stages: int = 0
 
     def warps(self, n_used: int) -> int:
         return n_used * self.parts + self.parts_shared
@@ -101,7 +100,7 @@ def pair_geometry(ops: Any, rows: int, ws: Sequence[Weight], blocks: int) -> Geo
 def down_geometry(down: Weight, shared: Weight | None, n_used: int) -> DownGeometry:
     """About as many tiles to every warp, and about 16 warps."""
     tiles = col_tiles(down)
-    parts = max(1, min(tiles, 16 // n_used))
+    parts = max(1, min(tiles, round(16 / (n_used + 1))))
     parts_shared = 0
     if shared is not None:
         parts_shared = max(1, min(4, round(col_tiles(shared) * parts / tiles)))
@@ -130,21 +129,6 @@ def ring_of(ops: Any, how: Geometry, *streams: Sequence[Weight]) -> tuple[int, i
     whole_blocks = tiles % how.warps == 0 and most % 4 == 0 and depth % 4 == 0
     stage = max(sum(_batch_bytes(w, depth, whole_blocks) for w in ws) for ws in streams)
     return _dynamic(ops, how.stages, how.warps * how.stages * stage)
-
-
-def down_ring(ops: Any, how: DownGeometry, both: Sequence[Weight], n_used: int) -> tuple[int, int]:
-    """(stages, bytes of shared memory) of experts_down: fragments of x, then rings."""
-    if not how.stages:
-        return 0, 0
-    tiles = n_used * col_tiles(both[0]) + sum(map(col_tiles, both[1:]))
-    most = 0
-    for w, parts in zip(both, (how.parts, how.parts_shared), strict=False):
-        share = -(-col_tiles(w) // parts)
-        depth = min(how.ahead, share)
-        whole = col_tiles(w) % parts == 0 and share % 4 == 0 and depth % 4 == 0
-        most = max(most, _batch_bytes(w, depth, whole))
-    nbytes = -(-_X_TILE * tiles // 128) * 128 + how.warps(n_used) * how.stages * most
-    return _dynamic(ops, how.stages, nbytes)
 
 
 def _dynamic(ops: Any, stages: int, nbytes: int) -> tuple[int, int]:

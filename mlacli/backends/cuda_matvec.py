@@ -18,7 +18,6 @@ from mlacli.backends.cuda_geometry import (
     ctas_of,
     dense_geometry,
     down_geometry,
-    down_ring,
     most_rows,
     pair_geometry,
     ring_of,
@@ -212,7 +211,6 @@ def experts_down(
     fs = 0 if shared is None else shared.shape[1]
     how = geometry or down_geometry(down, shared, n_used)
     ragged = any(w.skip or w.shape[-1] != COLS * col_tiles(w) for w in both)
-    stages, ring = down_ring(ops, how, both, n_used)
     ops.run(
         "experts_down_few", (row_tiles(d), n), 32 * how.warps(n_used), y, down.tiles,
         None if shared is None else shared.tiles, h, ids, weights, d, f, fs, down.skip,
@@ -220,7 +218,7 @@ def experts_down(
         EXPERTS_DOWN=1, WITH_ADD=int(add), AFTER_UP=int(after_up), N_USED=n_used,
         N_PARTS=how.parts, N_PARTS_SHARED=how.parts_shared, N_AHEAD=how.ahead, N_CTAS=how.ctas,
         N_COL_TILES=col_tiles(down), N_COL_TILES_SHARED=0 if shared is None else col_tiles(shared),
-        AT_EDGE=int(ragged), N_STAGES=stages, shared=ring, **_types(both, 2),
+        AT_EDGE=int(ragged), **_types(both, 2),
     )  # fmt: skip
 
 

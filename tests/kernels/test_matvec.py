@@ -39,6 +39,20 @@ def test_another_ranks_columns_and_the_residual(ops, rng) -> None:
     assert few.products(ops, rng, 1, 160, [("Q6_K", 37)], add=True, skip=32, geometry=how) < BAR
 
 
+@pytest.mark.parametrize(
+    "name, n_in, skip", [("Q4_K", 2048, 0), ("Q6_K", 400, 96), ("Q5_1", 352, 0), ("BF16", 200, 0)]
+)
+def test_weights_through_the_ring(ops, rng, name, n_in, skip) -> None:
+    how = Geometry(4 if n_in == 2048 else 2, 4 if n_in == 2048 else 2, 1, 1, 2)
+    segments, normed = [(name, 50)], skip == 0
+    assert few.products(ops, rng, 1, n_in, segments, normed, skip=skip, geometry=how) < BAR
+
+
+def test_experts_through_the_ring(ops, rng) -> None:
+    case = few.Experts(("Q4_K", "", "Q5_0"), None, f=40, first=1, held=5)
+    assert max(few.experts(ops, rng, case, Geometry(2, 1, 1, 1, 3), DownGeometry(2, 0, 2))) < BAR
+
+
 def test_several_tokens(ops, rng) -> None:
     assert few.products(ops, rng, 3, 320, [("MXFP4", 37)], True, geometry=Geometry(2, 2)) < BAR
 

@@ -86,12 +86,22 @@ class SimtOps:
             args.append(f"*(float*)&a[{i}]" if kind == "float" else f"({kind})a[{i}]")
         main = (
             f'#include "simt.h"\n{source(file)}\n'
+            "alignas(128) thread_local unsigned char ring[1 << 18];  // dynamic shared memory\n"
             'extern "C" void simt_run(unsigned x, unsigned y, unsigned z, unsigned block,'
             " unsigned long long* a) {\n"
             f"simt::launch(dim3(x, y, z), dim3(block), {name}, {', '.join(args)});\n}}\n"
         )
         words = [f"-D{key}={value}" for key, value in sorted(defines.items())]
-        flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{KIT}", f"-I{cuda_headers()}"]
+        flags = [
+            "-std=c++17",
+            "-O1",
+            "-w",
+            "-fno-extern-tls-init",
+            "-shared",
+            "-fPIC",
+            f"-I{KIT}",
+            f"-I{cuda_headers()}",
+        ]
         simt = (KIT / "simt.h").read_text()
         digest = hashlib.sha256(repr((main, words, flags, simt)).encode()).hexdigest()[:24]
         path = self.folder / f"{digest}.so"
