@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Literal, Protocol, Self
@@ -110,8 +110,8 @@ class Answerer:
         with console.StatusLine() as status:
             self.engine.on_ubatch = lambda done, n: _on_ubatch(status, ctrl_c, done, n)
             more = {"reuse": True} if reuse else {}
+            generated = self.engine.generate_ids(ids, self.n_predict, self.sampler, **more)
             try:
-                generated = self.engine.generate_ids(ids, self.n_predict, self.sampler, **more)
                 for token_id in generated:
                     status.clear()
                     if not made:
@@ -135,6 +135,8 @@ class Answerer:
                 answer.ended = "ctrl-c"
             finally:
                 self.engine.on_ubatch = None
+                if isinstance(generated, Generator):
+                    generated.close()  # takes back what was drawn ahead
                 if made or answer.ended == "ctrl-c":
                     now = self.engine.timings
                     self.total = now if self.total is None else self.total + now

@@ -307,7 +307,7 @@ class TokenStream:
 
     def write(self, piece: str) -> None:
         if piece:
-            self._end_thought()
+            self._end_thought("\n\n")
             self._stream.write(piece)
             self._stream.flush()
             self._last = piece[-1]
@@ -322,9 +322,9 @@ class TokenStream:
             sys.stderr.flush()
         self._thinking = True
 
-    def _end_thought(self) -> None:
+    def _end_thought(self, space: str) -> None:
         if self._thinking and self._thoughts == "dimmed":
-            self._stream.write(_PLAIN + "\n\n")
+            self._stream.write(_PLAIN + space)
         elif self._thinking and self._thoughts == "stderr":
             sys.stderr.write("\n")
         self._thinking = False
@@ -335,7 +335,7 @@ class TokenStream:
         self._last = ""
 
     def close(self) -> None:
-        self._end_thought()
+        self._end_thought("\n")
         if self._last not in ("", "\n"):
             self._stream.write("\n")
         self._last = ""

@@ -3,7 +3,8 @@
 Widths are forced so that small cases reach every one; sizes are odd on purpose.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,13 +15,45 @@ from kit.tiled import TILED
 from mlacli.backends import cuda_gemm as gemm
 
 NS, WIDTHS = (9, 33, 64, 100, 513), (32, 64, 96, 128)
+WIDE = ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
+Case = tuple[int, float, Callable[..., Any], tuple[Any, ...]]  # width, bar, check, arguments
+CASES: dict[str, Case] = {
+    name: (WIDTHS[i % 4], 1e-10, cases.dense,
+           ((name,), (300,), 544 if name in WIDE else 456, NS[i % 5],
+            32 if name in WIDE else 0, i))
+    for i, name in enumerate(TILED)
+} | {
+    "two weights": (128, 1e-10, cases.dense, (("Q4_K", "Q8_0"), (520, 300), 512, 200, 0, 20)),
+    "three weights": (
+        64, 1e-10, cases.dense, (("Q4_K", "Q8_0", "F16"), (520, 300, 70), 256, 70, 0, 21)
+    ),
+    "heads": (64, 1e-10, cases.per_head, ("Q8_0", 5, 72, 192, 70, 22)),
+    **{f"gated {width}": (width, 1e-8, cases.swiglu, (("Q4_K", "Q6_K"), 300, 512, 200, 23))
+       for width in WIDTHS},
+    "experts": (128, 1e-8, cases.routed, (("Q4_K", "Q4_K", "Q5_0"), 513, 6, 16, 512, 352, 24)),
+    "merged experts of a rank": (
+        128, 1e-8, cases.routed, (("Q6_K", "Q6_K", "Q8_0"), 100, 3, 9, 256, 96, 25, (2, 5), True)
+    ),
+    "rows": (128, 1e-12, cases.rows, (33, 2048, 26)),
+    "ragged rows": (128, 1e-12, cases.rows, (5, 77, 27)),
+    "scores": (128, 1e-12, cases.scores, (100, 70, 2048, 28)),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def device():
+    """With all kernels of the cases compiled, at once."""
     from mlacli.backends.cuda_device import CudaDevice
 
-    return CudaDevice("cuda0", 1 << 30)
+    device = CudaDevice("cuda0", 1 << 30)
+    mark, choose = device.mark(), gemm._width
+    with device.prepared(), np.errstate(all="ignore"):
+        for width, _, check, arguments in CASES.values():
+            gemm._width = lambda *_, width=width: width
+            list(check(Launcher(device), *arguments))
+            device.rewind(mark)
+    gemm._width = choose
+    return device
 
 
 @pytest.fixture
@@ -30,52 +63,20 @@ def ops(device):
     device.rewind(mark)
 
 
-def held(reports: Iterator[cases.Report], rounded: float, exact: float = 1e-6) -> None:
-    for case, near, far, where in reports:
-        # a float16 result may be rounded the other way after sums in another order
-        bar = max(rounded, 1e-8) if "half" in case else rounded
-        assert near <= bar and far <= exact, f"{case}: {near:.2g}, {far:.2g}, {where}"
-
-
-@pytest.mark.parametrize("name", TILED)
-def test_dense(ops, monkeypatch, name) -> None:
-    i = TILED.index(name)
-    monkeypatch.setattr(gemm, "_width", lambda *_: WIDTHS[i % 4])
-    wide = name in ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
-    cols, skip = (288, 32) if wide else (200, 0)
-    held(cases.dense(ops, (name,), (300,), cols, NS[i % 5], skip, i), 1e-10)
-
-
-def test_several_weights_with_one_input(ops) -> None:
-    held(cases.dense(ops, ("Q4_K", "Q8_0"), (520, 300), 512, 200, 0, 20), 1e-10)
-    held(cases.dense(ops, ("Q4_K", "Q8_0", "F16"), (520, 300, 70), 256, 70, 0, 21), 1e-10)
-
-
-def test_heads(ops) -> None:
-    held(cases.per_head(ops, "Q8_0", 5, 72, 192, 70, 22), 1e-10)
-
-
-@pytest.mark.parametrize("width", WIDTHS)
-def test_gated(ops, monkeypatch, width) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_products(ops, monkeypatch, name) -> None:
+    width, bar, check, arguments = CASES[name]
     monkeypatch.setattr(gemm, "_width", lambda *_: width)
-    held(cases.swiglu(ops, ("Q4_K", "Q6_K"), 300, 512, 200, 23), 1e-8)
-
-
-def test_experts(ops) -> None:
-    held(cases.routed(ops, ("Q4_K", "Q4_K", "Q5_0"), 513, 6, 16, 512, 352, 24), 1e-8)
-    held(cases.routed(ops, ("Q6_K", "Q6_K", "Q8_0"), 100, 3, 9, 256, 96, 25, (2, 5), True), 1e-8)
+    for case, near, far, where in check(ops, *arguments):
+        # a float16 result may be rounded the other way after sums in another order
+        rounded = max(bar, 1e-8) if "half" in case else bar
+        assert near <= rounded and far <= 1e-6, f"{case}: {near:.2g}, {far:.2g}, {where}"
 
 
 def test_sorting(ops) -> None:
     for seed in range(3):
         cases.sorting(ops, 300, 6, 20, 3, 11, seed)
         cases.sorting(ops, 2048, 8, 256, 0, 256, seed)
-
-
-def test_rows_and_scores(ops) -> None:
-    held(cases.rows(ops, 33, 2048, 26), 1e-12)
-    held(cases.rows(ops, 5, 77, 27), 1e-12)
-    held(cases.scores(ops, 100, 70, 2048, 28), 1e-12)
 
 
 def test_two_runs_give_the_same_bits(ops) -> None:
