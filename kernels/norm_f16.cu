@@ -1,6 +1,6 @@
 // Op        rms_norm_f16: x += add, if there is add; then y = x / sqrt(mean(x^2) + eps) * w, as float32
 //           and as float16 of y / 16
-//           rows_f16: y16 = x / 16
+//           rows_f16: y16 = x / 16; rows_from_f16: y = 16 x16
 // Shapes    y16 [n, d] at row stride ldy, y [n, d] dense or null, x [n, d] at row stride ldx, add [n, d]
 //           dense or null, w [d]
 // Dtypes    float32; y16 float16, saturating
@@ -13,6 +13,7 @@
 #include "pairs.cuh"
 #include "pdl.cuh"
 #include "reduce.cuh"
+#include "types.cuh"
 
 constexpr int PIECES = 8;  // four columns each, of a thread
 
@@ -89,4 +90,12 @@ rows_f16(unsigned short* y16, const float* x, int d, long long ldy, long long ld
     pdl_wait();
     x += blockIdx.x * ldx;
     store_rows(y16 + blockIdx.x * ldy, d, [&](int i) { return x[i]; });
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+rows_from_f16(float* y, const unsigned short* x16, int d, long long ldx) {
+    pdl_launch();
+    pdl_wait();
+    x16 += blockIdx.x * ldx, y += (long long)blockIdx.x * d;
+    for (int i = threadIdx.x; i < d; i += 256) y[i] = 16.f * half_bits_to_float(x16[i]);
 }

@@ -2,7 +2,8 @@
 
 Activations are float16 of value / 16, in rows that begin at multiples of 8 (`rows16`). Sums are
 float32. Each function launches kernels and returns; counts stay on the device.
-- rows16: memory for them; to16: float32 rows as such; norm16: a norm as float32 and float16
+- rows16: memory for them; to16, to32: float32 rows as such and back
+- norm16: a norm as float32 and float16
 - products: up to three weights with one input, stored, or added to float32 rows
 - heads: one product per head; gated: SwiGLU; route_scores: the router's product
 - sort, experts: routed experts, grouped by expert
@@ -65,6 +66,13 @@ def to16(ops: Any, x: Array) -> Array:
     """float32 rows [n, width] as float16 of value / 16."""
     (n, width), y = x.shape, rows16(ops, *x.shape)
     ops.run("rows_f16", (n,), _THREADS, y, x, width, y.stride(0), x.stride(0))
+    return y
+
+
+def to32(ops: Any, x16: Array) -> Array:
+    """The float32 values of float16 rows."""
+    y: Array = ops.new(x16.shape)
+    ops.run("rows_from_f16", (len(x16),), _THREADS, y, x16, x16.shape[1], x16.stride(0))
     return y
 
 

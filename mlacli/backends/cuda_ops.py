@@ -228,7 +228,7 @@ class CudaOps(Ops):
     def route(self, x: Act, gate: CudaWeight, bias: CudaWeight | None, routing: Routing) -> Chosen:
         n, n_experts = len(x), gate.shape[0]
         if n > FEW or not matvec.routes(gate):
-            if gate.qtype.name == "F32":
+            if gate.qtype.name == "F32" and self.capability >= 80:
                 scores = gemm.route_scores(self, self.f32(x), gate)
             else:
                 scores = self.new((n, n_experts))
@@ -308,7 +308,9 @@ class CudaOps(Ops):
             else:
                 values, weight, eps = x.normed
                 x.f32 = plain.rms_norm(self, values, weight.raw, eps)
-        assert x.f32 is not None, "float16 alone goes to products of many tokens"
+        elif x.f32 is None and x.f16 is not None:
+            x.f32 = gemm.to32(self, x.f16)
+        assert x.f32 is not None
         return x.f32
 
     def f16(self, x: Act) -> Array:

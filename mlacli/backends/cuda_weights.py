@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mlacli.backends.cuda_array import Array
 from mlacli.loading.quant_types import QType
-from mlacli.loading.tiles import HEADER, ROWS, TiledShape, is_tiled, tiled_shape
+from mlacli.loading.tiles import HEADER, ROWS, TiledShape, tiled_shape
 from mlacli.loading.untile import edge_blocks, has_foreign_groups, untile
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class CudaWeight:
 
 def begin(device: Device, shards: Sequence[Shard]) -> None:
     """Compiles what uploading `shards` launches, all at once."""
-    types = {s.qtype.id for s in shards if is_tiled(s.tensor, s.shape, s.qtype)}
+    types = {s.qtype.id for s in shards if s.tiled}
     with device.prepared():
         for qtype in sorted(types):
             device.launch("repack_tiles", (1,), 128, WTYPE=qtype)
@@ -67,7 +67,7 @@ def upload(device: Device, raw: Bytes, shard: Shard, tiled: bool = True) -> Cuda
     Launches on the device's stream find it. With `tiled` false nothing is repacked.
     """
     skip, first = shard.skip, shard.start if shard.axis == 0 else 0
-    if not (tiled and is_tiled(shard.tensor, shard.shape, shard.qtype)):
+    if not (tiled and shard.tiled):
         held = device.take(raw.shape, np.uint8)
         at = 0
         for piece in _pieces(_three_axes(raw), PIECE):

@@ -79,12 +79,3 @@ def tiled_shape(shape: tuple[int, ...], qtype: QType, skip: int = 0) -> TiledSha
         planes[name] = at, nbytes
         at += -(-nbytes // _ALIGN) * _ALIGN
     return TiledShape(lead, rows, cols, planes, at)
-
-
-def device_bytes(
-    tensor: str, shape: tuple[int, ...], qtype: QType, skip: int, raw_bytes: int
-) -> int:
-    """What a weight takes in a CUDA rank's memory; `raw_bytes` as GGUF stores it."""
-    if is_tiled(tensor, shape, qtype):
-        return tiled_shape(shape, qtype, skip).nbytes
-    return raw_bytes

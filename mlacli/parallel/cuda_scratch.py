@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from mlacli import expanded_sizes
 from mlacli.attention_forms import EXPAND_FROM
 from mlacli.expanded_sizes import Sizes
-from mlacli.loading.tiles import is_tiled
 from mlacli.parallel.cuda_sizes import (
     FEW,
     PLAIN_SPLITS,
@@ -62,7 +61,7 @@ class CudaScratch:
         self.hp, self.context, self.capability, self.n_ranks = hp, context, capability, n_ranks
         layers: dict[int | None, dict[str, Weight]] = {}
         for shard in shards:
-            tiled = capability >= 80 and is_tiled(shard.tensor, shard.shape, shard.qtype)
+            tiled = capability >= 80 and shard.tiled
             weight = Weight(shard.shape, tiled, shard.qtype.name == "F32")
             layers.setdefault(shard.layer, {})[_short_name(shard.tensor)] = weight
         self._output = layers.pop(None, {}).get("output")

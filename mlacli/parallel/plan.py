@@ -21,7 +21,7 @@ from mlacli.loading.quant_types import F32
 from mlacli.parallel.cuda_scratch import CudaScratch
 from mlacli.parallel.cuts import Range, cut
 from mlacli.parallel.memory import cache_row_bytes, index_row_bytes, scratch_bytes
-from mlacli.parallel.shards import Cutter, Part, Shard
+from mlacli.parallel.shards import Cutter, Part, Shard, keep_raw
 from mlacli.parallel.tensor_uses import tensor_uses
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def plan_shards(
     uses = tensor_uses(model, hp, tensors, params.merge_up_gate_experts)
     parts = _parts(split, devices, host, hp.n_layer)
     cutter = Cutter(hp, split.mode or "none", split.expert_split, [p.share for p in parts])
-    shards = tuple(s for part in parts for use in uses for s in cutter.shards(use, part))
+    shards = keep_raw([s for part in parts for use in uses for s in cutter.shards(use, part)])
     ranks = _rank_plans(hp, parts, cutter, shards, split.margin, context)
     scratch = _scratch(ranks, parts, hp, context, shards)
     fits = _largest_context(ranks, scratch, hp, context)

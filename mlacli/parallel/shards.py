@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mlacli.loading.quant_types import QType
-from mlacli.loading.tiles import device_bytes
+from mlacli.loading.tiles import is_tiled, tiled_shape
 from mlacli.models.tensor_table import Split
 from mlacli.parallel.cuts import COLUMN_EDGE, Range, cut
 
@@ -36,6 +36,12 @@ class Shard:
     qtype: QType
     nbytes: int
     sources: tuple[str, ...]
+    raw: bool = False  # GGUF bytes on a GPU, whatever the type: see keep_raw()
+
+    @property
+    def tiled(self) -> bool:
+        """Whether a GPU keeps it in tiles."""
+        return not self.raw and is_tiled(self.tensor, self.shape, self.qtype)
 
     @property
     def is_copy(self) -> bool:
@@ -55,9 +61,23 @@ class Shard:
 
     def bytes_on(self, kind: str) -> int:
         """What it takes on a device of `kind`: GGUF's bytes on a CPU, tiles on a GPU."""
-        if kind == "cpu":
+        if kind == "cpu" or not self.tiled:
             return self.nbytes
-        return device_bytes(self.tensor, self.shape, self.qtype, self.skip, self.nbytes)
+        return tiled_shape(self.shape, self.qtype, self.skip).nbytes
+
+
+def keep_raw(shards: Sequence[Shard]) -> tuple[Shard, ...]:
+    """The same shards; a layer's routed experts stay GGUF bytes where not all can be in tiles.
+
+    Kernels take gate, up and down together, in tiles or as GGUF stores them.
+    """
+    apart = {(s.rank, s.layer) for s in shards if s.tensor.endswith("_exps.weight") and not s.tiled}
+    return tuple(
+        replace(s, raw=True)
+        if s.tensor.endswith("_exps.weight") and (s.rank, s.layer) in apart
+        else s
+        for s in shards
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,6 +122,10 @@ RARE = {
     "output": lambda name: name == "output.weight",
     "attn_q_b and indexer": lambda name: "q_b" in name or "indexer" in name,
     "shared up": lambda name: "up_shexp" in name,
+    "attn_output": lambda name: "attn_output" in name,
+    "dense and shared down": lambda name: "ffn_down." in name or "down_shexp" in name,
+    "routed gate and up": lambda name: "gate_exps" in name or "up_exps" in name,
+    "routed down": lambda name: "down_exps" in name,
 }
 
 
