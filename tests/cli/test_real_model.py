@@ -98,10 +98,13 @@ def test_ctrl_c_while_ranks_work(devices):
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert p.stdout.read(7).startswith("1 2 3 ")
-    time.sleep(0.1)
-    p.send_signal(signal.SIGINT)
-    out, err = p.communicate(timeout=20)
+    try:
+        assert p.stdout.read(7).startswith("1 2 3 ")
+        time.sleep(0.1)
+        p.send_signal(signal.SIGINT)
+        out, err = p.communicate(timeout=20)
+    finally:
+        p.kill()  # a run that ignores the signal would go on for ever
     assert p.returncode == 130 and out.endswith("\n")
     assert "Error" not in err and "Traceback" not in err
 
