@@ -14,10 +14,9 @@
 // Variants  N_EXPERTS=64; N_EXPERTS=1024
 // Sources   own
 // Tested by tests/kernels/test_matvec.py, tests/gpu/test_cuda_matvec.py
-#include "pdl.cuh"
-#include "route.cuh"
+#include "route_scores.cuh"
 
-constexpr int WARPS = 8;
+constexpr int WARPS = ROUTE_WARPS;
 
 // ---------------------------------------------------------------- kernels -------------------
 extern "C" __global__ void __launch_bounds__(256)
@@ -25,60 +24,10 @@ route_few(int* ids, float* weights, float* scores, int* counter, const float* ga
           const float* norm, const float* bias, const int* pos, const int* imposed, int n, int d,
           int n_used, int n_groups, int n_groups_used, int sigmoid, int renormalise, long long ldx,
           float scale, float eps) {
-    constexpr int AHEAD = 2;
-    __shared__ float score[WARPS][N_EXPERTS], group[WARPS][64], part[WARPS], squares[WARPS];
-    __shared__ int last;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const float4* row = (const float4*)(gate + (long long)blockIdx.x * d);
-    const float4* norms = (const float4*)norm;
-    const auto at = [&](const float4* p, int i) {
-        return p && 4 * i < d ? __ldg(p + i) : float4{1.f, 1.f, 1.f, 1.f};
-    };
-    pdl_launch();
-    float4 w[AHEAD];
-#pragma unroll
-    for (int k = 0; k < AHEAD; k++) {
-        const int i = threadIdx.x + 256 * k;
-        const float4 a = at(row, i), b = at(norms, i);
-        w[k] = {a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w};
-    }
-    pdl_wait();
-    for (int token = 0; token < n; token++) {
-        const float* in = x + token * ldx;
-        float sum = 0.f, square = 0.f;
-        const auto add = [&](int i, const float4& w) {
-            if (4 * i >= d) return;
-            const float2 lo = *(const float2*)(in + 4 * i), hi = *(const float2*)(in + 4 * i + 2);
-            sum += w.x * lo.x + w.y * lo.y + (w.z * hi.x + w.w * hi.y);
-            square += lo.x * lo.x + lo.y * lo.y + (hi.x * hi.x + hi.y * hi.y);
-        };
-#pragma unroll
-        for (int k = 0; k < AHEAD; k++) add(threadIdx.x + 256 * k, w[k]);
-        for (int i = threadIdx.x + 256 * AHEAD; 4 * i < d; i += 256) {
-            const float4 a = at(row, i), b = at(norms, i);
-            add(i, {a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w});
-        }
-        sum = warp_sum(sum), square = warp_sum(square);
-        if (lane == 0) part[warp] = sum, squares[warp] = square;
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            sum = square = 0.f;
-            for (int k = 0; k < WARPS; k++) sum += part[k], square += squares[k];
-            scores[token * N_EXPERTS + blockIdx.x] = norm ? sum * rsqrtf(square / d + eps) : sum;
-        }
-        __syncthreads();
-    }
-    if (threadIdx.x == 0) {
-        __threadfence();
-        last = atomicInc((unsigned*)counter, gridDim.x - 1) == gridDim.x - 1;
-        __threadfence();
-    }
-    __syncthreads();
-    if (!last || warp >= n) return;
+    __shared__ RouteShared shared;
     const Choice how = {n_used, n_groups, n_groups_used, sigmoid, renormalise, scale};
-    choose(ids + warp * n_used, weights + warp * n_used, scores + warp * N_EXPERTS, bias,
-           imposed ? imposed + warp * n_used : nullptr, pos && pos[warp] < 0, how, score[warp],
-           group[warp]);
+    route_cta(shared, ids, weights, scores, counter, gate, x, norm, bias, pos, imposed, n, d, gridDim.x,
+              how, ldx, eps);
 }
 
 extern "C" __global__ void __launch_bounds__(256)

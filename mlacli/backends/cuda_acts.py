@@ -27,9 +27,20 @@ class Act:
         return self.shape[0]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Chosen:
-    """Expert ids (int32, -1 in padded tokens) and weights [n, n_used] on the device."""
+    """Expert ids (int32, -1 in padded tokens) and weights [n, n_used] on the device.
+
+    A choice that nobody has made yet (`run`) can be made beside the shared expert.
+    """
 
     ids: Array
     weights: Array
+    run: Callable[[tuple[CudaWeight, CudaWeight] | None, Array | None], None] | None = None
+
+    def made(self) -> Chosen:
+        """Makes the choice now if nobody did before."""
+        if self.run is not None:
+            self.run(None, None)
+            self.run = None
+        return self

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _KINDS = {"f16": 0, "bf16": 1, "f32": 2, "q8_0": 3}
 _C_TYPES = {"f16": "__half", "bf16": "__nv_bfloat16", "f32": "float", "q8_0": "signed char"}
 _CELLS: dict[str, Any] = {"f16": np.float16, "bf16": np.uint16, "f32": np.float32, "q8_0": np.int8}
+SHORT_SHARE = 64  # cache rows that each CTA of mla_short takes at most
 _FEW_SPLITS = 16  # up to here a warp merges a row
 _FEW = 8  # tokens; beyond it, per-head products take float16 activations (-gap f16)
 _MOST_SPLITS = 256  # MERGE_SPLITS of kernels/include/mla_merge.cuh
@@ -139,6 +140,36 @@ def latent(
         TOKEN_BLOCKS=blocks, WTYPE=-1 if k_b.tiles is None else k_b.qtype.id,
     )  # fmt: skip
     return out
+
+
+def is_short(
+    ops: Launcher, k_b: Weight, v_b: Weight, kv: CacheRows, n: int, n_kv: int, half: bool
+) -> bool:
+    """Whether attend_short() takes a step of `n` tokens, the last of which sees n_kv rows."""
+    r, p = k_b.shape[1], kv.width - k_b.shape[1]
+    return (
+        n == 1 and half and ops.capability >= 90 and kv.cache_type == "f16" and r == 512
+        and p % 16 == 0 and p <= 512 and k_b.tiles is not None and v_b.tiles is not None
+        and k_b.shape[2] % 2 == 0 and n_kv <= 8 * SHORT_SHARE
+    )  # fmt: skip
+
+
+def attend_short(
+    ops: Launcher, q: Array, c_kv: Array, k_pe: Array, norm: Array, eps: float, k_b: Weight,
+    v_b: Weight, kv: CacheRows, step: Positions, scale: float,
+    temperature: Temperature | None = None,
+) -> Array:  # fmt: skip
+    """latent(), attend() and combine() in one launch, where `is_short`; o [1, h * v]."""
+    (h, r, k), v, p = k_b.shape, v_b.shape[1], k_pe.shape[1]
+    o = ops.new((1, h * v))
+    ops.run(
+        "mla_short", (8 * h,), 256, o, kv.values, q, c_kv, k_pe, norm, k_b.tiles, v_b.tiles,
+        step.cos, step.sin, step.pos, h, eps, scale,
+        *((0.0, 1) if temperature is None else (temperature.scale, temperature.length)),
+        shared=SHORT_SHARE * 2 * (r + p + 8), R=r, K=k, P=p, V=v, N_ROWS=SHORT_SHARE,
+        WTYPE0=k_b.qtype.id, WTYPE1=v_b.qtype.id,
+    )  # fmt: skip
+    return o
 
 
 def store(

@@ -10,17 +10,22 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlacli.backends.cuda_geometry import (
+    BULK_MOST,
     STAGED,
+    BulkGeometry,
     DownGeometry,
     Geometry,
     ahead_of,
+    bulk_geometry,
     col_tiles,
     ctas_of,
     dense_geometry,
     down_geometry,
+    dynamic_shared,
     most_rows,
     pair_geometry,
     ring_of,
+    row_bytes,
     row_tiles,
 )
 from mlacli.loading.tiles import COLS, ROWS
@@ -32,7 +37,6 @@ if TYPE_CHECKING:
 Weight = Any
 Norm = tuple[Weight, float]
 MOST = 8  # tokens
-_CLUSTER_BYTES = 1 << 20  # of a gate that 8 SMs read in about a microsecond
 
 
 def takes(*weights: Weight) -> bool:
@@ -128,41 +132,38 @@ def route(
 
 
 def route_gated(
-    ops: Any, ids: Array, weights: Array, h: Array, gate: Weight, shared: tuple[Weight, Weight],
-    x: Array, routing: Routing, norm: Norm, bias: Weight | None = None, pos: Array | None = None,
-    imposed: Array | None = None, geometry: Geometry | None = None,
+    ops: Any, ids: Array, weights: Array, scores: Array, counter: Array, h: Array,
+    shared: tuple[Weight, Weight], gate: Weight, x: Array, routing: Routing, norm: Norm,
+    bias: Weight | None = None, pos: Array | None = None, imposed: Array | None = None,
 ) -> None:  # fmt: skip
-    """`route` and h [n, fs] = the shared expert's part of experts_up, in one launch.
+    """`route`, and h [n, fs] = the shared expert's part of experts_up, in one launch.
 
-    Only where `can_route_gated`. h is the end of experts_up's, which then gets no `shared`.
+    Only where `can_route_gated`. h is the end of experts_bulk's.
     """
     n, n_experts, fs = len(x), gate.shape[0], shared[0].shape[0]
-    how = geometry or Geometry(8, ahead_of(shared, 8, 4), 2, 2)
+    how = Geometry(8, ahead_of(shared, 8, 4), 2, 2)
     tiles = [row_tiles(fs)]
-    ctas = [-(-ctas_of(ops, tiles, how, col_tiles(shared[0]), 2)[0] // 8) * 8]
+    ctas = ctas_of(ops, tiles, how, col_tiles(shared[0]), 2)
     stages, ring = ring_of(ops, how, shared)
     ops.run(
-        "route_gated", (8 + ctas[0], n), 256, ids, weights, h, gate.raw, shared[0].tiles,
-        shared[1].tiles, x, _raw(norm), None if bias is None else bias.raw, pos, imposed, fs,
-        ctas[0], routing.n_used, routing.n_groups, routing.n_groups_used, int(routing.sigmoid),
-        int(routing.renormalise), _read(x), _stride(h), routing.scale, _eps(norm),
-        N_EXPERTS=n_experts, N_ROWS=most_rows(tiles, ctas), N_CTAS=how.ctas, N_AHEAD=how.ahead,
-        N_STAGES=stages, shared=ring,
-        N_COL_TILES=col_tiles(shared[0]), **_types(shared, 2),
+        "route_gated", (n_experts + ctas[0], n), 256, ids, weights, scores, counter, h, gate.raw,
+        shared[0].tiles, shared[1].tiles, x, _raw(norm), None if bias is None else bias.raw, pos,
+        imposed, n, fs, ctas[0], routing.n_used, routing.n_groups, routing.n_groups_used,
+        int(routing.sigmoid), int(routing.renormalise), _read(x), _stride(h), routing.scale,
+        _eps(norm), N_EXPERTS=n_experts, N_ROWS=most_rows(tiles, ctas), N_CTAS=how.ctas,
+        N_AHEAD=how.ahead, N_STAGES=stages, shared=ring, N_COL_TILES=col_tiles(shared[0]),
+        **_types(shared, 2),
     )  # fmt: skip
 
 
 def can_route_gated(ops: Any, gate: Weight, shared: tuple[Weight, Weight] | None, x: Array) -> bool:
-    """Whether a cluster of CTAs is there and chooses fast enough: it reads the gate by 8 SMs."""
-    if ops.capability < 90 or shared is None or not takes(*shared) or gate.tiles is not None:
+    """Whether the shared expert can be computed beside the choice."""
+    if ops.capability < 80 or shared is None or not takes(*shared) or gate.tiles is not None:
         return False
-    (n_experts, d), stride = gate.shape, x.stride(0)
-    aligned = x.ptr % 16 == 0 and (stride % 4 == 0 or len(x) == 1)
+    n_experts, d = gate.shape
     tiles = col_tiles(shared[0])
-    return (
-        aligned and d == tiles * COLS and d % 128 == 0 and tiles <= STAGED and n_experts <= 1024
-        and 4 * n_experts * d <= _CLUSTER_BYTES
-    )  # fmt: skip
+    fits = d == tiles * COLS and tiles <= STAGED and shared[0].skip == 0
+    return routes(gate) and fits and n_experts <= 256
 
 
 def experts_up(
@@ -220,6 +221,55 @@ def experts_down(
         N_COL_TILES=col_tiles(down), N_COL_TILES_SHARED=0 if shared is None else col_tiles(shared),
         AT_EDGE=int(ragged), **_types(both, 2),
     )  # fmt: skip
+
+
+def experts_bulk(
+    ops: Any, y: Array, h: Array, ids: Array, weights: Array, x: Array, gate: Weight,
+    up: Weight | None, down: Weight, shared_down: Weight, norm: Norm, add: bool = False,
+    geometry: BulkGeometry | None = None,
+) -> None:  # fmt: skip
+    """As experts_up and experts_down behind route_gated, whose part of h [n, K f + fs] is there.
+
+    Only where `can_bulk`, and directly behind that launch.
+    """
+    (n, n_used), (held, f, d), fs = ids.shape, gate.shape, shared_down.shape[1]
+    up_row, up_w = 0, up
+    if up_w is None:
+        f, up_w = f // 2, gate
+        up_row = f
+    how = geometry or bulk_geometry(gate, up_w, down, shared_down, n_used)
+    beside, k = ops.new((n, d)), col_tiles(gate)
+    up_bytes = max(row_bytes(gate, up_w), row_bytes(shared_down))
+    ops.run(
+        "experts_up_bulk", (row_tiles(d) + n_used * row_tiles(f), n), 32 * how.warps, h, beside,
+        gate.tiles, up_w.tiles, shared_down.tiles, x, _raw(norm), ids, n_used, d, f,
+        row_tiles(gate.shape[1]), row_tiles(up_w.shape[1]), up_row, gate.first, held, _read(x),
+        _stride(h), _eps(norm), shared=dynamic_shared(up_bytes), EXPERTS_UP=1, N_WARPS=how.warps,
+        N_CTAS=how.ctas, N_COL_TILES=k, N_COL_TILES_SHARED=col_tiles(shared_down),
+        **_types((gate, up_w, shared_down), 3),
+    )  # fmt: skip
+    assert fs == COLS * col_tiles(shared_down), "the caller asks can_bulk()"
+    ops.run(
+        "experts_down_bulk", (row_tiles(d), n), 32 * n_used * how.parts, y, down.tiles, beside, h,
+        ids, weights, d, f, down.first, held, _read(h), _stride(y),
+        shared=dynamic_shared(n_used * row_bytes(down)), EXPERTS_DOWN=1, WITH_ADD=int(add),
+        N_USED=n_used, N_PARTS=how.parts, N_COL_TILES=col_tiles(down), **_types((down,), 1),
+    )  # fmt: skip
+
+
+def can_bulk(
+    ops: Any, gate: Weight, up: Weight | None, down: Weight, shared_down: Weight, n_used: int
+) -> bool:
+    """Whether whole row tiles fit shared memory, and x whole column tiles."""
+    up_w = gate if up is None else up
+    ws = (gate, up_w, down, shared_down)
+    if not takes(*ws) or any(w.skip or w.shape[-1] != COLS * col_tiles(w) for w in ws):
+        return False
+    if up is None and gate.shape[1] // 2 % ROWS:
+        return False
+    up_bytes = max(row_bytes(gate, up_w), row_bytes(shared_down))
+    most = max(up_bytes, n_used * row_bytes(down))
+    return ops.capability >= 90 and most <= BULK_MOST and n_used <= 16
 
 
 # ---- plumbing -------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class Attention:
         form, chunks = attention_form(self.ops.context, n), 0
         if form.keys == "expanded":
             chunks = expanded.chunks(self._sizes(self.hp.H), self.ops.context.n_ctx, n_kv)
-        return form, chunks, chooses
+        return form, chunks, chooses, n == 1 and n_kv <= 8 * absorbed.SHORT_SHARE
 
     def _sizes(self, h: int) -> expanded.Sizes:
         return expanded.Sizes(h, self.hp.r, self.hp.k, self.hp.p, self.hp.v)
@@ -74,6 +74,12 @@ class Attention:
             )
             return Act((step.n, h * hp.v), f16=o16)
         ops.forms.add(AttentionForm("absorbed", True) if chosen is None else SPARSE)
+        if chosen is None and absorbed.is_short(ops, k_b, v_b, rows, step.n, step.n_kv, half):
+            o = absorbed.attend_short(
+                ops, q, c_kv, k_pe, norm, hp.eps, k_b, v_b, rows, step, hp.softmax_scale,
+                hp.temperature,
+            )  # fmt: skip
+            return Act(o.shape, o)
         q_lat = absorbed.latent(
             ops, q, c_kv, k_pe, norm, hp.eps, k_b, rows, step, half, hp.temperature
         )

@@ -150,6 +150,8 @@ class CudaOps(Ops):
     def rows(self, x: Act, wanted: Any) -> Act:
         assert x.normed is not None, "the last norm is taken of the wanted rows alone"
         stream, weight, eps = x.normed
+        if len(x) == len(wanted) == 1:
+            return x
         y = self.new((len(wanted), x.shape[1]))
         if len(wanted):
             self.run("rows_f32", (len(wanted),), 256, y, stream, wanted, x.shape[1])
@@ -236,10 +238,22 @@ class CudaOps(Ops):
             return plain.route(self, scores, bias, routing, self._pos, self._imposed_on(gate, n))
         chosen = Chosen(self.new((n, routing.n_used), np.int32), self.new((n, routing.n_used)))
         values, norm = self._unnormed(x)
-        matvec.route(
-            self, chosen.ids, chosen.weights, self.new((n, n_experts)), self._counter, gate,
-            values, routing, norm, bias, self._pos, self._imposed_on(gate, n),
-        )  # fmt: skip
+        imposed = self._imposed_on(gate, n)
+
+        def run(beside: tuple[CudaWeight, CudaWeight] | None, h: Array | None) -> None:
+            scores = self.new((n, n_experts))
+            if beside is None or h is None or norm is None:
+                matvec.route(
+                    self, chosen.ids, chosen.weights, scores, self._counter, gate, values, routing,
+                    norm, bias, self._pos, imposed,
+                )  # fmt: skip
+            else:
+                matvec.route_gated(
+                    self, chosen.ids, chosen.weights, scores, self._counter, h, beside, gate,
+                    values, routing, norm, bias, self._pos, imposed,
+                )  # fmt: skip
+
+        chosen.run = run
         return chosen
 
     def _imposed_on(self, gate: CudaWeight, n: int) -> Array | None:
@@ -269,10 +283,10 @@ class CudaOps(Ops):
         gate, up = (w.ffn_gate_exps, w.ffn_up_exps) if merged is None else (merged, None)
         shared = None if w.ffn_down_shexp is None else (w.ffn_gate_shexp, w.ffn_up_shexp)
         if chosen is not None and not matvec.takes(gate, up, down):
-            h = plain.experts_up(self, self.f32(x), chosen, gate, up)
+            h = plain.experts_up(self, self.f32(x), chosen.made(), gate, up)
             plain.experts_down(self, h, chosen, down, y, add)
         elif chosen is not None and len(x) > FEW:
-            gemm.experts(self, self.f16(x), chosen, gate, up, down, y, add)
+            gemm.experts(self, self.f16(x), chosen.made(), gate, up, down, y, add)
         elif chosen is not None:
             beside = shared is not None and matvec.takes(*shared, w.ffn_down_shexp)
             self._few_experts(x, chosen, w, (gate, up), shared if beside else None, y, add)
@@ -287,11 +301,23 @@ class CudaOps(Ops):
         shared: tuple[CudaWeight, CudaWeight] | None, y: Array, add: bool,
     ) -> None:  # fmt: skip
         (gate, up), (n, n_used), down = routed, chosen.ids.shape, w.ffn_down_exps
-        width = n_used * down.shape[2] + (0 if shared is None else shared[0].shape[0])
-        h = self.new((n, width))
+        fs = 0 if shared is None else shared[0].shape[0]
+        h = self.new((n, n_used * down.shape[2] + fs))
         values, norm = self._unnormed(x)
-        matvec.experts_up(self, h, chosen.ids, values, gate, up, shared, norm)
         last = None if shared is None else w.ffn_down_shexp
+        if (
+            chosen.run is not None and last is not None and norm is not None
+            and matvec.can_route_gated(self, w.ffn_gate_inp, shared, values)
+            and matvec.can_bulk(self, gate, up, down, last, n_used)
+        ):  # fmt: skip
+            chosen.run(shared, h[:, -fs:])
+            chosen.run = None
+            matvec.experts_bulk(
+                self, y, h, chosen.ids, chosen.weights, values, gate, up, down, last, norm, add
+            )
+            return
+        chosen.made()
+        matvec.experts_up(self, h, chosen.ids, values, gate, up, shared, norm)
         matvec.experts_down(
             self, y, h, chosen.ids, chosen.weights, down, last, add=add, after_up=True
         )

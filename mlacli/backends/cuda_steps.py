@@ -44,7 +44,7 @@ class Steps:
         self._frequencies = ops.put(np.array(frequencies, np.float64))
         self._inputs = device.take((3 * most,), np.int32)  # tokens, positions, wanted rows
         self._sampler = cuda_sampling.new_state(device.take, self._inputs[:1], self._inputs[1:2])
-        self._chain: bytes = b""  # what the sampler's chain holds
+        self._chain: tuple[Any, ...] = ()  # what the sampler's chain was made of
         self._base = device.mark()  # where scratch begins
         self._graphs: dict[tuple[Any, ...], _Graph] = {}
 
@@ -94,10 +94,10 @@ class Steps:
         banned: Iterable[int], n_vocab: int, forward: Forward,
     ) -> list[int]:  # fmt: skip
         """`n_steps` tokens after `token`, each drawn on the device from the logits before it."""
-        chain = cuda_sampling.chain_words(sampling, seed, n_vocab, banned)
-        if chain.tobytes() != self._chain:
-            self.device.copy_in(self._sampler.chain, chain)
-            self._chain = chain.tobytes()
+        chain = sampling, seed, n_vocab, tuple(sorted(banned))
+        if chain != self._chain:
+            self.device.copy_in(self._sampler.chain, cuda_sampling.chain_words(*chain))
+            self._chain = chain
         self.device.copy_in(self._inputs[:3], np.array([token, n_past, 0], np.int32))
         self.ops.begin_step(1, self._inputs[1:2])
 

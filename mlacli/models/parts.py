@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from mlacli.errors import GgufError, UnsupportedFeature
@@ -71,6 +72,9 @@ class RopeScaling:
 
     def frequencies(self, p: int) -> tuple[float, ...]:
         """Angle per position of each of the p/2 pairs, YaRN's ramp included (arXiv 2309.00071)."""
+        return _frequencies(self, p)
+
+    def _computed(self, p: int) -> tuple[float, ...]:
         plain = [self.base ** (-2.0 * i / p) for i in range(p // 2)]
         if not self.yarn or self.ext_factor == 0:
             return tuple(theta / self.factor for theta in plain)
@@ -86,6 +90,12 @@ class RopeScaling:
     def _pair_of(self, turns: float, p: int) -> float:
         """The pair that makes `turns` turns over the original context."""
         return p * math.log(self.n_ctx_orig / (turns * 2 * math.pi)) / (2 * math.log(self.base))
+
+
+@cache
+def _frequencies(rope: RopeScaling, p: int) -> tuple[float, ...]:
+    """Asked for at every step: it takes as long as a layer on a GPU."""
+    return rope._computed(p)
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,6 +159,8 @@ def test_chosen_rows(ops: Ops, h: int, cache_type: str) -> None:
 
 WHOLE = [  # r, k, v, h, positions, weights, cache type
     (512, 128, 128, 16, [0], Q8_0, "f16"), (512, 128, 128, 16, [300], Q8_0, "f16"),
+    (512, 128, 128, 16, [511], Q8_0, "f16"), (512, 128, 128, 16, [127], Q8_0, "f16"),
+    (512, 128, 128, 3, [128], F16, "f16"), (512, 192, 256, 20, [200], Q8_0, "f16"),
     (512, 192, 256, 20, [3000], F16, "f16"), (256, 64, 128, 8, list(range(9)), Q8_0, "f16"),
     (512, 128, 128, 16, [700, 701, 702, -1], Q8_0, "q8_0"),
     (512, 128, 128, 5, list(range(100, 164)), BF16, "bf16"),
@@ -212,3 +214,20 @@ def test_three_launches(
     bar = {"f16": MANY, "bf16": 3e-6, "q8_0": 3e-6}[cache_type]  # a rounding may tip over
     assert nmse(o, np.einsum("hvr,nhr->nhv", v_b.values, lat)) <= bar
     assert not o[~there].any()
+    if not attention.is_short(ops, k_b, v_b, kv, n, max(pos) + 1, True):
+        return
+    stored = ops.get(kv.values[pos[0] : pos[0] + 1])
+    ops.device.copy_in(kv.values[pos[0] : pos[0] + 1], np.full_like(stored, np.nan))
+    short = [
+        ops.get(
+            attention.attend_short(
+                ops, ops.put(q), device_new[:, :r], device_new[:, r:], ops.put(norm), eps, k_b, v_b,
+                kv, step, scale,
+            )
+        ).reshape(n, h, v)
+        for _ in range(2)
+    ]  # fmt: skip
+    again = ops.get(kv.values[pos[0] : pos[0] + 1]).astype(np.float32)
+    assert nmse(again, stored.astype(np.float32)) <= PROBABILITIES
+    assert nmse(short[0], np.einsum("hvr,nhr->nhv", v_b.values, lat)) <= bar
+    assert np.array_equal(*short)

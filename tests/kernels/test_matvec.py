@@ -11,7 +11,7 @@ import pytest
 from kit import few_tokens as few
 from kit.kernel_ops import SimtOps
 
-from mlacli.backends.cuda_matvec import DownGeometry, Geometry
+from mlacli.backends.cuda_matvec import BulkGeometry, DownGeometry, Geometry
 from mlacli.models.parts import Routing
 
 BAR = 1e-9  # x keeps 16 bits of its mantissa, everything else 24
@@ -53,6 +53,23 @@ def test_experts_through_the_ring(ops, rng) -> None:
     assert max(few.experts(ops, rng, case, Geometry(2, 1, 1, 1, 3), DownGeometry(2, 0, 2))) < BAR
 
 
+BULK = {
+    "types": few.Experts(
+        ("Q4_K", "Q5_K", "Q5_0"), ("Q4_K", "Q4_K", "Q6_K"), f=64, fs=256, add=True
+    ),
+    "merged, a part of the ranks": few.Experts(
+        ("Q4_0", "", "Q8_0"), ("Q4_0", "Q4_0", "F16"), n=2, d=320, f=128, fs=192, first=1, held=5,
+        padded=True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", [BulkGeometry(2, 2, 1), BulkGeometry(3, 1, 2)], ids=str)
+@pytest.mark.parametrize("case", BULK.values(), ids=BULK)
+def test_experts_by_bulk_copies(ops, rng, case, how) -> None:
+    assert max(few.experts(ops, rng, case, bulk=how)) < BAR
+
+
 def test_several_tokens(ops, rng) -> None:
     assert few.products(ops, rng, 3, 320, [("MXFP4", 37)], True, geometry=Geometry(2, 2)) < BAR
 
@@ -79,6 +96,12 @@ def test_merged_experts_of_a_part_of_the_ranks(ops, rng) -> None:
 def test_route(ops, rng, routing) -> None:
     padded = routing.sigmoid
     assert few.route(ops, rng, 1 + padded, 64, 32, routing, bias=padded, padded=padded) < BAR
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_route_beside_the_shared_expert(ops, rng, n) -> None:
+    routing = Routing(3, True, 4, 2, True, 2.5)
+    assert few.route(ops, rng, n, 64, 32, routing, bias=True, padded=n > 1, shared="Q8_0") < BAR
 
 
 def test_an_error_in_a_weight_is_seen(ops, rng, monkeypatch) -> None:

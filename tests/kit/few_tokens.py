@@ -138,9 +138,10 @@ class Experts:
 
 
 def experts(
-    ops: Any, rng: np.random.Generator, case: Experts, up_how: Any = None, down_how: Any = None
+    ops: Any, rng: np.random.Generator, case: Experts, up_how: Any = None, down_how: Any = None,
+    bulk: Any = None,
 ) -> tuple[float, float]:  # fmt: skip
-    """NMSE of h and of y."""
+    """NMSE of h and of y. `bulk`: True or a geometry: experts_bulk(), the shared part of h being given."""
     c = case
     n, K, d, f = c.n, c.n_used, c.d, c.f
     merged = c.types[1] == ""
@@ -162,14 +163,24 @@ def experts(
     if c.add:
         y = ops.put(before)
     device_ids, device_weights = ops.put(ids), ops.put(weights)
-    few.experts_up(
-        ops, h, device_ids, x, gate, up, None if shared is None else (shared[0], shared[1]), norm,
-        up_how,
-    )  # fmt: skip
-    few.experts_down(
-        ops, y, h, device_ids, device_weights, down, None if shared is None else shared[2], c.add,
-        c.after_up, down_how,
-    )  # fmt: skip
+    if bulk:
+        given = np.full((n, K * f + fs), np.nan, np.float32)
+        given[:, K * f :] = swiglu(values @ shared[0].values.T, values @ shared[1].values.T)
+        h = ops.put(given)
+        assert few.can_bulk(ops, gate, up, down, shared[2], K)
+        few.experts_bulk(
+            ops, y, h, device_ids, device_weights, x, gate, up, down, shared[2], norm, c.add,
+            None if bulk is True else bulk,
+        )  # fmt: skip
+    else:
+        few.experts_up(
+            ops, h, device_ids, x, gate, up, None if shared is None else (shared[0], shared[1]),
+            norm, up_how,
+        )  # fmt: skip
+        few.experts_down(
+            ops, y, h, device_ids, device_weights, down, None if shared is None else shared[2],
+            c.add, c.after_up, down_how,
+        )  # fmt: skip
     got_h, got_y = ops.get(h), ops.get(y)
     want_h, want_y = np.full(got_h.shape, np.nan), np.zeros((n, d))
     for t in range(n):
@@ -217,8 +228,9 @@ def route(
         h = ops.new((n, fs + 8))
         assert few.can_route_gated(ops, gate, both, x)
         few.route_gated(
-            ops, ids, weights, h[:, 8:], gate, both, x, routing, norm, biases, where, given
-        )
+            ops, ids, weights, ops.new((n, n_experts)), counter, h[:, 8:], both, gate, x, routing,
+            norm, biases, where, given,
+        )  # fmt: skip
         worst = nmse(ops.get(h)[:, 8:], swiglu(*(values @ w.values.T for w in both)))
     for _ in range(times):  # the counter is as it was afterwards
         few.route(
