@@ -45,8 +45,11 @@ def ops(launcher: Launcher) -> Iterator[Launcher]:
     import cupy
 
     device = launcher.device
-    mark, whole = device.mark(), device.spare(3 << 30)
+    mark = device.mark()
+    whole = device.take(((4 << 30) - mark,), "u1")
+    device.rewind(mark)
     cupy.cuda.runtime.memset(whole.ptr, 255, whole.nbytes)
+    cupy.cuda.runtime.deviceSynchronize()
     yield launcher
     device.rewind(mark)
 
