@@ -141,7 +141,7 @@ def experts(
     ops: Any, rng: np.random.Generator, case: Experts, up_how: Any = None, down_how: Any = None,
     bulk: Any = None,
 ) -> tuple[float, float]:  # fmt: skip
-    """NMSE of h and of y. `bulk`: True or a geometry: experts_bulk(), the shared part of h being given."""
+    """NMSE of h and y. `bulk`, True or a geometry: by experts_bulk(), h given its shared part."""
     c = case
     n, K, d, f = c.n, c.n_used, c.d, c.f
     merged = c.types[1] == ""
