@@ -1,25 +1,28 @@
 // Op        experts_up_bulk: h[t][s] = silu(gate_e . x[t]) * (up_e . x[t]), e = ids[t][s], x normed as in
-//           matvec.cu; and beside it beside[t] = shared_down h[t][K]
+//           matvec.cu; ids and weights are chosen of `scores` as in route.cu, by every CTA for itself; and beside it beside[t] = shared_down h[t][K]
 //           experts_down_bulk: y[t] (or y[t] +=: WITH_ADD) beside[t] + sum_s weights[t][s] down_e h[t][s]
 // Shapes    h [n, K f + fs], rows ldh apart: slot s at s f, the shared expert's at K f (matvec_route.cu writes
-//           it); x, y [n, d], beside [n, d], ids and weights [n, K]; gate, up [E, f, d], down [E, d, f],
+//           it); x, y [n, d], beside [n, d], scores [n, E], bias [E] or
+//           null, pos [n] or null, imposed [n, K] or null; gate, up [E, f, d], down [E, d, f],
 //           shared_down [d, fs] in tiles (tiles.cuh). n <= 8
 // Dtypes    gate WTYPE0, up WTYPE1, shared_down WTYPE2; down WTYPE0; the rest float32
 // Grid      up (ceil(d / 16) + K ceil(f / 16), n), N_WARPS warps: first row tiles of shared_down, then the slots';
 //           down (ceil(d / 16), n), K N_PARTS warps. Dynamic shared memory: the row tiles of a CTA
-// Assumes   the launch before up is route_gated, which lets it start once x is complete; the launch before down
-//           is up, which lets it start once ids and weights are. d, f, fs are whole column tiles:
+// Assumes   the launch before up is scores_gated, which lets it start once x is complete; the launch before down
+//           is up, which lets it start once scores are. E = N_EXPERTS, K <= 32, groups <= 64. d, f, fs are whole column tiles:
 //           64 N_COL_TILES(_SHARED). Experts first .. first + held - 1 are here, others add nothing
 // Numerics  as matvec.cu. NMSE to float64 <= 1e-9
 // Bound by  bytes of the chosen experts
 // Needs     9.0
-// Variants  EXPERTS_UP=1 N_WARPS=4 N_CTAS=5 N_COL_TILES=32 N_COL_TILES_SHARED=44 WTYPE0=12 WTYPE1=12 WTYPE2=14;
-//           EXPERTS_UP=1 N_WARPS=8 N_CTAS=2 N_COL_TILES=5 N_COL_TILES_SHARED=7 WTYPE0=8 WTYPE1=7 WTYPE2=1;
-//           EXPERTS_DOWN=1 N_USED=6 N_PARTS=4 N_COL_TILES=22 WITH_ADD=1 WTYPE0=6;
-//           EXPERTS_DOWN=1 N_USED=4 N_PARTS=4 N_COL_TILES=24 WITH_ADD=0 WTYPE0=14
+// Variants  EXPERTS_UP=1 N_WARPS=4 N_CTAS=5 N_COL_TILES=32 N_COL_TILES_SHARED=44 WTYPE0=12 WTYPE1=12 WTYPE2=14 N_EXPERTS=64;
+//           EXPERTS_UP=1 N_WARPS=8 N_CTAS=2 N_COL_TILES=5 N_COL_TILES_SHARED=7 WTYPE0=8 WTYPE1=7 WTYPE2=1 N_EXPERTS=160;
+//           EXPERTS_DOWN=1 N_USED=6 N_PARTS=4 N_COL_TILES=22 WITH_ADD=1 WTYPE0=6 N_EXPERTS=64;
+//           EXPERTS_DOWN=1 N_USED=4 N_PARTS=4 N_COL_TILES=24 WITH_ADD=0 WTYPE0=14 N_EXPERTS=64
 // Sources   own
 // Tested by tests/kernels/test_matvec.py, tests/gpu/test_cuda_matvec.py
 #include "matvec_bulk.cuh"
+#include "mla_splits.cuh"
+#include "route.cuh"
 
 #ifdef SIMT
 extern thread_local unsigned char ring[];
@@ -27,20 +30,35 @@ extern thread_local unsigned char ring[];
 __align__(128) extern __shared__ unsigned char ring[];
 #endif
 
+// A token's choice in shared memory, by the first warp.
+struct Chosen {
+    int ids[32];
+    float weights[32], score[N_EXPERTS], group[64];
+
+    __device__ __forceinline__ void make(int token, const float* scores, const float* bias, const int* pos,
+                                         const int* imposed, const Choice& how) {
+        choose(ids, weights, scores + token * N_EXPERTS, bias,
+               imposed ? imposed + token * how.n_used : nullptr, pos && position(pos, token) < 0, how, score, group);
+    }
+};
+
 #ifdef EXPERTS_UP
 // ---------------------------------------------------------------- up ------------------------
 extern "C" __global__ void __launch_bounds__(32 * N_WARPS, N_CTAS)
 experts_up_bulk(float* h, float* beside, const unsigned char* gate, const unsigned char* up,
-                const unsigned char* shared_down, const float* x, const float* norm, const int* ids,
-                int n_used, int d, int f, int gate_row_tiles, int up_row_tiles, int up_row, int first,
-                int held, long long ldx, long long ldh, float eps) {
+                const unsigned char* shared_down, const float* x, const float* norm,
+                const float* scores, const float* bias, const int* pos, const int* imposed, int n_used,
+                int n_groups, int n_groups_used, int sigmoid, int renormalise, int d, int f,
+                int gate_row_tiles, int up_row_tiles, int up_row, int first, int held, long long ldx,
+                long long ldh, float eps) {
     __shared__ float part[2][N_WARPS][16], squared[N_WARPS];
     __shared__ RowBarrier bar;
+    __shared__ Chosen chosen;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, token = blockIdx.y;
     const int down_tiles = (d + 15) / 16;
-    h += token * ldh, x += token * ldx, ids += token * n_used;
+    h += token * ldh, x += token * ldx;
     float squares = 0.f;
-    if (threadIdx.x == 0) row_init(&bar);
+    if (threadIdx.x == 0) row_init(&bar, 1);
     if (blockIdx.x < down_tiles) {
         using Streams = RowStreams<N_COL_TILES_SHARED, WTYPE2>;
         if (threadIdx.x == 0) {
@@ -78,7 +96,10 @@ experts_up_bulk(float* h, float* beside, const unsigned char* gate, const unsign
     in.template take<true>(warp, x, norm, squares);
     pdl_wait();
     pdl_launch();  // not earlier: see Assumes
-    const int e = ids[slot] - first;
+    const Choice how = {n_used, n_groups, n_groups_used, sigmoid, renormalise, 1.f};
+    if (warp == 0) chosen.make(token, scores, bias, pos, imposed, how);
+    __syncthreads();
+    const int e = chosen.ids[slot] - first;
     if (e < 0 || e >= held) return;  // the whole CTA
     if (threadIdx.x == 0) {
         Streams w;
@@ -121,19 +142,24 @@ constexpr int N_WARPS = N_USED * N_PARTS;
 
 extern "C" __global__ void __launch_bounds__(32 * N_WARPS)
 experts_down_bulk(float* y, const unsigned char* down, const float* beside, const float* h,
-                  const int* ids, const float* weights, int d, int f, int first, int held,
-                  long long ldh, long long ldy) {
+                  const float* scores, const float* bias, const int* pos, const int* imposed,
+                  int n_groups, int n_groups_used, int sigmoid, int renormalise, int d, int f, int first,
+                  int held, long long ldh, long long ldy, float scale) {
     using Streams = RowStreams<N_COL_TILES, WTYPE0>;
     __shared__ float parts[N_WARPS][16];
     __shared__ RowBarrier bars[N_USED];
+    __shared__ Chosen chosen;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, token = blockIdx.y;
     const int slot = warp / N_PARTS, part = warp % N_PARTS, row_tiles = (d + 15) / 16;
     unsigned char* stage = ring + slot * Streams::nbytes;
-    if (part == 0 && lane == 0) row_init(bars + slot);
-    const int e = ids[token * N_USED + slot] - first;
-    const bool there = e >= 0 && e < held;
-    const float weight = weights[token * N_USED + slot];
+    if (part == 0 && lane == 0) row_init(bars + slot, 1);
     pdl_launch();
+    const Choice how = {N_USED, n_groups, n_groups_used, sigmoid, renormalise, scale};
+    if (warp == 0) chosen.make(token, scores, bias, pos, imposed, how);
+    __syncthreads();
+    const int e = chosen.ids[slot] - first;
+    const bool there = e >= 0 && e < held;
+    const float weight = chosen.weights[slot];
     if (part == 0 && lane == 0) {
         row_expect(bars + slot, there ? Streams::nbytes : 0);
         if (there) {
@@ -146,7 +172,6 @@ experts_down_bulk(float* y, const unsigned char* down, const float* beside, cons
     const int o = 16 * blockIdx.x + threadIdx.x;
     float old = 0.f;  // nobody writes y while up runs
     if (WITH_ADD && threadIdx.x < 16 && o < d) old = y[token * ldy + o];
-    __syncthreads();
     pdl_wait();
     RowX<N_COL_TILES, N_PARTS> in;
     float acc[1][2] = {}, squares = 0.f;

@@ -1,16 +1,15 @@
-// Op        route_gated: what experts_up_bulk needs and what doesn't need the choice, in one launch: the
-//           gate's choice (as route_few of route.cu) beside the shared expert's
+// Op        scores_gated: what experts_up_bulk needs and what doesn't need the choice, in one launch: the
+//           gate's scores (as in route.cu) beside the shared expert's
 //           h[t] = silu(gate . x[t]) * (up . x[t]) (as gated_few of matvec.cu), of one normed x
-// Shapes    ids, weights [n, K], scores [n, E], h [n, fs] rows ldh apart, route_gate [E, d], x [n, d],
-//           norm [d], bias [E] or null, pos [n] or null, imposed [n, K] or null; gate, up [fs, d] in tiles. n <= 8
-// Dtypes    route_gate, x, norm, bias, weights, scores, h float32; ids, pos, imposed int32; counter one unsigned, 0
-//           before the first launch and after each; gate WTYPE0, up WTYPE1
-// Grid      (E + ctas, n), 256 threads: one CTA per expert's score, of which the last to finish chooses; then
-//           the shared expert's, one token each
-// Assumes   E = N_EXPERTS <= 1024, d = 64 N_COL_TILES, K <= 32, groups <= 64
+// Shapes    scores [n, E], h [n, fs] rows ldh apart, route_gate [E, d], x [n, d], norm [d]; gate, up [fs, d] in
+//           tiles. n <= 8
+// Dtypes    route_gate, x, norm, scores, h float32; gate WTYPE0, up WTYPE1
+// Grid      (E + ctas, n), 256 threads: one CTA per expert's score of all tokens, then the shared expert's, one token
+//           each
+// Assumes   d = 64 N_COL_TILES
 // Numerics  as in route.cu and matvec.cu
-// Bound by  latency of the choice, bytes of the shared expert
-// Variants  N_EXPERTS=64 N_STAGES=2 N_ROWS=2 N_CTAS=1 N_AHEAD=4 N_COL_TILES=32 WTYPE0=12 WTYPE1=8
+// Bound by  bytes of the shared expert
+// Variants  N_STAGES=2 N_ROWS=2 N_CTAS=1 N_AHEAD=4 N_COL_TILES=32 WTYPE0=12 WTYPE1=8
 // Sources   own
 // Tested by tests/kernels/test_matvec.py, tests/gpu/test_cuda_matvec.py
 #include "matvec_rows.cuh"
@@ -23,32 +22,26 @@ using Streams = typename OnePick<(N_STAGES > 0 && OneStaged<N_COL_TILES>::fits),
 
 // ---------------------------------------------------------------- kernels -------------------
 extern "C" __global__ void __launch_bounds__(256, N_CTAS)
-route_gated(int* ids, float* weights, float* scores, int* counter, float* h, const float* route_gate,
-            const unsigned char* gate, const unsigned char* up, const float* x, const float* norm,
-            const float* bias, const int* pos, const int* imposed, int n, int fs, int ctas, int n_used,
-            int n_groups, int n_groups_used, int sigmoid, int renormalise, long long ldx,
-            long long ldh, float scale, float eps) {
+scores_gated(float* scores, float* h, const float* route_gate, const unsigned char* gate,
+             const unsigned char* up, const float* x, const float* norm, int n_experts, int n, int fs,
+             int ctas, long long ldx, long long ldh, float eps) {
     __shared__ union {
         struct {
             OneStaged<N_COL_TILES> staged;
             OneSums<N_WARPS, N_ROWS, 2> sums;
         } gated;
-        RouteShared route;
+        ScoreSums route;
     } memory;
     const int token = blockIdx.y;
-    if (blockIdx.x < N_EXPERTS) {
-        if (token > 0) {  // the first token's do it for all
-            pdl_wait();
-            pdl_launch();
-            return;
-        }
-        const Choice how = {n_used, n_groups, n_groups_used, sigmoid, renormalise, scale};
-        route_cta(memory.route, ids, weights, scores, counter, route_gate, x, norm, bias, pos, imposed,
-                  n, D, N_EXPERTS, how, ldx, eps);
+    if (blockIdx.x < n_experts) {
+        if (token == 0)  // for all
+            score_cta(memory.route, scores, blockIdx.x, n_experts, route_gate, x, norm, n, D, ldx, eps);
+        else
+            pdl_wait(), pdl_launch();
         return;
     }
     x += token * ldx;
-    const int cta = blockIdx.x - N_EXPERTS, row_tiles = (fs + 15) / 16, row = threadIdx.x & 15;
+    const int cta = blockIdx.x - n_experts, row_tiles = (fs + 15) / 16, row = threadIdx.x & 15;
     const auto of_gate = tile_view<WTYPE0>(gate, row_tiles, N_COL_TILES);
     const auto of_up = tile_view<WTYPE1>(up, row_tiles, N_COL_TILES);
     using Pair = Streams<WTYPE0, WTYPE1>;

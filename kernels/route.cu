@@ -14,6 +14,7 @@
 // Variants  N_EXPERTS=64; N_EXPERTS=1024
 // Sources   own
 // Tested by tests/kernels/test_matvec.py, tests/gpu/test_cuda_matvec.py
+#include "route.cuh"
 #include "route_scores.cuh"
 
 constexpr int WARPS = ROUTE_WARPS;
@@ -24,10 +25,22 @@ route_few(int* ids, float* weights, float* scores, int* counter, const float* ga
           const float* norm, const float* bias, const int* pos, const int* imposed, int n, int d,
           int n_used, int n_groups, int n_groups_used, int sigmoid, int renormalise, long long ldx,
           float scale, float eps) {
-    __shared__ RouteShared shared;
+    __shared__ float score[WARPS][N_EXPERTS], group[WARPS][64];
+    __shared__ ScoreSums sums;
+    __shared__ int last;
+    const int warp = threadIdx.x >> 5;
+    score_cta(sums, scores, blockIdx.x, N_EXPERTS, gate, x, norm, n, d, ldx, eps);
+    if (threadIdx.x == 0) {
+        __threadfence();
+        last = atomicInc((unsigned*)counter, gridDim.x - 1) == gridDim.x - 1;
+        __threadfence();
+    }
+    __syncthreads();
+    if (!last || warp >= n) return;
     const Choice how = {n_used, n_groups, n_groups_used, sigmoid, renormalise, scale};
-    route_cta(shared, ids, weights, scores, counter, gate, x, norm, bias, pos, imposed, n, d, gridDim.x,
-              how, ldx, eps);
+    choose(ids + warp * n_used, weights + warp * n_used, scores + warp * N_EXPERTS, bias,
+           imposed ? imposed + warp * n_used : nullptr, pos && pos[warp] < 0, how, score[warp],
+           group[warp]);
 }
 
 extern "C" __global__ void __launch_bounds__(256)

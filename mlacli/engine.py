@@ -197,6 +197,11 @@ class Engine(Generation):
         """The forms that attention really took so far, by phase; "" before its first run."""
         return {phase: " + ".join(sorted(map(str, used))) for phase, used in self.forms.items()}
 
+    @property
+    def n_captured(self) -> int:
+        """Graphs that the ranks captured so far: the first step of its kind takes longer."""
+        return sum(ops.n_captured for ops in self._ranks.ops)
+
     @staticmethod
     def peak_memory() -> int:
         """Largest resident size of this process so far, in bytes."""

@@ -90,6 +90,11 @@ class Ops(Protocol):
         """The logits of one forward as a host array; a backend may capture and replay it."""
         ...
 
+    @property
+    def n_captured(self) -> int:
+        """Steps of new kinds that execute() and execute_ahead() captured so far."""
+        return 0
+
     def compile(
         self, frequencies: Sequence[float], forward: Callable[[Step], Act | None],
         report: Callable[[int, int], None] | None = None,

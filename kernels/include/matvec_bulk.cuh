@@ -7,24 +7,37 @@
 
 // ---------------------------------------------------------------- instructions --------------
 using RowBarrier = unsigned long long;
-#ifdef SIMT  // copies are over at once; every thread waits as often
-__device__ __forceinline__ void row_init(RowBarrier*) {}
-__device__ __forceinline__ void row_expect(RowBarrier*, int) {}
-__device__ __forceinline__ void row_wait(RowBarrier*) { __syncthreads(); }
+#ifdef SIMT  // copies are over at once. A barrier: phase, arrivals of a phase and those missing, 16 bits each
+__device__ __forceinline__ void row_init(RowBarrier* bar, int arrivals) {
+    *bar = (RowBarrier)arrivals << 32 | (RowBarrier)arrivals << 16;
+}
+__device__ __forceinline__ void row_arrive(RowBarrier* bar) {
+    *bar -= 1ull << 32;
+    if (*bar >> 32 == 0) *bar = (*bar & 0xFFFF0000) << 16 | (*bar & 0xFFFF0000) | (*bar + 1 & 0xFFFF);
+}
+__device__ __forceinline__ void row_expect(RowBarrier* bar, int) { row_arrive(bar); }
+__device__ __forceinline__ void row_wait(RowBarrier* bar, int parity = 0) {
+    while ((*(volatile RowBarrier*)bar & 1) == parity) simt::yield();
+}
 __device__ __forceinline__ void row_copy(void* to, const void* from, int nbytes, RowBarrier*) {
     memcpy(to, from, nbytes);
 }
 #else
 #include "bulk_copy.cuh"
-// One arrival, by row_expect(); a __syncthreads() makes it known.
-__device__ __forceinline__ void row_init(RowBarrier* bar) {
-    barrier_init(shared_address(bar), 1);
+// A __syncthreads() makes it known.
+__device__ __forceinline__ void row_init(RowBarrier* bar, int arrivals) {
+    barrier_init(shared_address(bar), arrivals);
     barriers_ready();
 }
+__device__ __forceinline__ void row_arrive(RowBarrier* bar) { barrier_arrive(shared_address(bar)); }
+// An arrival; nbytes of copies belong to the phase.
 __device__ __forceinline__ void row_expect(RowBarrier* bar, int nbytes) {
     barrier_expect(shared_address(bar), nbytes);
 }
-__device__ __forceinline__ void row_wait(RowBarrier* bar) { barrier_wait(shared_address(bar), 0); }
+// Until the phase of this parity is over; the first is 0.
+__device__ __forceinline__ void row_wait(RowBarrier* bar, int parity = 0) {
+    barrier_wait(shared_address(bar), parity);
+}
 __device__ __forceinline__ void row_copy(void* to, const void* from, int nbytes, RowBarrier* bar) {
     bulk_load(shared_address(to), from, nbytes, shared_address(bar));
 }

@@ -1,26 +1,23 @@
-// Gate scores of few tokens by a CTA per expert; the last CTA to finish chooses.
+// Gate scores of few tokens, a CTA per expert.
 //
 // Sources: own. Tested by tests/kernels/test_matvec.py, tests/gpu/test_cuda_matvec.py
 #pragma once
 #include "matvec.cuh"
-#include "route.cuh"
 
 constexpr int ROUTE_WARPS = 8;
 
-struct RouteShared {
-    float score[ROUTE_WARPS][N_EXPERTS], group[ROUTE_WARPS][64], part[ROUTE_WARPS], squares[ROUTE_WARPS];
-    int last;
+struct ScoreSums {
+    float part[ROUTE_WARPS], squares[ROUTE_WARPS];
 };
 
-// scores[t][blockIdx.x], and by the last of `ctas` CTAs ids and weights of all n tokens. 256 threads. The next
-// launch may start when all CTAs have waited.
-__device__ __forceinline__ void route_cta(
-        RouteShared& shared, int* ids, float* weights, float* scores, int* counter, const float* gate,
-        const float* x, const float* norm, const float* bias, const int* pos, const int* imposed, int n,
-        int d, int ctas, const Choice& how, long long ldx, float eps) {
+// scores[t][e] = s_t gate[e] . (x[t] norm) of all n tokens, s_t = 1 / sqrt(mean of x[t]^2 + eps); norm null: neither
+// norm nor s. 256 threads. The next launch may start when all CTAs have waited.
+__device__ __forceinline__ void score_cta(
+        ScoreSums& sums, float* scores, int e, int n_experts, const float* gate, const float* x,
+        const float* norm, int n, int d, long long ldx, float eps) {
     constexpr int AHEAD = 2;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const float4* row = (const float4*)(gate + (long long)blockIdx.x * d);
+    const float4* row = (const float4*)(gate + (long long)e * d);
     const float4* norms = (const float4*)norm;
     const auto at = [&](const float4* p, int i) {
         unsigned v[4];
@@ -55,23 +52,13 @@ __device__ __forceinline__ void route_cta(
             add(i, {a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w});
         }
         sum = warp_sum(sum), square = warp_sum(square);
-        if (lane == 0) shared.part[warp] = sum, shared.squares[warp] = square;
+        if (lane == 0) sums.part[warp] = sum, sums.squares[warp] = square;
         __syncthreads();
         if (threadIdx.x == 0) {
             sum = square = 0.f;
-            for (int k = 0; k < ROUTE_WARPS; k++) sum += shared.part[k], square += shared.squares[k];
-            scores[token * N_EXPERTS + blockIdx.x] = norm ? sum * rsqrtf(square / d + eps) : sum;
+            for (int k = 0; k < ROUTE_WARPS; k++) sum += sums.part[k], square += sums.squares[k];
+            scores[token * n_experts + e] = norm ? sum * rsqrtf(square / d + eps) : sum;
         }
         __syncthreads();
     }
-    if (threadIdx.x == 0) {
-        __threadfence();
-        shared.last = atomicInc((unsigned*)counter, ctas - 1) == ctas - 1;
-        __threadfence();
-    }
-    __syncthreads();
-    if (!shared.last || warp >= n) return;
-    choose(ids + warp * how.n_used, weights + warp * how.n_used, scores + warp * N_EXPERTS, bias,
-           imposed ? imposed + warp * how.n_used : nullptr, pos && pos[warp] < 0, how, shared.score[warp],
-           shared.group[warp]);
 }

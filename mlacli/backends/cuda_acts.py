@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_weights import CudaWeight
+
+if TYPE_CHECKING:
+    from mlacli.models.parts import Routing
 
 
 @dataclass(slots=True, eq=False)
@@ -27,20 +31,23 @@ class Act:
         return self.shape[0]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """What a choice of experts is made of, beside the activation."""
+
+    gate: CudaWeight
+    bias: CudaWeight | None
+    routing: Routing
+    imposed: Array | None  # ids to take instead
+
+
 @dataclass(slots=True, eq=False)
 class Chosen:
     """Expert ids (int32, -1 in padded tokens) and weights [n, n_used] on the device.
 
-    A choice that nobody has made yet (`run`) can be made beside the shared expert.
+    `choice`: nobody has made it yet.
     """
 
     ids: Array
     weights: Array
-    run: Callable[[tuple[CudaWeight, CudaWeight] | None, Array | None], None] | None = None
-
-    def made(self) -> Chosen:
-        """Makes the choice now if nobody did before."""
-        if self.run is not None:
-            self.run(None, None)
-            self.run = None
-        return self
+    choice: Choice | None = None

@@ -59,6 +59,19 @@ class BulkGeometry:
     parts: int
 
 
+@dataclass(frozen=True, slots=True)
+class StreamGeometry:
+    """Warps of a CTA that multiply, CTAs an SM holds, row tiles under way to each."""
+
+    warps: int
+    ctas: int
+    stages: int
+
+
+STREAM = StreamGeometry(8, 2, 3)
+STREAM_MOST = 190 << 10  # bytes of shared memory for all stages of an SM
+
+
 def col_tiles(w: Weight) -> int:
     return packed_columns(w.shape[-1], w.qtype, w.skip) // COLS
 

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 from mlacli.backends.cuda_geometry import (
     BULK_MOST,
     STAGED,
+    STREAM,
+    STREAM_MOST,
     BulkGeometry,
     DownGeometry,
     Geometry,
+    StreamGeometry,
     ahead_of,
     bulk_geometry,
     col_tiles,
@@ -60,6 +63,9 @@ def products(
 
     With `add` there is one segment; its out is the residual stream, for example.
     """
+    if geometry is None and not add and len(segments) == 1 and streams(ops, segments[0][0], len(x)):
+        product_stream(ops, *segments[0], x, norm)
+        return
     n, blocks = len(x), _blocks(len(x))
     assert 1 <= len(segments) <= 3 and not (add and len(segments) > 1)
     ws = [w for w, _ in segments]
@@ -76,6 +82,33 @@ def products(
         *ctas, *zeros, _read(x), *map(_stride, outs), *zeros, _eps(norm), shared=shared,
         N_ROWS=most_rows(rows, ctas), N_STAGES=stages, N_BLOCKS=blocks, WITH_ADD=int(add),
         WITH_NORM=int(norm is not None), **_columns(ws), **how.defines(), **_types(ws, 3),
+    )  # fmt: skip
+
+
+def streams(ops: Any, w: Weight, n: int) -> bool:
+    """Whether product_stream takes a product of n tokens and gains by it."""
+    whole = not w.skip and w.shape[-1] == COLS * col_tiles(w)
+    stages = STREAM.stages * STREAM.ctas * row_bytes(w)
+    return (
+        n == 1 and ops.capability >= 90 and whole and row_tiles(w.shape[0]) >= 12 * ops.n_sm
+        and stages <= STREAM_MOST and col_tiles(w) >= 2 * STREAM.warps
+    )  # fmt: skip
+
+
+def product_stream(
+    ops: Any, w: Weight, y: Array, x: Array, norm: Norm | None = None,
+    geometry: StreamGeometry | None = None,
+) -> None:  # fmt: skip
+    """y [1, rows] = (normed x) w^T of a large weight: see matvec_stream.cu."""
+    (rows, n_in), how = w.shape, geometry or STREAM
+    tiles = row_tiles(rows)
+    ctas = min(tiles, how.ctas * ops.n_sm)
+    _read(x)
+    ops.run(
+        "products_stream", (ctas,), 32 * (how.warps + 1), y, w.tiles, x, _raw(norm), rows, n_in,
+        _eps(norm), shared=dynamic_shared(how.stages * row_bytes(w)), N_STAGES=how.stages,
+        N_ROWS=-(-tiles // ctas), N_WARPS=how.warps, N_CTAS=how.ctas, N_COL_TILES=col_tiles(w),
+        WITH_NORM=int(norm is not None), **_types((w,), 1),
     )  # fmt: skip
 
 
@@ -131,14 +164,13 @@ def route(
     )  # fmt: skip
 
 
-def route_gated(
-    ops: Any, ids: Array, weights: Array, scores: Array, counter: Array, h: Array,
-    shared: tuple[Weight, Weight], gate: Weight, x: Array, routing: Routing, norm: Norm,
-    bias: Weight | None = None, pos: Array | None = None, imposed: Array | None = None,
+def scores_gated(
+    ops: Any, scores: Array, h: Array, gate: Weight, shared: tuple[Weight, Weight], x: Array,
+    norm: Norm,
 ) -> None:  # fmt: skip
-    """`route`, and h [n, fs] = the shared expert's part of experts_up, in one launch.
+    """The gate's scores [n, E], and h [n, fs] = the shared expert's part of experts_up.
 
-    Only where `can_route_gated`. h is the end of experts_bulk's.
+    One launch, only where `can_bulk`. h is the end of experts_bulk's.
     """
     n, n_experts, fs = len(x), gate.shape[0], shared[0].shape[0]
     how = Geometry(8, ahead_of(shared, 8, 4), 2, 2)
@@ -146,24 +178,11 @@ def route_gated(
     ctas = ctas_of(ops, tiles, how, col_tiles(shared[0]), 2)
     stages, ring = ring_of(ops, how, shared)
     ops.run(
-        "route_gated", (n_experts + ctas[0], n), 256, ids, weights, scores, counter, h, gate.raw,
-        shared[0].tiles, shared[1].tiles, x, _raw(norm), None if bias is None else bias.raw, pos,
-        imposed, n, fs, ctas[0], routing.n_used, routing.n_groups, routing.n_groups_used,
-        int(routing.sigmoid), int(routing.renormalise), _read(x), _stride(h), routing.scale,
-        _eps(norm), N_EXPERTS=n_experts, N_ROWS=most_rows(tiles, ctas), N_CTAS=how.ctas,
-        N_AHEAD=how.ahead, N_STAGES=stages, shared=ring, N_COL_TILES=col_tiles(shared[0]),
-        **_types(shared, 2),
+        "scores_gated", (n_experts + ctas[0], n), 256, scores, h, gate.raw, shared[0].tiles,
+        shared[1].tiles, x, _raw(norm), n_experts, n, fs, ctas[0], _read(x), _stride(h), _eps(norm),
+        N_ROWS=most_rows(tiles, ctas), N_CTAS=how.ctas, N_AHEAD=how.ahead, N_STAGES=stages,
+        shared=ring, N_COL_TILES=col_tiles(shared[0]), **_types(shared, 2),
     )  # fmt: skip
-
-
-def can_route_gated(ops: Any, gate: Weight, shared: tuple[Weight, Weight] | None, x: Array) -> bool:
-    """Whether the shared expert can be computed beside the choice."""
-    if ops.capability < 80 or shared is None or not takes(*shared) or gate.tiles is not None:
-        return False
-    n_experts, d = gate.shape
-    tiles = col_tiles(shared[0])
-    fits = d == tiles * COLS and tiles <= STAGED and shared[0].skip == 0
-    return routes(gate) and fits and n_experts <= 256
 
 
 def experts_up(
@@ -224,52 +243,59 @@ def experts_down(
 
 
 def experts_bulk(
-    ops: Any, y: Array, h: Array, ids: Array, weights: Array, x: Array, gate: Weight,
-    up: Weight | None, down: Weight, shared_down: Weight, norm: Norm, add: bool = False,
+    ops: Any, y: Array, h: Array, scores: Array, routing: Routing, x: Array, gate: Weight,
+    up: Weight | None, down: Weight, shared_down: Weight, norm: Norm, bias: Weight | None = None,
+    pos: Array | None = None, imposed: Array | None = None, add: bool = False,
     geometry: BulkGeometry | None = None,
 ) -> None:  # fmt: skip
-    """As experts_up and experts_down behind route_gated, whose part of h [n, K f + fs] is there.
+    """route, experts_up and experts_down behind scores_gated; h [n, K f + fs] has its part.
 
-    Only where `can_bulk`, and directly behind that launch.
+    Two launches, only where `can_bulk`, and directly behind that one.
     """
-    (n, n_used), (held, f, d), fs = ids.shape, gate.shape, shared_down.shape[1]
+    n, n_used, (held, f, d) = len(x), routing.n_used, gate.shape
     up_row, up_w = 0, up
     if up_w is None:
         f, up_w = f // 2, gate
         up_row = f
     how = geometry or bulk_geometry(gate, up_w, down, shared_down, n_used)
-    beside, k = ops.new((n, d)), col_tiles(gate)
+    beside, biases = ops.new((n, d)), None if bias is None else bias.raw
+    groups = (routing.n_groups, routing.n_groups_used, int(routing.sigmoid),
+              int(routing.renormalise))  # fmt: skip
     up_bytes = max(row_bytes(gate, up_w), row_bytes(shared_down))
     ops.run(
         "experts_up_bulk", (row_tiles(d) + n_used * row_tiles(f), n), 32 * how.warps, h, beside,
-        gate.tiles, up_w.tiles, shared_down.tiles, x, _raw(norm), ids, n_used, d, f,
-        row_tiles(gate.shape[1]), row_tiles(up_w.shape[1]), up_row, gate.first, held, _read(x),
-        _stride(h), _eps(norm), shared=dynamic_shared(up_bytes), EXPERTS_UP=1, N_WARPS=how.warps,
-        N_CTAS=how.ctas, N_COL_TILES=k, N_COL_TILES_SHARED=col_tiles(shared_down),
+        gate.tiles, up_w.tiles, shared_down.tiles, x, _raw(norm), scores, biases, pos,
+        imposed, n_used, *groups, d, f, row_tiles(gate.shape[1]), row_tiles(up_w.shape[1]), up_row,
+        gate.first, held, _read(x), _stride(h), _eps(norm), shared=dynamic_shared(up_bytes),
+        EXPERTS_UP=1, N_EXPERTS=scores.shape[1], N_WARPS=how.warps, N_CTAS=how.ctas,
+        N_COL_TILES=col_tiles(gate), N_COL_TILES_SHARED=col_tiles(shared_down),
         **_types((gate, up_w, shared_down), 3),
     )  # fmt: skip
-    assert fs == COLS * col_tiles(shared_down), "the caller asks can_bulk()"
     ops.run(
         "experts_down_bulk", (row_tiles(d), n), 32 * n_used * how.parts, y, down.tiles, beside, h,
-        ids, weights, d, f, down.first, held, _read(h), _stride(y),
-        shared=dynamic_shared(n_used * row_bytes(down)), EXPERTS_DOWN=1, WITH_ADD=int(add),
-        N_USED=n_used, N_PARTS=how.parts, N_COL_TILES=col_tiles(down), **_types((down,), 1),
+        scores, biases, pos, imposed, *groups, d, f, down.first, held, _read(h), _stride(y),
+        routing.scale, shared=dynamic_shared(n_used * row_bytes(down)), EXPERTS_DOWN=1,
+        N_EXPERTS=scores.shape[1], WITH_ADD=int(add), N_USED=n_used, N_PARTS=how.parts,
+        N_COL_TILES=col_tiles(down), **_types((down,), 1),
     )  # fmt: skip
 
 
 def can_bulk(
-    ops: Any, gate: Weight, up: Weight | None, down: Weight, shared_down: Weight, n_used: int
-) -> bool:
-    """Whether whole row tiles fit shared memory, and x whole column tiles."""
+    ops: Any, router: Weight, shared: tuple[Weight, Weight], gate: Weight, up: Weight | None,
+    down: Weight, shared_down: Weight, n_used: int,
+) -> bool:  # fmt: skip
+    """Whether scores_gated and experts_bulk take these weights: whole column tiles that fit."""
     up_w = gate if up is None else up
-    ws = (gate, up_w, down, shared_down)
+    ws = (*shared, gate, up_w, down, shared_down)
     if not takes(*ws) or any(w.skip or w.shape[-1] != COLS * col_tiles(w) for w in ws):
         return False
     if up is None and gate.shape[1] // 2 % ROWS:
         return False
     up_bytes = max(row_bytes(gate, up_w), row_bytes(shared_down))
-    most = max(up_bytes, n_used * row_bytes(down))
-    return ops.capability >= 90 and most <= BULK_MOST and n_used <= 16
+    fits = max(up_bytes, n_used * row_bytes(down)) <= BULK_MOST and n_used <= 16
+    n_experts = router.shape[0]
+    scored = router.tiles is None and routes(router) and n_experts <= 256
+    return ops.capability >= 90 and fits and scored and col_tiles(gate) <= STAGED
 
 
 # ---- plumbing -------------------------------------------------------------------------------

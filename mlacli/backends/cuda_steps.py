@@ -48,6 +48,10 @@ class Steps:
         self._base = device.mark()  # where scratch begins
         self._graphs: dict[tuple[Any, ...], _Graph] = {}
 
+    @property
+    def n_captured(self) -> int:
+        return len(self._graphs)
+
     def run(
         self, tokens: Sequence[int], n_past: int, out_rows: Sequence[int], forward: Forward,
         capture: bool,

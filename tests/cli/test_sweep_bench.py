@@ -87,6 +87,20 @@ def test_decode_comes_before_prefill_and_is_rewound(mlacli, fake_model):
     ]
 
 
+def test_what_captured_a_graph_is_timed_again(mlacli, fake_model, monkeypatch):
+    plain = fake_model.engine_class.prefill
+
+    def capturing(self, ids):
+        if self.n_kv == 64 and not self.n_captured:
+            self.n_captured = 1
+        return plain(self, ids)
+
+    monkeypatch.setattr(fake_model.engine_class, "prefill", capturing)
+    assert len(mlacli(*FLAGS, "-n", "2").out.splitlines()) == 2 + 4
+    counts = [len([c for c in fake_model.calls if c == ("prefill", n, 64)]) for n in (64, 128)]
+    assert counts == [2, 1]
+
+
 def test_repetitions_average_the_first_row_only(mlacli, fake_model):
     done = mlacli(*FLAGS, "-n", "2", "-nrep", "3", "-wb")
     assert len(done.out.splitlines()) == 2 + 4

@@ -5,7 +5,7 @@ import pytest
 from kit import few_tokens as few
 from kit.tiled import qtype_of
 
-from mlacli.backends.cuda_matvec import Geometry
+from mlacli.backends.cuda_geometry import STREAM, Geometry, StreamGeometry
 from mlacli.models.parts import Routing
 
 BAR = 1e-9  # x keeps 16 bits of its mantissa, everything else 24
@@ -54,6 +54,15 @@ def test_several_weights_of_one_x(ops, rng, n) -> None:
 def test_shapes_of_models(ops, rng, case) -> None:
     n, n_in, segment, how = case
     assert few.products(ops, rng, n, n_in, [segment], normed=n == 1, geometry=how) < BAR
+
+
+@pytest.mark.parametrize("case", [("Q6_K", 2048, 102400), ("Q5_1", 1024, 30005)], ids=str)
+def test_a_large_weight(ops, rng, case) -> None:
+    name, n_in, rows = case
+    if ops.capability < 90:
+        pytest.skip("needs bulk copies")
+    for how in (STREAM, StreamGeometry(4, 3, 2)):
+        assert few.product_stream(ops, rng, n_in, name, rows, True, how) < BAR
 
 
 def test_another_ranks_columns(ops, rng) -> None:
@@ -122,15 +131,6 @@ def test_route(ops, rng, n, size, routing, bias, imposed) -> None:
     n_experts, d = size
     error = few.route(ops, rng, n, d, n_experts, routing, bias=bias, padded=n > 1, imposed=imposed)
     assert error < BAR
-
-
-@pytest.mark.parametrize("n", [1, 5])
-def test_route_beside_the_shared_expert(ops, rng, n) -> None:
-    if ops.capability < 90:
-        pytest.skip("needs clusters")
-    assert few.route(ops, rng, n, 2048, 64, V2L, shared="Q4_K") < BAR
-    routing = Routing(4, True, 1, 1, True, 1.8)
-    assert few.route(ops, rng, n, 1024, 40, routing, bias=True, padded=n > 1, shared="Q8_0") < BAR
 
 
 def test_twice_the_same_bits(ops) -> None:

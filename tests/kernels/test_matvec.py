@@ -11,7 +11,7 @@ from kit.launcher import Launcher
 from kit.simt import why_not
 from kit.simt_device import SimtDevice
 
-from mlacli.backends.cuda_matvec import BulkGeometry, DownGeometry, Geometry
+from mlacli.backends.cuda_matvec import BulkGeometry, DownGeometry, Geometry, StreamGeometry
 from mlacli.models.parts import Routing
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
@@ -46,6 +46,11 @@ def test_weights_through_the_ring(ops, rng, name, n_in, skip) -> None:
     how = Geometry(4 if n_in == 2048 else 2, 4 if n_in == 2048 else 2, 1, 1, 2)
     segments, normed = [(name, 50)], skip == 0
     assert few.products(ops, rng, 1, n_in, segments, normed, skip=skip, geometry=how) < BAR
+
+
+@pytest.mark.parametrize("name, n_in, normed", [("Q6_K", 512, True), ("Q5_1", 320, False)])
+def test_a_large_weight_row_tile_by_row_tile(ops, rng, name, n_in, normed) -> None:
+    assert few.product_stream(ops, rng, n_in, name, 150, normed, StreamGeometry(2, 1, 2)) < BAR
 
 
 def test_experts_through_the_ring(ops, rng) -> None:
@@ -96,12 +101,6 @@ def test_merged_experts_of_a_part_of_the_ranks(ops, rng) -> None:
 def test_route(ops, rng, routing) -> None:
     padded = routing.sigmoid
     assert few.route(ops, rng, 1 + padded, 64, 32, routing, bias=padded, padded=padded) < BAR
-
-
-@pytest.mark.parametrize("n", [1, 3])
-def test_route_beside_the_shared_expert(ops, rng, n) -> None:
-    routing = Routing(3, True, 4, 2, True, 2.5)
-    assert few.route(ops, rng, n, 64, 32, routing, bias=True, padded=n > 1, shared="Q8_0") < BAR
 
 
 def test_an_error_in_a_weight_is_seen(ops, rng, monkeypatch) -> None:

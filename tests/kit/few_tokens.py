@@ -16,6 +16,7 @@ from kit.toy_gguf import random_weight
 
 from mlacli.backends import cuda_matvec as few
 from mlacli.loading.quant_types import QType
+from mlacli.models.parts import Routing
 
 EPS = 1e-6
 
@@ -106,6 +107,16 @@ def products(
     return worst
 
 
+def product_stream(
+    ops: Any, rng: np.random.Generator, n_in: int, name: str, rows: int, normed: bool, how: Any
+) -> float:
+    w = weight(ops, rng, name, (rows, n_in))
+    x, values, norm = inputs(ops, rng, 1, n_in, normed)
+    y = ops.new((1, rows))
+    few.product_stream(ops, w, y, x, norm, how)
+    return nmse(ops.get(y), values @ w.values.T)
+
+
 def gated(
     ops: Any, rng: np.random.Generator, n: int, n_in: int, rows: int, gate: str, up: str,
     normed: bool = True, geometry: Any = None,
@@ -141,7 +152,7 @@ def experts(
     ops: Any, rng: np.random.Generator, case: Experts, up_how: Any = None, down_how: Any = None,
     bulk: Any = None,
 ) -> tuple[float, float]:  # fmt: skip
-    """NMSE of h and y. `bulk`, True or a geometry: by experts_bulk(), h given its shared part."""
+    """NMSE of h and y. `bulk`, True or a geometry: by scores_gated() and experts_bulk()."""
     c = case
     n, K, d, f = c.n, c.n_used, c.d, c.f
     merged = c.types[1] == ""
@@ -164,12 +175,19 @@ def experts(
         y = ops.put(before)
     device_ids, device_weights = ops.put(ids), ops.put(weights)
     if bulk:
-        given = np.full((n, K * f + fs), np.nan, np.float32)
-        given[:, K * f :] = swiglu(values @ shared[0].values.T, values @ shared[1].values.T)
-        h = ops.put(given)
-        assert few.can_bulk(ops, gate, up, down, shared[2], K)
+        router = weight(ops, rng, "F32", (c.n_experts, d))
+        routing, pos = Routing(K, c.padded, 1, 1, c.padded, 2.0), np.arange(n, dtype=np.int32)
+        bias = rng.standard_normal(c.n_experts).astype(np.float32) * 0.1 if c.padded else None
+        ids, weights = choose(values @ router.values.T, bias, routing)
+        if c.padded:
+            ids[-1], pos[-1] = -1, -1
+        scores = ops.new((n, c.n_experts))
+        h = ops.new((n, K * f + fs))
+        assert few.can_bulk(ops, router, shared[:2], gate, up, down, shared[2], K)
+        few.scores_gated(ops, scores, h[:, K * f :], router, shared[:2], x, norm)
         few.experts_bulk(
-            ops, y, h, device_ids, device_weights, x, gate, up, down, shared[2], norm, c.add,
+            ops, y, h, scores, routing, x, gate, up, down, shared[2], norm,
+            None if bias is None else vector(ops, bias), ops.put(pos), None, c.add,
             None if bulk is True else bulk,
         )  # fmt: skip
     else:
@@ -203,12 +221,9 @@ def experts(
 def route(
     ops: Any, rng: np.random.Generator, n: int, d: int, n_experts: int, routing: Any,
     gate_type: str = "F32", bias: bool = False, padded: bool = False, imposed: bool = False,
-    times: int = 2, shared: str = "",
+    times: int = 2,
 ) -> float:  # fmt: skip
-    """NMSE of the weights; the ids must be those of NumPy in float64 (ties apart, there are none).
-
-    `shared`: the shared expert's type, computed beside; the worse of both NMSE then.
-    """
+    """NMSE of the weights; the ids must be those of NumPy in float64 (there are no ties)."""
     gate = weight(ops, rng, gate_type, (n_experts, d))
     x, values, norm = inputs(ops, rng, n, d, True)
     b = rng.standard_normal(n_experts).astype(np.float32) * 0.1 if bias else None
@@ -221,17 +236,6 @@ def route(
     counter = ops.put(np.zeros(1, np.int32))
     biases = None if b is None else vector(ops, b)
     where, given = ops.put(pos), ops.put(fixed) if imposed else None
-    worst = 0.0
-    if shared:
-        times, fs = 0, 352
-        both = weight(ops, rng, shared, (fs, d)), weight(ops, rng, shared, (fs, d))
-        h = ops.new((n, fs + 8))
-        assert few.can_route_gated(ops, gate, both, x)
-        few.route_gated(
-            ops, ids, weights, ops.new((n, n_experts)), counter, h[:, 8:], both, gate, x, routing,
-            norm, biases, where, given,
-        )  # fmt: skip
-        worst = nmse(ops.get(h)[:, 8:], swiglu(*(values @ w.values.T for w in both)))
     for _ in range(times):  # the counter is as it was afterwards
         few.route(
             ops, ids, weights, ops.new((n, n_experts)), counter, gate, x, routing, norm,
@@ -244,7 +248,7 @@ def route(
         want_ids, want = choose(logits, b, routing, fixed)
     want_ids[pos < 0], want[pos < 0] = -1, 0
     assert np.array_equal(ops.get(ids), want_ids), (ops.get(ids), want_ids)
-    return max(worst, nmse(ops.get(weights), want))
+    return nmse(ops.get(weights), want)
 
 
 def choose(
