@@ -14,10 +14,10 @@
 // Variants  N_EXPERTS=64; N_EXPERTS=1024
 // Sources   own
 // Tested by tests/kernels/test_matvec.py, tests/gpu/test_cuda_matvec.py
+#include "matvec.cuh"
 #include "route.cuh"
-#include "route_scores.cuh"
 
-constexpr int WARPS = ROUTE_WARPS;
+constexpr int WARPS = 8;
 
 // ---------------------------------------------------------------- kernels -------------------
 extern "C" __global__ void __launch_bounds__(256)
@@ -25,11 +25,54 @@ route_few(int* ids, float* weights, float* scores, int* counter, const float* ga
           const float* norm, const float* bias, const int* pos, const int* imposed, int n, int d,
           int n_used, int n_groups, int n_groups_used, int sigmoid, int renormalise, long long ldx,
           float scale, float eps) {
-    __shared__ float score[WARPS][N_EXPERTS], group[WARPS][64];
-    __shared__ ScoreSums sums;
+    constexpr int AHEAD = 2;
+    __shared__ float score[WARPS][N_EXPERTS], group[WARPS][64], part[WARPS], squares[WARPS];
     __shared__ int last;
-    const int warp = threadIdx.x >> 5;
-    score_cta(sums, scores, blockIdx.x, N_EXPERTS, gate, x, norm, n, d, ldx, eps);
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const float4* row = (const float4*)(gate + (long long)blockIdx.x * d);
+    const float4* norms = (const float4*)norm;
+    const auto at = [&](const float4* p, int i) {  // ptxas would move __ldg behind the wait
+        unsigned v[4];
+        const bool there = p && 4 * i < d;
+        few_load<4>((const unsigned char*)(p + i), there, v);
+        return there ? make_float4(__uint_as_float(v[0]), __uint_as_float(v[1]), __uint_as_float(v[2]),
+                                   __uint_as_float(v[3]))
+                     : make_float4(1.f, 1.f, 1.f, 1.f);
+    };
+    float4 w[AHEAD];
+#pragma unroll
+    for (int k = 0; k < AHEAD; k++) {
+        const int i = threadIdx.x + 256 * k;
+        const float4 a = at(row, i), b = at(norms, i);
+        w[k] = {a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w};
+    }
+    pdl_wait();
+    pdl_launch();
+    for (int token = 0; token < n; token++) {
+        const float* in = x + token * ldx;
+        float sum = 0.f, square = 0.f;
+        const auto add = [&](int i, const float4& w) {
+            if (4 * i >= d) return;
+            const float2 lo = *(const float2*)(in + 4 * i), hi = *(const float2*)(in + 4 * i + 2);
+            sum += w.x * lo.x + w.y * lo.y + (w.z * hi.x + w.w * hi.y);
+            square += lo.x * lo.x + lo.y * lo.y + (hi.x * hi.x + hi.y * hi.y);
+        };
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++) add(threadIdx.x + 256 * k, w[k]);
+        for (int i = threadIdx.x + 256 * AHEAD; 4 * i < d; i += 256) {
+            const float4 a = at(row, i), b = at(norms, i);
+            add(i, {a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w});
+        }
+        sum = warp_sum(sum), square = warp_sum(square);
+        if (lane == 0) part[warp] = sum, squares[warp] = square;
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            sum = square = 0.f;
+            for (int k = 0; k < WARPS; k++) sum += part[k], square += squares[k];
+            scores[token * N_EXPERTS + blockIdx.x] = norm ? sum * rsqrtf(square / d + eps) : sum;
+        }
+        __syncthreads();
+    }
     if (threadIdx.x == 0) {
         __threadfence();
         last = atomicInc((unsigned*)counter, gridDim.x - 1) == gridDim.x - 1;

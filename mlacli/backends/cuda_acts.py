@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_weights import CudaWeight
-
-if TYPE_CHECKING:
-    from mlacli.models.parts import Routing
 
 
 @dataclass(slots=True, eq=False)
@@ -32,22 +28,8 @@ class Act:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Choice:
-    """What a choice of experts is made of, beside the activation."""
-
-    gate: CudaWeight
-    bias: CudaWeight | None
-    routing: Routing
-    imposed: Array | None  # ids to take instead
-
-
-@dataclass(slots=True, eq=False)
 class Chosen:
-    """Expert ids (int32, -1 in padded tokens) and weights [n, n_used] on the device.
-
-    `choice`: nobody has made it yet.
-    """
+    """Expert ids (int32, -1 in padded tokens) and weights [n, n_used] on the device."""
 
     ids: Array
     weights: Array
-    choice: Choice | None = None

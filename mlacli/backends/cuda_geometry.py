@@ -15,7 +15,6 @@ Weight = Any
 STAGED = 128  # column tiles of x that fit shared memory as fragments (OneStaged)
 _X_TILE = 272  # bytes of a column tile's fragments of x (OneX)
 _SHARED = 46 << 10  # bytes of static shared memory
-BULK_MOST = 220 << 10  # bytes of shared memory for whole row tiles, compute capability 9.0
 _DYNAMIC = {80: 163, 87: 163, 90: 227, 100: 227}  # KB of shared memory of a CTA, by capability
 
 
@@ -48,15 +47,6 @@ class DownGeometry:
 
     def warps(self, n_used: int) -> int:
         return n_used * self.parts + self.parts_shared
-
-
-@dataclass(frozen=True, slots=True)
-class BulkGeometry:
-    """Warps of a CTA of up, CTAs an SM should hold of it, warps of a slot of down."""
-
-    warps: int
-    ctas: int
-    parts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,18 +120,6 @@ def down_geometry(down: Weight, shared: Weight | None, n_used: int) -> DownGeome
     assert n_used * parts + parts_shared <= 32, "more experts a token than warps a CTA"
     wide = any(w is not None and w.qtype.name in ("F16", "BF16") for w in (down, shared))
     return DownGeometry(parts, parts_shared, 2 if wide else 4)
-
-
-def bulk_geometry(
-    gate: Weight, up: Weight, down: Weight, shared_down: Weight, n_used: int
-) -> BulkGeometry:
-    """As many CTAs of up as shared memory holds, so that all their weights are under way."""
-    per_cta = max(row_bytes(gate, up), row_bytes(shared_down)) + (2 << 10)
-    ctas = max(1, min(5, (227 << 10) // per_cta))
-    tiles = max(col_tiles(gate), col_tiles(shared_down))
-    warps = max(1, min(4 if ctas > 2 else 8, tiles // 4))
-    parts = max(1, min(col_tiles(down) // 4, 24 // n_used))
-    return BulkGeometry(warps, ctas, parts)
 
 
 def ahead_of(ws: Sequence[Weight], warps: int, most: int) -> int:

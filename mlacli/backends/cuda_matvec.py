@@ -10,16 +10,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlacli.backends.cuda_geometry import (
-    BULK_MOST,
-    STAGED,
     STREAM,
     STREAM_MOST,
-    BulkGeometry,
     DownGeometry,
     Geometry,
     StreamGeometry,
-    ahead_of,
-    bulk_geometry,
     col_tiles,
     ctas_of,
     dense_geometry,
@@ -164,27 +159,6 @@ def route(
     )  # fmt: skip
 
 
-def scores_gated(
-    ops: Any, scores: Array, h: Array, gate: Weight, shared: tuple[Weight, Weight], x: Array,
-    norm: Norm,
-) -> None:  # fmt: skip
-    """The gate's scores [n, E], and h [n, fs] = the shared expert's part of experts_up.
-
-    One launch, only where `can_bulk`. h is the end of experts_bulk's.
-    """
-    n, n_experts, fs = len(x), gate.shape[0], shared[0].shape[0]
-    how = Geometry(8, ahead_of(shared, 8, 4), 2, 2)
-    tiles = [row_tiles(fs)]
-    ctas = ctas_of(ops, tiles, how, col_tiles(shared[0]), 2)
-    stages, ring = ring_of(ops, how, shared)
-    ops.run(
-        "scores_gated", (n_experts + ctas[0], n), 256, scores, h, gate.raw, shared[0].tiles,
-        shared[1].tiles, x, _raw(norm), n_experts, n, fs, ctas[0], _read(x), _stride(h), _eps(norm),
-        N_ROWS=most_rows(tiles, ctas), N_CTAS=how.ctas, N_AHEAD=how.ahead, N_STAGES=stages,
-        shared=ring, N_COL_TILES=col_tiles(shared[0]), **_types(shared, 2),
-    )  # fmt: skip
-
-
 def experts_up(
     ops: Any, h: Array, ids: Array, x: Array, gate: Weight, up: Weight | None = None,
     shared: tuple[Weight, Weight] | None = None, norm: Norm | None = None,
@@ -240,62 +214,6 @@ def experts_down(
         N_COL_TILES=col_tiles(down), N_COL_TILES_SHARED=0 if shared is None else col_tiles(shared),
         AT_EDGE=int(ragged), **_types(both, 2),
     )  # fmt: skip
-
-
-def experts_bulk(
-    ops: Any, y: Array, h: Array, scores: Array, routing: Routing, x: Array, gate: Weight,
-    up: Weight | None, down: Weight, shared_down: Weight, norm: Norm, bias: Weight | None = None,
-    pos: Array | None = None, imposed: Array | None = None, add: bool = False,
-    geometry: BulkGeometry | None = None,
-) -> None:  # fmt: skip
-    """route, experts_up and experts_down behind scores_gated; h [n, K f + fs] has its part.
-
-    Two launches, only where `can_bulk`, and directly behind that one.
-    """
-    n, n_used, (held, f, d) = len(x), routing.n_used, gate.shape
-    up_row, up_w = 0, up
-    if up_w is None:
-        f, up_w = f // 2, gate
-        up_row = f
-    how = geometry or bulk_geometry(gate, up_w, down, shared_down, n_used)
-    beside, biases = ops.new((n, d)), None if bias is None else bias.raw
-    groups = (routing.n_groups, routing.n_groups_used, int(routing.sigmoid),
-              int(routing.renormalise))  # fmt: skip
-    up_bytes = max(row_bytes(gate, up_w), row_bytes(shared_down))
-    ops.run(
-        "experts_up_bulk", (row_tiles(d) + n_used * row_tiles(f), n), 32 * how.warps, h, beside,
-        gate.tiles, up_w.tiles, shared_down.tiles, x, _raw(norm), scores, biases, pos,
-        imposed, n_used, *groups, d, f, row_tiles(gate.shape[1]), row_tiles(up_w.shape[1]), up_row,
-        gate.first, held, _read(x), _stride(h), _eps(norm), shared=dynamic_shared(up_bytes),
-        EXPERTS_UP=1, N_EXPERTS=scores.shape[1], N_WARPS=how.warps, N_CTAS=how.ctas,
-        N_COL_TILES=col_tiles(gate), N_COL_TILES_SHARED=col_tiles(shared_down),
-        **_types((gate, up_w, shared_down), 3),
-    )  # fmt: skip
-    ops.run(
-        "experts_down_bulk", (row_tiles(d), n), 32 * n_used * how.parts, y, down.tiles, beside, h,
-        scores, biases, pos, imposed, *groups, d, f, down.first, held, _read(h), _stride(y),
-        routing.scale, shared=dynamic_shared(n_used * row_bytes(down)), EXPERTS_DOWN=1,
-        N_EXPERTS=scores.shape[1], WITH_ADD=int(add), N_USED=n_used, N_PARTS=how.parts,
-        N_COL_TILES=col_tiles(down), **_types((down,), 1),
-    )  # fmt: skip
-
-
-def can_bulk(
-    ops: Any, router: Weight, shared: tuple[Weight, Weight], gate: Weight, up: Weight | None,
-    down: Weight, shared_down: Weight, n_used: int,
-) -> bool:  # fmt: skip
-    """Whether scores_gated and experts_bulk take these weights: whole column tiles that fit."""
-    up_w = gate if up is None else up
-    ws = (*shared, gate, up_w, down, shared_down)
-    if not takes(*ws) or any(w.skip or w.shape[-1] != COLS * col_tiles(w) for w in ws):
-        return False
-    if up is None and gate.shape[1] // 2 % ROWS:
-        return False
-    up_bytes = max(row_bytes(gate, up_w), row_bytes(shared_down))
-    fits = max(up_bytes, n_used * row_bytes(down)) <= BULK_MOST and n_used <= 16
-    n_experts = router.shape[0]
-    scored = router.tiles is None and routes(router) and n_experts <= 256
-    return ops.capability >= 90 and fits and scored and col_tiles(gate) <= STAGED
 
 
 # ---- plumbing -------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from mlacli.backends import cuda_gemm as gemm
 from mlacli.backends import cuda_matvec as matvec
 from mlacli.backends import cuda_plain as plain
 from mlacli.backends import cuda_rows, cuda_sampling, cuda_weights
-from mlacli.backends.cuda_acts import Act, Choice, Chosen
+from mlacli.backends.cuda_acts import Act, Chosen
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_device import Device, Host
 from mlacli.backends.cuda_mla import Attention
@@ -240,20 +240,12 @@ class CudaOps(Ops):
                 scores = self.new((n, n_experts))
                 self.products(x, [(gate, scores)])
             return plain.route(self, scores, bias, routing, self._pos, self._imposed_on(gate, n))
-        ids, weights = self.new((n, routing.n_used), np.int32), self.new((n, routing.n_used))
-        return Chosen(ids, weights, Choice(gate, bias, routing, self._imposed_on(gate, n)))
-
-    def _made(self, x: Act, chosen: Chosen) -> Chosen:
-        """`chosen`, made now if nobody did before."""
-        one = chosen.choice
-        if one is not None:
-            values, norm = self._unnormed(x)
-            scores = self.new((len(x), one.gate.shape[0]))
-            matvec.route(
-                self, chosen.ids, chosen.weights, scores, self._counter, one.gate, values,
-                one.routing, norm, one.bias, self._pos, one.imposed,
-            )  # fmt: skip
-            chosen.choice = None
+        chosen = Chosen(self.new((n, routing.n_used), np.int32), self.new((n, routing.n_used)))
+        values, norm = self._unnormed(x)
+        matvec.route(
+            self, chosen.ids, chosen.weights, self.new((n, n_experts)), self._counter, gate,
+            values, routing, norm, bias, self._pos, self._imposed_on(gate, n),
+        )  # fmt: skip
         return chosen
 
     def _imposed_on(self, gate: CudaWeight, n: int) -> Array | None:
@@ -283,7 +275,7 @@ class CudaOps(Ops):
         gate, up = (w.ffn_gate_exps, w.ffn_up_exps) if merged is None else (merged, None)
         shared = None if w.ffn_down_shexp is None else (w.ffn_gate_shexp, w.ffn_up_shexp)
         if chosen is not None and not matvec.takes(gate, up, down):
-            h = plain.experts_up(self, self.f32(x), self._made(x, chosen), gate, up)
+            h = plain.experts_up(self, self.f32(x), chosen, gate, up)
             plain.experts_down(self, h, chosen, down, y, add)
         elif chosen is not None and len(x) > FEW:
             gemm.experts(self, self.f16(x), chosen, gate, up, down, y, add)
@@ -301,24 +293,11 @@ class CudaOps(Ops):
         shared: tuple[CudaWeight, CudaWeight] | None, y: Array, add: bool,
     ) -> None:  # fmt: skip
         (gate, up), (n, n_used), down = routed, chosen.ids.shape, w.ffn_down_exps
-        fs = 0 if shared is None else shared[0].shape[0]
-        h = self.new((n, n_used * down.shape[2] + fs))
+        width = n_used * down.shape[2] + (0 if shared is None else shared[0].shape[0])
+        h = self.new((n, width))
         values, norm = self._unnormed(x)
-        last = None if shared is None else w.ffn_down_shexp
-        one = chosen.choice
-        if (
-            one is not None and shared is not None and last is not None and norm is not None
-            and matvec.can_bulk(self, one.gate, shared, gate, up, down, last, n_used)
-        ):  # fmt: skip
-            scores = self.new((n, one.gate.shape[0]))
-            matvec.scores_gated(self, scores, h[:, -fs:], one.gate, shared, values, norm)
-            matvec.experts_bulk(
-                self, y, h, scores, one.routing, values, gate, up, down, last, norm, one.bias,
-                self._pos, one.imposed, add,
-            )  # fmt: skip
-            return
-        self._made(x, chosen)
         matvec.experts_up(self, h, chosen.ids, values, gate, up, shared, norm)
+        last = None if shared is None else w.ffn_down_shexp
         matvec.experts_down(
             self, y, h, chosen.ids, chosen.weights, down, last, add=add, after_up=True
         )

@@ -92,30 +92,6 @@ def test_experts(ops, rng, case) -> None:
     assert max(few.experts(ops, rng, case)) < BAR
 
 
-BULK = {
-    "V2-Lite": few.Experts(
-        ("Q4_K", "Q4_K", "Q5_0"), ("Q4_K", "Q4_K", "Q6_K"), d=2048, f=1408, fs=2816, n_used=6,
-        add=True,
-    ),
-    "GLM-4.7-Flash": few.Experts(
-        ("Q4_K", "Q4_K", "Q6_K"), ("Q4_K", "Q4_K", "Q6_K"), d=2048, f=1536, fs=1536, n_used=4,
-        add=True,
-    ),
-    "tokens": few.Experts(
-        ("Q4_K", "Q6_K", "Q8_0"), ("Q4_K", "Q5_K", "BF16"), n=5, d=512, f=320, fs=512, n_used=4,
-        first=2, held=4, padded=True,
-    ),
-    "merged": few.Experts(("Q8_0", "", "Q5_1"), ("Q8_0", "Q8_0", "Q5_1"), d=320, f=96 * 2, fs=192),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BULK.values(), ids=BULK)
-def test_experts_by_bulk_copies(ops, rng, case) -> None:
-    if ops.capability < 90:
-        pytest.skip("needs bulk copies")
-    assert max(few.experts(ops, rng, case, bulk=True)) < BAR
-
-
 @pytest.mark.parametrize("n", [1, 5])
 @pytest.mark.parametrize(
     "size, routing, bias, imposed",

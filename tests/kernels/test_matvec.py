@@ -11,7 +11,7 @@ from kit.launcher import Launcher
 from kit.simt import why_not
 from kit.simt_device import SimtDevice
 
-from mlacli.backends.cuda_matvec import BulkGeometry, DownGeometry, Geometry, StreamGeometry
+from mlacli.backends.cuda_matvec import DownGeometry, Geometry, StreamGeometry
 from mlacli.models.parts import Routing
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
@@ -56,23 +56,6 @@ def test_a_large_weight_row_tile_by_row_tile(ops, rng, name, n_in, normed) -> No
 def test_experts_through_the_ring(ops, rng) -> None:
     case = few.Experts(("Q4_K", "", "Q5_0"), None, f=40, first=1, held=5)
     assert max(few.experts(ops, rng, case, Geometry(2, 1, 1, 1, 3), DownGeometry(2, 0, 2))) < BAR
-
-
-BULK = {
-    "types": few.Experts(
-        ("Q4_K", "Q5_K", "Q5_0"), ("Q4_K", "Q4_K", "Q6_K"), f=64, fs=256, add=True
-    ),
-    "merged, a part of the ranks": few.Experts(
-        ("Q4_0", "", "Q8_0"), ("Q4_0", "Q4_0", "F16"), n=2, d=320, f=128, fs=192, first=1, held=5,
-        padded=True,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("how", [BulkGeometry(2, 2, 1), BulkGeometry(3, 1, 2)], ids=str)
-@pytest.mark.parametrize("case", BULK.values(), ids=BULK)
-def test_experts_by_bulk_copies(ops, rng, case, how) -> None:
-    assert max(few.experts(ops, rng, case, bulk=how)) < BAR
 
 
 def test_several_tokens(ops, rng) -> None:

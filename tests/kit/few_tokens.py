@@ -16,7 +16,6 @@ from kit.toy_gguf import random_weight
 
 from mlacli.backends import cuda_matvec as few
 from mlacli.loading.quant_types import QType
-from mlacli.models.parts import Routing
 
 EPS = 1e-6
 
@@ -149,10 +148,9 @@ class Experts:
 
 
 def experts(
-    ops: Any, rng: np.random.Generator, case: Experts, up_how: Any = None, down_how: Any = None,
-    bulk: Any = None,
+    ops: Any, rng: np.random.Generator, case: Experts, up_how: Any = None, down_how: Any = None
 ) -> tuple[float, float]:  # fmt: skip
-    """NMSE of h and y. `bulk`, True or a geometry: by scores_gated() and experts_bulk()."""
+    """NMSE of h and of y."""
     c = case
     n, K, d, f = c.n, c.n_used, c.d, c.f
     merged = c.types[1] == ""
@@ -174,31 +172,14 @@ def experts(
     if c.add:
         y = ops.put(before)
     device_ids, device_weights = ops.put(ids), ops.put(weights)
-    if bulk:
-        router = weight(ops, rng, "F32", (c.n_experts, d))
-        routing, pos = Routing(K, c.padded, 1, 1, c.padded, 2.0), np.arange(n, dtype=np.int32)
-        bias = rng.standard_normal(c.n_experts).astype(np.float32) * 0.1 if c.padded else None
-        ids, weights = choose(values @ router.values.T, bias, routing)
-        if c.padded:
-            ids[-1], pos[-1] = -1, -1
-        scores = ops.new((n, c.n_experts))
-        h = ops.new((n, K * f + fs))
-        assert few.can_bulk(ops, router, shared[:2], gate, up, down, shared[2], K)
-        few.scores_gated(ops, scores, h[:, K * f :], router, shared[:2], x, norm)
-        few.experts_bulk(
-            ops, y, h, scores, routing, x, gate, up, down, shared[2], norm,
-            None if bias is None else vector(ops, bias), ops.put(pos), None, c.add,
-            None if bulk is True else bulk,
-        )  # fmt: skip
-    else:
-        few.experts_up(
-            ops, h, device_ids, x, gate, up, None if shared is None else (shared[0], shared[1]),
-            norm, up_how,
-        )  # fmt: skip
-        few.experts_down(
-            ops, y, h, device_ids, device_weights, down, None if shared is None else shared[2],
-            c.add, c.after_up, down_how,
-        )  # fmt: skip
+    few.experts_up(
+        ops, h, device_ids, x, gate, up, None if shared is None else (shared[0], shared[1]), norm,
+        up_how,
+    )  # fmt: skip
+    few.experts_down(
+        ops, y, h, device_ids, device_weights, down, None if shared is None else shared[2], c.add,
+        c.after_up, down_how,
+    )  # fmt: skip
     got_h, got_y = ops.get(h), ops.get(y)
     want_h, want_y = np.full(got_h.shape, np.nan), np.zeros((n, d))
     for t in range(n):
