@@ -47,7 +47,6 @@ struct Barrier {
 };
 struct Fiber {
     ucontext_t context;
-    std::vector<char> stack;
     uint3 thread;
     int linear = 0;
     bool done = false;
@@ -66,6 +65,8 @@ inline Fiber* current;
 inline uint3 block_index;
 inline dim3 block_size, grid_size;
 inline std::function<void()> body;
+inline std::vector<std::unique_ptr<char[]>> stacks;  // of the fibers, kept from CTA to CTA
+constexpr size_t STACK = 256 << 10;
 
 inline void yield() { swapcontext(&current->context, &cta->scheduler); }
 
@@ -120,11 +121,12 @@ inline void launch(dim3 grid, dim3 block, K kernel, A... args) {
                 for (int i = 0; i < n; i++) {
                     Fiber& f = now.fibers[i];
                     now.live_in_warp[i / 32]++;
-                    f.linear = i, f.stack.resize(256 << 10);
+                    f.linear = i;
+                    if (stacks.size() <= i) stacks.emplace_back(new char[STACK]);
                     f.thread = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
                     getcontext(&f.context);
-                    f.context.uc_stack.ss_sp = f.stack.data();
-                    f.context.uc_stack.ss_size = f.stack.size();
+                    f.context.uc_stack.ss_sp = stacks[i].get();
+                    f.context.uc_stack.ss_size = STACK;
                     f.context.uc_link = nullptr;
                     makecontext(&f.context, entry, 0);
                 }
