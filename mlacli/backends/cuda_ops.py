@@ -19,7 +19,7 @@ from mlacli.backends.cuda_acts import Act, Chosen
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_device import Device, Host
 from mlacli.backends.cuda_mla import Attention
-from mlacli.backends.cuda_peers import Peers
+from mlacli.backends.cuda_together import Peers
 from mlacli.backends.cuda_weights import CudaWeight
 from mlacli.ops import LayerCache, LayerWeights, Ops, Step
 from mlacli.parallel.comm import SoloComm

@@ -14,9 +14,9 @@ import numpy as np
 from mlacli.backends import Forward, Ranks, cuda_device, cuda_devices, cuda_sampling
 from mlacli.backends.cuda_device import Device, Host
 from mlacli.backends.cuda_ops import CudaOps
-from mlacli.backends.cuda_peers import Collectives, Peers, SharedGpu, Together
 from mlacli.backends.cuda_place import Place
 from mlacli.backends.cuda_steps import Stage, Steps
+from mlacli.backends.cuda_together import Collectives, Peers, SharedGpu, Together
 from mlacli.errors import UnsupportedFeature
 from mlacli.parallel.lockstep import Lockstep
 from mlacli.parallel.ranks import RankGroup

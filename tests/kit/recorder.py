@@ -85,7 +85,7 @@ class Recorder:
         self._on_gpu: list[Recorder] = [] if self.beside is None else self.beside._on_gpu
         self._on_gpu.append(self)  # their streams join a capture on one of them
         self._at = 0
-        self._next = 1 << 40
+        self._next = (len(self._on_gpu) << 44) + (1 << 40)
         self._blocks: list[Block] = []
         self._live: list[Block] = []
         self._quiet = self._capturing = False
@@ -133,8 +133,9 @@ class Recorder:
 
     def block_of(self, ptr: int, what: str) -> Block:
         """The block that an address lies in, which must not have been rewound."""
-        at = bisect.bisect_right(self._blocks, ptr, key=lambda block: block.ptr) - 1
-        block = self._blocks[at]
+        blocks = self._on_gpu[(ptr >> 44) - 1]._blocks
+        at = bisect.bisect_right(blocks, ptr, key=lambda block: block.ptr) - 1
+        block = blocks[at]
         assert at >= 0 and ptr < block.ptr + max(1, block.nbytes), f"{what} points at no array"
         assert block.live, f"{what} was rewound before"
         return block

@@ -111,14 +111,18 @@ class SimtGpu(SimtDevice):
         """Nothing is under way."""
 
 
-def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on every cudaN is a SimtGpu; cpu stays what it is."""
+def simulated(monkeypatch: pytest.MonkeyPatch, capability: int = 80) -> None:
+    """From now on every cudaN is a SimtGpu; cpu stays what it is.
+
+    Below capability 80 only plain kernels run: far fewer variants to compile.
+    """
     found = devices._device
 
     def device(name: str) -> Device:
-        return found(name) if name == "cpu" else Device(name, "cuda", 1 << 36, 1 << 36, 80)
+        return found(name) if name == "cpu" else Device(name, "cuda", 1 << 36, 1 << 36, capability)
 
     monkeypatch.setattr(devices, "_device", device)
     monkeypatch.setattr(cuda_devices, "use_device", lambda name: None)
+    monkeypatch.setattr(SimtGpu, "capability", capability)
     monkeypatch.setattr(cuda_device, "CudaDevice", SimtGpu)
     monkeypatch.setattr(engine, "bytes_in_use", lambda name: 0)
