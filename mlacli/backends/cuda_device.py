@@ -92,6 +92,7 @@ class CudaDevice:
         from mlacli.backends.cuda_arena import Arena
         from mlacli.backends.cuda_kernels import Kernels
 
+        self.name = name
         self._runtime = cp.cuda.runtime
         self._page = np.frombuffer(cp.cuda.alloc_pinned_memory(_PAGE), np.uint8, _PAGE)
         self._page_in_use = False  # by a copy to the device that may be under way
