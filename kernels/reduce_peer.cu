@@ -2,12 +2,12 @@
 //           each residual stream x_i of this GPU's ranks. One shot: every GPU pushes its ranks'
 //           partials into the mail of all others and adds up what it was sent
 // Shapes    x_i [n], slots [N_MINE][stride]: partials of this GPU's ranks, as many as it has; n <= room
-// Dtypes    float32; REDUCE_TYPE: partials rounded to float16 (1) or bfloat16 (30) before the sum
+// Dtypes    float32; REDUCE_TYPE: what partials are rounded to before the sum (partials.cuh)
 // Grid      (power of two up to 128, the same on all GPUs), 32 to 1024 threads
 // Assumes   n, stride and room divisible by 4; homes: the GPU of rank r in bits 4r..; held, mine and
 //           silent (GPUs without held rank) by bits; ranks of one GPU in the order of their streams.
 //           N_GPUS=1: no mail, table holds no addresses
-// Variants  N_GPUS=2 N_RANKS=2 N_MINE=1 REDUCE_TYPE=0; N_GPUS=1 N_RANKS=3 N_MINE=3 REDUCE_TYPE=1;
+// Variants  N_GPUS=2 N_RANKS=2 N_MINE=1 REDUCE_TYPE=0; N_GPUS=1 N_RANKS=3 N_MINE=3 REDUCE_TYPE=8;
 //           N_GPUS=4 N_RANKS=5 N_MINE=2 REDUCE_TYPE=30; N_GPUS=8 N_RANKS=8 N_MINE=1 REDUCE_TYPE=0
 // Spills    none
 // Numerics  one rounding per addition, in rank order: equal bits on all ranks

@@ -8,7 +8,7 @@
 //           partials that take the sum (one of each GPU's ranks). held and N_MINE as in reduce_few
 // Variants  N_GPUS=2 N_RANKS=2 N_MINE=1 REDUCE_TYPE=0 SHOTS=1; N_GPUS=2 N_RANKS=3 N_MINE=2
 //           REDUCE_TYPE=1 SHOTS=1; N_GPUS=4 N_RANKS=4 N_MINE=1 REDUCE_TYPE=0 SHOTS=2; N_GPUS=8
-//           N_RANKS=8 N_MINE=1 REDUCE_TYPE=30 SHOTS=2
+//           N_RANKS=8 N_MINE=1 REDUCE_TYPE=8 SHOTS=2
 // Spills    none
 // Numerics  one rounding per addition, in rank order: equal bits on all ranks
 // Bound by  the link: (N_GPUS - 1) 4 n bytes into each GPU with one shot, 2 (N_GPUS - 1) / N_GPUS 4 n
@@ -18,7 +18,9 @@
 #include "peers.cuh"
 #include "partials.cuh"
 
+#ifndef UNROLL
 #define UNROLL (N_RANKS > 4 ? 2 : 4)
+#endif
 
 // The sum at i of all held ranks' partials, in rank order.
 struct Sources {
@@ -93,7 +95,7 @@ extern "C" __global__ void reduce_many(float* x0, float* x1, float* x2, float* x
     __syncthreads();
     peers.meet(1);  // nobody reads mine any more
 #else
-    const long long part = (n / 4 + N_GPUS - 1) / N_GPUS * 4;
+    const long long part = (n / 32 + N_GPUS) / N_GPUS * 32;  // whole blocks
     float* sums[N_GPUS];
 #pragma unroll
     for (int g = 0; g < N_GPUS; g++) sums[g] = (float*)addresses[N_GPUS + 1 + N_RANKS + g];

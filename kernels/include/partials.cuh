@@ -1,5 +1,6 @@
 // Partial sums of ranks as they travel: rounded to a type, added in rank order.
-// REDUCE_TYPE: 0 float32, 1 float16, 30 bfloat16 (GGUF's numbers). Sources: own.
+// REDUCE_TYPE: 0 float32, 1 float16, 8 q8_0, 30 bfloat16 (GGUF's numbers). q8_0 needs messages of
+// whole blocks of 32, which then lie in eight neighbouring lanes. Sources: own.
 #pragma once
 #include <cuda_fp16.h>
 
@@ -15,6 +16,16 @@ __device__ __forceinline__ float rounded(float v) {
 #endif
 }
 __device__ __forceinline__ float4 rounded(float4 v) {
+#if REDUCE_TYPE == 8
+    float most = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+#pragma unroll
+    for (int offset = 4; offset; offset >>= 1)
+        most = fmaxf(most, __shfl_xor_sync(0xffu << (threadIdx.x & 24), most, offset));
+    const float d = most / 127.f, inverse = d == 0.f ? 0.f : 1.f / d;
+    const float scale = __half2float(__float2half_rn(d));
+    return make_float4(scale * roundf(v.x * inverse), scale * roundf(v.y * inverse),
+                       scale * roundf(v.z * inverse), scale * roundf(v.w * inverse));
+#endif
     v.x = rounded(v.x), v.y = rounded(v.y), v.z = rounded(v.z), v.w = rounded(v.w);
     return v;
 }

@@ -80,6 +80,7 @@ class Collectives:
         assert len(streams) == len(self.group.gpus[gpu_index].ranks), "a stream for each rank"
         assert len(held) == self.group.n_ranks and any(held), "some rank holds a partial"
         assert 0 < n_floats <= self.max_floats and n_floats % 4 == 0, f"{n_floats} floats"
+        assert self.group.reduce_type != "q8_0" or not rounded or n_floats % 32 == 0
         if rounded is None:
             rounded = streams[0].ndim == 2 and len(streams[0]) > FEW_ROWS
         self.way.reduce_add(gpu_index, streams, held, n_floats, rounded)

@@ -11,7 +11,7 @@ from mlacli.backends.cuda_device import CudaDevice
 
 MOST_RANKS, MOST_HERE = 16, 8  # ranks in all, and on one GPU: what the kernels' arguments hold
 FEW_ROWS = 32  # up to which partials travel as float32 whatever the reduce type
-REDUCE_TYPES = {"f32": 0, "f16": 1, "bf16": 30}  # as REDUCE_TYPE of the kernels
+REDUCE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "bf16": 30}  # as REDUCE_TYPE of the kernels
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from mlacli.backends.cuda_peer_memory import PeerMemory
 
 # Messages of more floats are read where they are instead of pushed (kernels/README.md).
-PUSHED = 128 << 10
+PUSHED = 256 << 10
 _TABLE, _HEAD = 256, 1024  # bytes: a GPU's own words; these and the addresses of all mails
-ROOM = 128 << 10  # floats of a rank's packets in an inbox
+ROOM = 256 << 10  # floats of a rank's packets in an inbox
 CTAS, _FLAGS = 128, 2 * 16 * 128 * 4  # as in peers.cuh
 
 
