@@ -123,6 +123,11 @@ class Kernels:
         """The stream has been made to wait for another: what comes next starts after that."""
         self._follows = True
 
+    @property
+    def noting(self) -> bool:
+        """Whether launches are only noted, see prepared()."""
+        return self._noted is not None
+
     @contextmanager
     def prepared(self, report: Callable[[int, int], None] | None = None) -> Iterator[None]:
         """Inside, launches are only noted; at the end, what they need is compiled all at once."""

@@ -129,7 +129,10 @@ class CudaRanks(Ranks):
         reduce_type = self._context.graph_reduce_type
         if len(places) == 1:
             return SharedGpu(places[0].ops, most, reduce_type)
-        raise UnsupportedFeature("-sm graph on several GPUs", "")
+        from mlacli.backends import cuda_collectives as between
+
+        gpus = [between.GpuPlace(place.device, list(place.ranks)) for place in places]
+        return between.Collectives(gpus, self._comm, reduce_type, most * self._hp.d)
 
     def _in_lockstep(self, fn: Callable[[int], Any]) -> list[Any]:
         def one_rank(rank: int) -> Any:

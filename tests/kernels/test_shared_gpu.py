@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from kit.simt_device import SimtDevice, why_not
+from kit.simt import why_not
+from kit.simt_device import SimtDevice
 
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.numpy_ops import reduce_typed

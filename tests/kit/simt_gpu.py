@@ -30,6 +30,7 @@ _ONE_AT_A_TIME = threading.Lock()  # kit/simt.h runs one kernel in a process
 class SimtGpu(SimtDevice):
     """An arena of `nbytes` full of NaN bits, and kernels that run when they are launched."""
 
+    n_sm, capability = 4, 80
     n_compiled = 0
 
     def __init__(self, name: str, nbytes: int, beside: Any = None) -> None:

@@ -12,7 +12,7 @@ import pytest
 from kit.compare import nmse
 from kit.golden_files import EXACT, FILES, golden
 from kit.recorder import recorded, recorder, step
-from kit.simt_device import why_not
+from kit.simt import why_not
 from kit.simt_gpu import simulated
 
 import mlacli
