@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from mlacli.backends.cuda_peer_memory import PeerMemory
 
 # Messages of more floats are read where they are instead of pushed (kernels/README.md).
-PUSHED = 256 << 10
+PUSHED = 192 << 10
 _TABLE, _HEAD = 256, 1024  # bytes: a GPU's own words; these and the addresses of all mails
-ROOM = 256 << 10  # floats of a rank's packets in an inbox
+ROOM = PUSHED  # floats of a rank's packets in an inbox
 CTAS, _FLAGS = 128, 2 * 16 * 128 * 4  # as in peers.cuh
 
 
@@ -42,7 +42,7 @@ class PeerWay:
         self.stride = max_floats
         n = len(group.gpus)
         # Threads of a CTA that pushes and that pulls, how pulled sums spread, and from where on.
-        self.push_block, self.pull_block, self.shots, self.pushed = 256, 512, 1 + (n > 2), PUSHED
+        self.push_block, self.pull_block, self.shots, self.pushed = 128, 512, 1 + (n > 2), PUSHED
         self.ctas = power_of_two(min(gpu.device.n_sm for gpu in group.gpus), CTAS)
         self.mail_bytes = _FLAGS + 2 * group.n_ranks * ROOM * 8 if n > 1 else 0
         self.alarm = memory.page(64)
