@@ -126,13 +126,14 @@ class CudaRanks(Ranks):
         return list(found.values())
 
     def _collectives(self, places: Sequence[Place], most: int) -> Collectives:
-        reduce_type = self._context.graph_reduce_type
+        how, reduce_type = self._context.comm, self._context.graph_reduce_type
         if len(places) == 1:
             return SharedGpu(places[0].ops, most, reduce_type)
         from mlacli.backends import cuda_collectives as between
 
-        gpus = [between.GpuPlace(place.device, list(place.ranks)) for place in places]
-        return between.Collectives(gpus, self._comm, reduce_type, most * self._hp.d)
+        devices: list[Any] = [place.device for place in places]
+        gpus = [between.GpuPlace(d, list(p.ranks)) for d, p in zip(devices, places, strict=True)]
+        return between.Collectives(gpus, how, reduce_type, most * self._hp.d)
 
     def _in_lockstep(self, fn: Callable[[int], Any]) -> list[Any]:
         def one_rank(rank: int) -> Any:

@@ -37,13 +37,13 @@ class Collectives(Protocol):
         ...
 
     def reduce_add(
-        self, gpu: int, streams: list[Array], held: tuple[bool, ...], n_floats: int
+        self, gpu_index: int, streams: list[Array], held: tuple[bool, ...], n_floats: int
     ) -> None:
         """Each of the residual streams [n, d] on this GPU += all partials, in rank order."""
         ...
 
     def gather(
-        self, gpu: int, columns: list[Array | None], widths: Sequence[int], out: Array
+        self, gpu_index: int, columns: list[Array | None], widths: list[int], out: Array
     ) -> None:
         """out [n, V] = all ranks' columns [n, width] beside each other."""
         ...
@@ -63,7 +63,7 @@ class Together:
 
     def __init__(self, lockstep: Lockstep, widths: Sequence[int]) -> None:
         """`widths`: vocabulary rows of each rank."""
-        self.lockstep, self.widths = lockstep, tuple(widths)
+        self.lockstep, self.widths = lockstep, list(widths)
 
     def reduce(self, brought: Sequence[tuple[Array, bool]]) -> None:
         """Of each rank its residual stream, and whether it has a partial."""
@@ -133,7 +133,7 @@ class SharedGpu:
         return self._slots[rank]
 
     def reduce_add(
-        self, gpu: int, streams: list[Array], held: tuple[bool, ...], n_floats: int
+        self, gpu_index: int, streams: list[Array], held: tuple[bool, ...], n_floats: int
     ) -> None:
         known = zip(streams, self._streams, strict=True)
         assert all(stream.ptr == at.ptr for stream, at in known), "streams don't move"
@@ -144,7 +144,7 @@ class SharedGpu:
         )  # fmt: skip
 
     def gather(
-        self, gpu: int, columns: list[Array | None], widths: Sequence[int], out: Array
+        self, gpu_index: int, columns: list[Array | None], widths: list[int], out: Array
     ) -> None:
         first = 0
         for own, width in zip(columns, widths, strict=True):
