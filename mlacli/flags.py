@@ -12,6 +12,7 @@ from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import Any
 
+from mlacli.devices import default_devices
 from mlacli.errors import UsageError
 from mlacli.flag_entry import Flag
 from mlacli.flag_values import (
@@ -57,9 +58,8 @@ DEVICES: tuple[Flag, ...] = (
     Flag(
         ("-dev", "--device"),
         devices,
-        "devices, in rank order: cpu,cpu or cuda0,cuda1",
+        "devices, in rank order: cpu,cpu or cuda0,cuda1; all GPUs by default, cpu without any",
         "LIST",
-        ("cpu",),
     ),
     Flag(
         ("-sm", "--split-mode"),
@@ -361,6 +361,8 @@ def to_params(values: Mapping[str, Any], typed: Mapping[str, str] | None = None)
     if "override_kv" in settled:
         settled["override_kv"] = MappingProxyType(dict(settled["override_kv"]))
 
+    if "devices" not in settled and not settled.get("vram"):
+        settled["devices"] = default_devices()
     if "sampling_seq" in settled:
         settled["samplers"] = settled.pop("sampling_seq")
 

@@ -18,6 +18,7 @@ from mlacli.backends.cuda_place import Place
 from mlacli.backends.cuda_steps import Stage, Steps
 from mlacli.backends.cuda_together import Collectives, Peers, SharedGpu, Together
 from mlacli.errors import UnsupportedFeature
+from mlacli.parallel.cuda_sizes import mail_bytes, slot_bytes
 from mlacli.parallel.lockstep import Lockstep
 from mlacli.parallel.ranks import RankGroup
 
@@ -61,6 +62,9 @@ class CudaRanks(Ranks):
         n_rows = 4 * (rank.layers[1] - rank.layers[0])  # a layer's, an indexer's, both with scales
         padding = _PADDING * (len(list(plan.of_rank(rank.rank))) + n_rows)
         nbytes = rank.weights + rank.cache + rank.scratch + padding
+        if self._together is not None and len({r.device for r in plan.ranks}) > 1:
+            n_ranks, d = len(plan.ranks), self._hp.d  # the collectives have memory of their own
+            nbytes -= slot_bytes(self._context.n_ubatch, d) + mail_bytes(n_ranks)
         same: Any = next((x.device for x in self.ops if x.device.name == rank.device), None)
         return cuda_device.CudaDevice(rank.device, nbytes, same)
 

@@ -19,8 +19,10 @@ from mlacli.parallel.cuda_sizes import (
     FEW,
     PLAIN_SPLITS,
     bucket,
+    mail_bytes,
     most_score_bytes,
     on_tensor_cores,
+    slot_bytes,
 )
 from mlacli.parallel.memory import most_logit_rows
 
@@ -55,10 +57,14 @@ class CudaScratch:
 
     def __init__(
         self, hp: Any, context: ContextParams, shards: Iterable[Shard], capability: int,
-        n_ranks: int,
+        n_ranks: int, n_gpus: int = 1,
     ) -> None:  # fmt: skip
-        """`shards` of the rank, on a device of this compute capability; n_ranks share the model."""
-        self.hp, self.context, self.capability, self.n_ranks = hp, context, capability, n_ranks
+        """`shards` of the rank, on a device of this compute capability.
+
+        `n_ranks` on `n_gpus` share each tensor.
+        """
+        self.hp, self.context, self.capability = hp, context, capability
+        self.n_ranks, self.n_gpus = n_ranks, n_gpus
         layers: dict[int | None, dict[str, Weight]] = {}
         for shard in shards:
             tiled = capability >= 80 and shard.tiled
@@ -78,7 +84,7 @@ class CudaScratch:
         return self._kept(n) + max(attention, self._by_tokens[n])
 
     def _kept(self, n: int) -> int:
-        """What outlives a half layer: see Place, take_buffers of the ops, and SharedGpu."""
+        """What outlives a half layer: see Place, take_buffers of the ops, and the collectives."""
         hp, kept = self.hp, Taken(n)
         kept.take(3)  # tokens, positions, wanted rows
         if hp.sparse is not None:
@@ -87,8 +93,10 @@ class CudaScratch:
         kept.take(hp.p // 2)
         kept.take(hp.d)  # the residual stream
         if self.n_ranks > 1:
-            kept.take(hp.d)  # a partial of it
+            kept.nbytes += slot_bytes(n, hp.d)
             kept.nbytes += 2 * _aligned(8 * self.n_ranks)  # where all ranks have both
+        if self.n_gpus > 1:
+            kept.nbytes += mail_bytes(self.n_ranks)
         return kept.nbytes + 4 * int(hp.p) + _SAMPLER + 4 * _ALIGN  # frequencies; a counter
 
     # ---- attention --------------------------------------------------------------------------

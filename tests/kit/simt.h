@@ -61,6 +61,7 @@ struct Stack {
 };
 struct Fiber {
     ucontext_t context;
+    Stack stack;
     uint3 thread;
     int linear = 0;
     bool done = false;
