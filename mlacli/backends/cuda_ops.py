@@ -19,7 +19,7 @@ from mlacli.backends.cuda_acts import Act, Chosen
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_device import Device, Host
 from mlacli.backends.cuda_mla import Attention
-from mlacli.backends.cuda_together import Peers
+from mlacli.backends.cuda_together import Brought, Peers
 from mlacli.backends.cuda_weights import CudaWeight
 from mlacli.ops import LayerCache, LayerWeights, Ops, Step
 from mlacli.parallel.comm import SoloComm
@@ -47,6 +47,7 @@ class CudaOps(Ops):
         self.stream: Any = None  # the residual stream of a step [n, d]
         self.sent: list[Array] = []  # to the next pipeline stage, which pulls it
         self._n_received = 0
+        self._routed: Any = None  # the last choice of experts, until the next sum
         self.n_sm, self.capability = device.n_sm, device.capability
         # A test hook: choices [n, count] by the name of the weight that would make them.
         self.imposed: dict[str, Host] = {}
@@ -136,7 +137,8 @@ class CudaOps(Ops):
         if self.peers is not None:
             if partial is not None:
                 self._store(partial, self.peers.slot(stream.shape))
-            self.peers.reduce_add(stream, partial is not None)
+            routed, self._routed = self._routed, None
+            self.peers.reduce_add(Brought(stream, partial is not None, routed))
         elif partial is not None and partial.run is not None:
             partial.run(stream, True)
         elif partial is not None:
@@ -238,13 +240,17 @@ class CudaOps(Ops):
             else:
                 scores = self.new((n, n_experts))
                 self.products(x, [(gate, scores)])
-            return plain.route(self, scores, bias, routing, self._pos, self._imposed_on(gate, n))
+            imposed = self._imposed_on(gate, n)
+            chosen = plain.route(self, scores, bias, routing, self._pos, imposed)
+            self._routed = chosen.ids
+            return chosen
         chosen = Chosen(self.new((n, routing.n_used), np.int32), self.new((n, routing.n_used)))
         values, norm = self._unnormed(x)
         matvec.route(
             self, chosen.ids, chosen.weights, self.new((n, n_experts)), self._counter, gate,
             values, routing, norm, bias, self._pos, self._imposed_on(gate, n),
         )  # fmt: skip
+        self._routed = chosen.ids
         return chosen
 
     def _imposed_on(self, gate: CudaWeight, n: int) -> Array | None:

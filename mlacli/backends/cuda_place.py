@@ -38,6 +38,7 @@ class Place:
         self._chain: bytes = b""  # what the sampler's chain holds
         self._bases: list[int] = []  # where the ranks' scratch begins
         self._n = 0  # real tokens of the step under way
+        self.is_dry = False  # launches are only noted
 
     def settle(self) -> None:
         """Everything that stays has been taken."""

@@ -15,6 +15,7 @@ from mlacli.backends import Forward, Ranks, cuda_device, cuda_devices, cuda_samp
 from mlacli.backends.cuda_device import Device, Host
 from mlacli.backends.cuda_ops import CudaOps
 from mlacli.backends.cuda_place import Place
+from mlacli.backends.cuda_sources import debugging
 from mlacli.backends.cuda_steps import Stage, Steps
 from mlacli.backends.cuda_together import Collectives, Peers, SharedGpu, Together
 from mlacli.errors import UnsupportedFeature
@@ -45,7 +46,7 @@ class CudaRanks(Ranks):
         self._lockstep = Lockstep(n)
         if plan.mode == "graph" and n > 1:
             widths = [rank.vocab[1] - rank.vocab[0] for rank in plan.ranks]
-            self._together = Together(self._lockstep, widths)
+            self._together = Together(self._lockstep, widths, debugging())
         self.ops = []
         for rank in plan.ranks:
             device = self._open(plan, rank)
@@ -77,7 +78,7 @@ class CudaRanks(Ranks):
         self, tokens: Sequence[int], n_past: int, frequencies: Sequence[float],
         out_rows: Sequence[int], forwards: Sequence[Forward], capture: bool = True,
     ) -> Host:  # fmt: skip
-        steps = self.steps(frequencies)
+        steps, capture = self.steps(frequencies), capture and not self._compares
         logits = steps.run(tokens, n_past, out_rows, forwards, capture)
         self._check()
         return logits
@@ -90,7 +91,9 @@ class CudaRanks(Ranks):
 
     def can_sample(self, sampling: SamplingParams, banned: Iterable[int]) -> bool:
         one_stage = self._together is not None or len(self.ops) == 1
-        return one_stage and cuda_sampling.can_run(sampling, len(list(banned)))
+        return (
+            one_stage and not self._compares and cuda_sampling.can_run(sampling, len(list(banned)))
+        )
 
     def execute_ahead(
         self, token: int, n_past: int, n_steps: int, frequencies: Sequence[float],
@@ -145,6 +148,10 @@ class CudaRanks(Ranks):
                 return fn(rank)
 
         return self.group.run(one_rank)
+
+    @property
+    def _compares(self) -> bool:
+        return self._together is not None and self._together.compares
 
     def _check(self) -> None:
         if self._together is not None:

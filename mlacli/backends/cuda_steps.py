@@ -103,7 +103,13 @@ class Stage:
         with ExitStack() as stack:
             for ops in self.ops:
                 stack.enter_context(_noting(ops, report))
-            yield
+            for place in self.places:
+                place.is_dry = True
+            try:
+                yield
+            finally:
+                for place in self.places:
+                    place.is_dry = False
 
     def _captured(self, launches: Callable[[], list[Array | None]]) -> _Graph:
         before = [ops.forms for ops in self.ops]

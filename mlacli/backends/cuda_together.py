@@ -8,13 +8,15 @@ the streams of the ranks on it and forking them again. `Collectives` is how GPUs
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_device import Device
+from mlacli.errors import RankError
 from mlacli.parallel.lockstep import Lockstep
 
 if TYPE_CHECKING:
@@ -55,24 +57,56 @@ class Collectives(Protocol):
     def close(self) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """What a rank brings to a sum: its residual stream, and whether it wrote a partial.
+
+    `experts`: the ids that it chose since the last one.
+    """
+
+    stream: Array
+    held: bool
+    experts: Array | None = None
+
+
 class Together:
     """The ranks that step together: `places` and `collectives` are known once they are open."""
 
     places: Sequence[Place]
     collectives: Collectives
 
-    def __init__(self, lockstep: Lockstep, widths: Sequence[int]) -> None:
-        """`widths`: vocabulary rows of each rank."""
-        self.lockstep, self.widths = lockstep, list(widths)
+    def __init__(self, lockstep: Lockstep, widths: Sequence[int], compares: bool) -> None:
+        """`widths`: vocabulary rows of each rank. `compares`: what must be equal on all ranks is
 
-    def reduce(self, brought: Sequence[tuple[Array, bool]]) -> None:
-        """Of each rank its residual stream, and whether it has a partial."""
-        held = tuple(has for _, has in brought)
+        read back after every sum, which no captured step can do.
+        """
+        self.lockstep, self.widths, self.compares = lockstep, list(widths), compares
+
+    def reduce(self, brought: Sequence[Brought]) -> None:
+        held = tuple(one.held for one in brought)
         for gpu, place in enumerate(self.places):
             place.join()
-            streams = [brought[rank][0] for rank in place.ranks]
+            streams = [brought[rank].stream for rank in place.ranks]
             self.collectives.reduce_add(gpu, streams, held, streams[0].size)
             place.fork()
+        if self.compares and not self.places[0].is_dry:
+            self._compare("residual streams", {r: one.stream for r, one in enumerate(brought)})
+            ids = {r: one.experts for r, one in enumerate(brought) if one.experts is not None}
+            self._compare("chosen experts", ids)
+
+    def _compare(self, what: str, of_rank: Mapping[int, Array]) -> None:
+        """RankError when ranks differ in what all of them computed."""
+        found: dict[int, bytes] = {}
+        for place in self.places:
+            place.join()
+            found |= {
+                r: place.device.get(of_rank[r]).tobytes() for r in place.ranks if r in of_rank
+            }
+            place.fork()
+        first = next(iter(found.values()), b"")
+        for rank, same in found.items():
+            if same != first:
+                raise RankError(rank, ValueError(f"its {what} are not those of the first rank"))
 
     def gather(self, brought: Sequence[tuple[Array | None, int]]) -> list[Array]:
         """Of each rank its columns, and how many rows there are; for each rank the logits."""
@@ -101,10 +135,10 @@ class Peers:
         slot = self.together.collectives.slot(self.rank)
         return slot[: math.prod(shape)].reshape(*shape)
 
-    def reduce_add(self, stream: Array, held: bool) -> None:
-        """stream += the sum of all ranks' partials; `held`: this one has written its own."""
+    def reduce_add(self, mine: Brought) -> None:
+        """stream += the sum of all ranks' partials."""
         self.n_reductions += 1
-        self.together.lockstep.meet(self.rank, (stream, held), self.together.reduce)
+        self.together.lockstep.meet(self.rank, mine, self.together.reduce)
         self.device.use()  # the last to come has launched for every GPU
 
     def gather(self, columns: Array | None, n: int) -> Array:

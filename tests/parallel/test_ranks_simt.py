@@ -16,7 +16,7 @@ from kit.simt import why_not
 from kit.simt_gpu import simulated
 
 import mlacli
-from mlacli.errors import UnsupportedFeature
+from mlacli.errors import RankError, UnsupportedFeature
 from mlacli.loading.presets import PRESETS
 from mlacli.params import SamplingParams
 from mlacli.sampling import Sampler
@@ -101,6 +101,41 @@ def test_replays_run_in_the_caller_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 
         monkeypatch.setattr(engine._ranks.group, "run", refuse)
         assert np.array_equal(engine.decode(1), first)
+
+
+@needs_simt
+@pytest.mark.parametrize("spoiled", ["", "stream", "experts"])
+def test_debugging_compares_the_ranks_after_every_sum(
+    monkeypatch: pytest.MonkeyPatch, spoiled: str
+) -> None:
+    from mlacli.backends.cuda_ops import CudaOps
+
+    simulated(monkeypatch, capability=75)
+    monkeypatch.setenv("MLACLI_DEBUG", "1")
+    attend, route = CudaOps.latent_attention, CudaOps.route
+
+    def attending(ops: Any, *args: Any) -> Any:
+        if spoiled == "stream" and ops.peers.rank == 1:
+            last = ops.stream[0, -1:]
+            ops.device.copy_in(last, np.nextafter(ops.device.get(last), np.float32(9)))
+        return attend(ops, *args)
+
+    def routing(ops: Any, *args: Any) -> Any:
+        chosen = route(ops, *args)
+        if spoiled == "experts" and ops.peers.rank == 1:
+            ops.device.copy_in(chosen.ids, ops.device.get(chosen.ids)[:, ::-1])
+        return chosen
+
+    monkeypatch.setattr(CudaOps, "latent_attention", attending)
+    monkeypatch.setattr(CudaOps, "route", routing)
+    flags = {"device": "cuda0,cuda0", "split_mode": "graph", "expert_split": "id"}
+    with mlacli.load(FILES["v3"], **EXACT, **flags) as engine:
+        if not spoiled:
+            assert nmse(engine.decode(golden("v3")[0][0]), golden("v3")[1][0]) <= DECODE
+            assert not engine.decode_ahead(3, 4, Sampler(SamplingParams(temp=0)))
+            return
+        with pytest.raises(RankError, match=r"rank 1 failed.*not those of the first rank"):
+            engine.decode(3)
 
 
 def cut(name: str, routed: int) -> Any:
