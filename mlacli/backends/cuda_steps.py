@@ -73,7 +73,7 @@ class Stage:
             logits = forwards[rank](step)
             return None if logits is None else ops.f32(logits)
 
-        found = dict(zip(steps, self.run(one_rank), strict=True))
+        found = dict(zip(sorted(steps), self.run(one_rank), strict=True))
         for place in self.places:
             place.join()
         return [found[place.ranks[0]] for place in self.places]
