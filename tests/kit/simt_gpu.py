@@ -109,6 +109,10 @@ class SimtGpu(SimtDevice):
     def end_sends(self) -> None:
         """Nothing is under way."""
 
+    def fetch(self, array: Array) -> Callable[[], Any]:
+        host = self.get(array)
+        return lambda: host
+
     def synchronize(self) -> None:
         """Nothing is under way."""
 

@@ -79,9 +79,11 @@ def test_kernels_of_tiles(
 
 
 @needs_simt
-@pytest.mark.parametrize("device", ["cuda0,cuda0", "cuda0,cuda1,cuda0"])
+@pytest.mark.parametrize("device, mode", [
+    ("cuda0,cuda0", "graph"), ("cuda0,cuda1,cuda0", "graph"), ("cuda0,cuda1", "layer"),
+])  # fmt: skip
 def test_drawing_ahead_is_drawing_step_by_step(
-    monkeypatch: pytest.MonkeyPatch, device: str
+    monkeypatch: pytest.MonkeyPatch, device: str, mode: str
 ) -> None:
     """Each GPU draws from logits of its own."""
     simulated(monkeypatch, capability=75)
@@ -89,7 +91,7 @@ def test_drawing_ahead_is_drawing_step_by_step(
     draw = Place.sample
     monkeypatch.setattr(Place, "sample", lambda place, x: (seen.append((place, x)), draw(place, x)))
     sampler = Sampler(SamplingParams(seed=7, temp=0.8, top_k=40))
-    with mlacli.load(FILES["v3"], device=device, split_mode="graph", **EXACT) as engine:
+    with mlacli.load(FILES["v3"], device=device, split_mode=mode, **EXACT) as engine:
         ahead = engine.decode_ahead(3, 4, sampler)
         engine.rewind(0)
         singly = [3]
