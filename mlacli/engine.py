@@ -188,6 +188,11 @@ class Engine(Generation):
         """The forms that attention really took so far, by phase; "" before its first run."""
         return {phase: " + ".join(sorted(map(str, used))) for phase, used in self.forms.items()}
 
+    @property
+    def sums(self) -> str:
+        """How GPUs add their partials under -sm graph, and why so; "" where none has to."""
+        return self._ranks.sums
+
     @staticmethod
     def peak_memory() -> int:
         """Largest resident size of this process so far, in bytes."""

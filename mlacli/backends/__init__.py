@@ -25,6 +25,7 @@ class Ranks:
 
     ops: Sequence[Ops]
     n_ahead = 0  # steps that may begin before the logits of one are asked for
+    sums = ""  # how GPUs add their partials, and why so; "" where none has to
 
     def __init__(
         self, ops: Sequence[Ops], group: RankGroup, blas: BlasThreads | None = None

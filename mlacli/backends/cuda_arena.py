@@ -71,6 +71,10 @@ class Arena:
                 "other programs use the device: free it, or use a smaller -c",
             ) from None  # fmt: skip
 
+    def close(self) -> None:
+        """Free everything; what was taken must not be used any more."""
+        self._memory, self._apart, self.size = None, None if self._apart is None else {}, 0
+
     def mark(self) -> int:
         return self._at
 

@@ -88,6 +88,10 @@ class Device(Protocol):
         """Wait until everything launched before is done."""
         ...
 
+    def close(self) -> None:
+        """Give all memory back; nothing may be asked of it any more."""
+        ...
+
     def prepared(
         self, report: Callable[[int, int], None] | None = None
     ) -> AbstractContextManager[None]:
@@ -218,6 +222,12 @@ class CudaDevice:
     def synchronize(self) -> None:
         self.stream.synchronize()
         self._page_in_use = False
+
+    def close(self) -> None:
+        self.use()
+        with suppress(self._runtime.CUDARuntimeError):  # of a launch that failed
+            self.stream.synchronize()
+        self.arena.close()
 
     def follow(self, other: CudaDevice) -> None:
         other._reached.record(other.stream)

@@ -123,6 +123,9 @@ class CudaRanks(Ranks):
                 stages = [Stage(places, self._in_lockstep)]
             for place in places:
                 place.settle()
+            if len(places) > 1 and self._together is not None:
+                way = self._together.collectives
+                self.sums = f"{way.how} ({way.why})"
             self._steps = Steps(stages, most)
         return self._steps
 
@@ -161,9 +164,14 @@ class CudaRanks(Ranks):
             self._together.collectives.check()
 
     def close(self) -> None:
-        if self._together is not None and self._steps is not None:
-            self._together.collectives.close()
+        if self._steps is not None:
+            for stage in self._steps.stages:
+                stage.graphs.clear()
+            if self._together is not None:
+                self._together.collectives.close()
         super().close()
+        for ops in self.ops:
+            ops.device.close()
 
 
 def _alone(place: Place) -> Callable[[Callable[[int], Any]], list[Any]]:

@@ -115,6 +115,18 @@ def test_memory_in_use_is_what_the_plan_says() -> None:
     assert planned <= used <= planned + (512 << 20)
 
 
+def test_a_closed_engine_leaves_the_gpu_free() -> None:
+    import cupy as cp
+
+    free = []
+    for _ in range(3):
+        engine = mlacli.load(FILES["v3"], **SPLITS["3 ranks"])
+        engine.prefill([1, 2, 3])
+        engine.close()  # and still referred to
+        free.append(cp.cuda.runtime.memGetInfo()[0])
+    assert free[2] >= free[0] - (8 << 20)  # modules, which are small
+
+
 @pytest.mark.parametrize("split", ["2 ranks", "2 stages"])
 def test_a_failing_rank_ends_all_and_leaves_the_gpu_usable(
     split: str, monkeypatch: pytest.MonkeyPatch

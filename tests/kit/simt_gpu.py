@@ -113,6 +113,9 @@ class SimtGpu(SimtDevice):
         host = self.get(array)
         return lambda: host
 
+    def close(self) -> None:
+        """Memory is kept, to be looked at."""
+
     def synchronize(self) -> None:
         """Nothing is under way."""
 
