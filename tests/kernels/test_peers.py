@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from kit.peer_model import Protocol, wrong_outcome
-from kit.simt_device import why_not
+from kit.simt import why_not
 from kit.simt_peers import PeerRig
 
 from mlacli.backends.cuda_peer import PeerWay

@@ -44,9 +44,24 @@ namespace simt {
 struct Barrier {
     int waiting = 0, generation = 0;
 };
+constexpr size_t STACK = 256 << 10;
+inline std::vector<std::unique_ptr<char[]>> free_stacks;  // kept from CTA to CTA
+struct Stack {
+    std::unique_ptr<char[]> bytes;
+    Stack() = default;
+    Stack(Stack&&) = default;
+    ~Stack() {
+        if (bytes) free_stacks.push_back(std::move(bytes));
+    }
+    char* take() {
+        if (free_stacks.empty()) return bytes.reset(new char[STACK]), bytes.get();
+        bytes = std::move(free_stacks.back()), free_stacks.pop_back();
+        return bytes.get();
+    }
+};
 struct Fiber {
     ucontext_t context;
-    std::vector<char> stack;
+    Stack stack;
     uint3 thread;
     int linear = 0;
     bool done = false;
@@ -104,7 +119,7 @@ inline void entry() {
     yield();
 }
 
-inline void fill(Cta& now, dim3 block, int stack) {
+inline void fill(Cta& now, dim3 block) {
     const int n = block.x * block.y * block.z;
     now.fibers.resize(n), now.warps.resize((n + 31) / 32), now.live = n;
     now.slots.assign((n + 31) / 32, std::vector<void*>(32, nullptr));
@@ -112,11 +127,11 @@ inline void fill(Cta& now, dim3 block, int stack) {
     for (int i = 0; i < n; i++) {
         Fiber& f = now.fibers[i];
         now.live_in_warp[i / 32]++;
-        f.linear = i, f.stack.resize(stack);
+        f.linear = i;
         f.thread = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
         getcontext(&f.context);
-        f.context.uc_stack.ss_sp = f.stack.data();
-        f.context.uc_stack.ss_size = f.stack.size();
+        f.context.uc_stack.ss_sp = f.stack.take();
+        f.context.uc_stack.ss_size = STACK;
         f.context.uc_link = nullptr;
         makecontext(&f.context, entry, 0);
     }
@@ -147,7 +162,7 @@ inline void run_devices(const std::vector<std::vector<Work>>& queues, unsigned s
         if (device.ctas.empty())
             for (unsigned i = 0; i < work.grid; i++) {
                 device.ctas.emplace_back(new Cta);
-                fill(*device.ctas.back(), dim3(work.block), 64 << 10);
+                fill(*device.ctas.back(), dim3(work.block));
             }
         const unsigned x = draw() % work.grid;
         cta = device.ctas[x].get(), block_index = {x, 0, 0}, starting = &work.all;
@@ -176,7 +191,7 @@ inline void launch(dim3 grid, dim3 block, K kernel, A... args) {
                 block_index = {x, y, z};
                 Cta now;
                 cta = &now;
-                fill(now, block, 256 << 10);
+                fill(now, block);
                 while (now.live)
                     for (Fiber& f : now.fibers)
                         if (!f.done) {

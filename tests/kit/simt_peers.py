@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from kit.simt_device import HERE, _include
+from kit.simt import KIT as HERE
+from kit.simt import headers as _include
 
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_group import GpuPlace, Group
