@@ -6,6 +6,7 @@ NCCL_NVLS_ENABLE: it has taken hosts' GPUs out of service.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import warnings
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_group import REDUCE_TYPES, Group, bits, pointers, power_of_two
 from mlacli.errors import BackendError
 
+_KEPT: dict[tuple[int, ...], list[Any]] = {}  # communicators by devices
 _WARM = (1, 1 << 10, 1 << 14, 1 << 18, 1 << 22)  # floats: NCCL sets up each size class once
 
 
@@ -35,19 +37,34 @@ def why_not() -> str:
     return "" if nccl.available else "NCCL is not installed (nvidia-nccl-cu13)"
 
 
+def communicators(devices: tuple[int, ...]) -> list[Any]:
+    """One for each GPU, made once a process and never destroyed.
+
+    ncclCommDestroy waits until every graph that was captured with it is gone, forever if need be
+    (seen on two H200, 2026-11-22): also at the interpreter's end, so each holds itself.
+    """
+    if devices not in _KEPT:
+        set_environment()
+        from cupy.cuda import nccl
+
+        try:
+            comms = nccl.NcclCommunicator.initAll(list(devices))
+        except nccl.NcclError as e:
+            raise BackendError(f"NCCL does not start: {e}", "NCCL_DEBUG=INFO says more") from None
+        for comm in comms:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(comm))
+        _KEPT[devices] = comms
+    return _KEPT[devices]
+
+
 class NcclWay:
     """all_reduce of each GPU's own sum; all_gather of padded columns."""
 
     def __init__(self, group: Group, max_floats: int) -> None:
-        set_environment()
+        self.comms = communicators(tuple(gpu.index for gpu in group.gpus))
         from cupy.cuda import nccl
 
         self.group, self.stride, self.nccl = group, max_floats, nccl
-        self.comms: list[Any] = []
-        try:
-            self.comms = nccl.NcclCommunicator.initAll([gpu.index for gpu in group.gpus])
-        except nccl.NcclError as e:
-            raise BackendError(f"NCCL does not start: {e}", "NCCL_DEBUG=INFO says more") from None
         # Slots of the ranks, then what NCCL reads, then what it writes: a message of each GPU.
         n = len(group.gpus)
         sizes = [(len(gpu.ranks) + 1 + n) * self.stride * 4 for gpu in group.gpus]
@@ -96,9 +113,6 @@ class NcclWay:
         """Nothing to do: NCCL keeps no state of ours."""
 
     def close(self) -> None:
-        for comm in self.comms:
-            comm.destroy()
-        self.comms.clear()
         self.memory.clear()
 
     # ---- collectives ------------------------------------------------------------------------

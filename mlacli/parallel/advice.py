@@ -17,7 +17,9 @@ from mlacli.parallel.plan import ShardPlan
 # One H200, 2026-11-22: V2-Lite takes 1139 us a token, 45 of them for the head, 355 for the bytes of
 # its 27 layers at 4.3 TB/s.
 LAYER_US = 27.0
-HOP_US = 15.0  # from one stage of a pipeline to the next: a launch and a copy of a row
+# From one stage of a pipeline to the next; two H200: 1234 us a token instead of 1132 (-sm none).
+# -sm graph took 1030 us there, 1054 by this.
+HOP_US = 100.0
 
 
 @dataclass(frozen=True, slots=True)
