@@ -10,12 +10,13 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from mlacli.attention_forms import AttentionForm
-from mlacli.backends import Ranks, open_ranks
+from mlacli.backends import Forward, Ranks, open_ranks
 from mlacli.devices import bytes_in_use
 from mlacli.errors import ContextFull, UsageError
 from mlacli.flags import LOADED, library_values, to_params
@@ -27,7 +28,6 @@ from mlacli.loading.page_lock import PageLock
 from mlacli.loading.weights import load_weights, short_name
 from mlacli.ops import ModelWeights, Ops
 from mlacli.parallel.memory import most_logit_rows
-from mlacli.parallel.ranks import first_result
 from mlacli.prepare import Prepared, prepare
 from mlacli.sampling import Sampler
 from mlacli.timings import Timings
@@ -143,16 +143,7 @@ class Engine(Generation):
 
     def _compile(self, report: Callable[[int, int], None] | None) -> int:
         """Compiles what steps will launch, where a backend compiles at all."""
-        hp, model = self.prepared.hparams, self.prepared.model
-
-        def one_rank(rank: int) -> int:
-            ops, weights, cache = self._ops(rank), self._weights[rank], self._caches[rank]
-            return ops.compile(
-                hp.rope.frequencies(hp.p),
-                lambda step: model.forward(ops, hp, weights, cache, step), report,
-            )  # fmt: skip
-
-        return sum(self._ranks.group.run(one_rank))
+        return self._ranks.compile(self._frequencies, self._forwards(), report)
 
     def check_tensors(self) -> Checked:
         """Every tensor as the ranks hold it compared with the file, and none with NaN in it."""
@@ -200,7 +191,12 @@ class Engine(Generation):
     @property
     def n_captured(self) -> int:
         """Graphs that the ranks captured so far: the first step of its kind takes longer."""
-        return sum(ops.n_captured for ops in self._ranks.ops)
+        return self._ranks.n_captured
+
+    @property
+    def sums(self) -> str:
+        """How GPUs add their partials under -sm graph, and why so; "" where none has to."""
+        return self._ranks.sums
 
     @staticmethod
     def peak_memory() -> int:
@@ -225,22 +221,34 @@ class Engine(Generation):
         return np.concatenate(list(self.stream_logits(ids, first)))
 
     def stream_logits(self, ids: Sequence[int], first: int = 0) -> Iterator[Floats]:
-        """Append `ids`; after each ubatch the logits [m, V] of its tokens from ids[first] on.
+        """Append `ids`; of each ubatch the logits [m, V] of its tokens from ids[first] on.
 
         m is 0 where a ubatch ends before `first`; no more than one ubatch's rows exist at once, and
-        one that wants very many is cut (memory.LOGIT_BYTES).
+        one that wants very many is cut (memory.LOGIT_BYTES). On GPUs the next one has begun by the
+        time that one is handed out.
         """
         self._check(ids)
-        n_batch, n_ubatch = self.params.context.n_batch, self.params.context.n_ubatch
+        n_batch, n_ubatch, done = self.params.context.n_batch, self.params.context.n_ubatch, 0
+        begun: list[tuple[Callable[[], Floats], int]] = []
         for batch in range(0, len(ids), n_batch):
             in_batch = ids[batch : batch + n_batch]
             for start in range(0, len(in_batch), n_ubatch):
                 ubatch = in_batch[start : start + n_ubatch]
-                yield from self._ubatch(ubatch, max(0, first - batch - start))
-                if self.on_ubatch is not None:
-                    self.on_ubatch(batch + start + len(ubatch), len(ids))
+                for part, rows in self._parts(ubatch, max(0, first - batch - start)):
+                    done += len(part)
+                    begun.append((self._start("prefill", part, rows), done))
+                    if len(begun) > self._ranks.n_ahead:
+                        yield self._finished(*begun.pop(0), len(ids))
+        while begun:
+            yield self._finished(*begun.pop(0), len(ids))
 
-    def _ubatch(self, ids: Sequence[int], first: int) -> Iterator[Floats]:
+    def _finished(self, logits: Callable[[], Floats], done: int, n_all: int) -> Floats:
+        found = logits()
+        if self.on_ubatch is not None:
+            self.on_ubatch(done, n_all)
+        return found
+
+    def _parts(self, ids: Sequence[int], first: int) -> Iterator[tuple[Sequence[int], range]]:
         """A ubatch whose rows from `first` on are wanted, in equal parts where they are too many.
 
         The plan pays for the logits of no more rows.
@@ -250,12 +258,12 @@ class Engine(Generation):
             step = -(-len(ids) // -(-len(ids) // most))
         for start in range(0, len(ids), step):
             part = ids[start : start + step]
-            yield self._forward("prefill", part, range(max(0, first - start), len(part)))
+            yield part, range(max(0, first - start), len(part))
 
     def decode(self, token_id: int) -> Floats:
         """Append one token; its logits [V]."""
         self._check([token_id])
-        row: Floats = self._forward("decode", [token_id], [0])[0]
+        row: Floats = self._start("decode", [token_id], [0])()[0]
         return row
 
     def decode_ahead(self, token_id: int, n: int, sampler: Sampler) -> list[int]:
@@ -266,20 +274,13 @@ class Engine(Generation):
         """
         self._check([token_id])
         n = min(n, self.n_ctx - self.n_kv)
-        can = all(ops.can_sample(sampler.params, sampler.banned) for ops in self._ranks.ops)
-        if sampler.on_host or not can:
+        if sampler.on_host or not self._ranks.can_sample(sampler.params, sampler.banned):
             return []
-        hp, model, n_past = self.prepared.hparams, self.prepared.model, self.n_kv
-        frequencies = hp.rope.frequencies(hp.p)
-
-        def one_rank(rank: int) -> list[int]:
-            ops, weights, cache = self._ops(rank), self._weights[rank], self._caches[rank]
-            return ops.execute_ahead(
-                token_id, n_past, n, frequencies, sampler.params, sampler.seed, sampler.banned,
-                lambda step: model.forward(ops, hp, weights, cache, step),
-            )  # fmt: skip
-
-        ids = self._ranks.group.run(one_rank)[0]
+        n_past = self.n_kv
+        ids = self._ranks.execute_ahead(
+            token_id, n_past, n, self._frequencies, sampler.params, sampler.seed, sampler.banned,
+            self._forwards(),
+        )  # fmt: skip
         self._note_forms("decode")
         self.n_kv = n_past + len(ids)
         self._ids += [token_id, *ids[:-1]]
@@ -353,27 +354,33 @@ class Engine(Generation):
                 "give a larger -c or fewer tokens",
             )
 
-    def _forward(self, phase: Phase, ids: Sequence[int], rows: Sequence[int]) -> Floats:
-        import numpy as np
+    @cached_property
+    def _frequencies(self) -> Sequence[float]:
+        hp = self.prepared.hparams
+        frequencies: Sequence[float] = hp.rope.frequencies(hp.p)
+        return frequencies
 
-        hp, model, n_past = self.prepared.hparams, self.prepared.model, self.n_kv
-        frequencies = hp.rope.frequencies(hp.p)
+    def _forwards(self) -> list[Forward]:
+        """The model as each rank runs it."""
+        hp, model, plan = self.prepared.hparams, self.prepared.model, self.prepared.plan
 
-        def one_rank(rank: int) -> Any:
-            ops, weights, cache = self._ops(rank), self._weights[rank], self._caches[rank]
-            seen: Any = ops
+        def forward(rank: int) -> Forward:
+            weights, cache = self._weights[rank], self._caches[rank]
+            seen: Any = self._ops(rank)
             if self.watch is not None and (rank == 0 or self.params.split.mode != "graph"):
-                seen = LayerWatch(ops, self.prepared.plan.ranks[rank].layers[0], self.watch)
-            with np.errstate(all="ignore"):  # the sampler refuses logits that are not finite
-                return ops.execute(
-                    ids, n_past, frequencies, rows,
-                    lambda step: model.forward(seen, hp, weights, cache, step),
-                    capture=seen is ops,  # a watcher reads on the host
-                )  # fmt: skip
+                seen = LayerWatch(seen, plan.ranks[rank].layers[0], self.watch)
+            return lambda step: model.forward(seen, hp, weights, cache, step)
 
-        results = self._ranks.group.run(one_rank)
+        return [forward(rank) for rank in range(len(plan.ranks))]
+
+    def _start(self, phase: Phase, ids: Sequence[int], rows: Sequence[int]) -> Callable[[], Floats]:
+        """Begins a step; its tokens count as cached from now on."""
+        n_past = self.n_kv
+        logits = self._ranks.start(
+            ids, n_past, self._frequencies, rows, self._forwards(),
+            capture=self.watch is None,  # a watcher reads on the host
+        )  # fmt: skip
         self._note_forms(phase)
         self.n_kv = n_past + len(ids)
         self._ids += ids
-        logits: Floats = first_result(results)
         return logits

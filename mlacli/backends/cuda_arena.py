@@ -13,7 +13,7 @@ import cupy as cp
 import numpy as np
 
 from mlacli.backends.cuda_array import Array
-from mlacli.backends.cuda_compile import debugging
+from mlacli.backends.cuda_sources import debugging
 from mlacli.errors import MemoryBudgetError
 
 _ALIGN = 256
@@ -70,6 +70,10 @@ class Arena:
                 self.device, nbytes, free,
                 "other programs use the device: free it, or use a smaller -c",
             ) from None  # fmt: skip
+
+    def close(self) -> None:
+        """Free everything; what was taken must not be used any more."""
+        self._memory, self._apart, self.size = None, None if self._apart is None else {}, 0
 
     def mark(self) -> int:
         return self._at

@@ -6,7 +6,7 @@ Ops see the `Device` protocol alone, so that they also run on a recorder that ha
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,14 +15,29 @@ from numpy.typing import NDArray
 from mlacli.backends.cuda_array import Array
 
 Host = NDArray[Any]
-_PAGE = 4 << 20  # bytes of page-locked memory for small copies
+_PAGE = 4 << 20  # bytes of page-locked memory for copies
+_INPUT, _N_INPUTS = 64 << 10, 4  # bytes of a step's inputs; steps that may be under way
+_OUTPUT, _N_OUTPUTS = 2 << 20, 2  # likewise, of what is fetched from them
 
 
 class Device(Protocol):
     """What ops need of a GPU."""
 
+    name: str
     n_sm: int
     capability: int  # 90 for compute capability 9.0
+
+    def use(self) -> None:
+        """Make it this thread's GPU; needed before anything below."""
+        ...
+
+    def follow(self, other: Any) -> None:
+        """What is launched from now on waits for all that `other` was given so far."""
+        ...
+
+    def pull(self, target: Array, source: Array, other: Any) -> None:
+        """Copy between arrays of this device and `other`, in this one's order."""
+        ...
 
     @property
     def n_compiled(self) -> int:
@@ -53,6 +68,10 @@ class Device(Protocol):
         """A host copy, once everything launched before is done."""
         ...
 
+    def fetch(self, array: Array) -> Callable[[], Host]:
+        """A host copy as of now, to be asked for after at most one more `fetch`."""
+        ...
+
     def spare(self, most: int) -> Array:
         """At most `most` bytes that nothing uses until the arena is nearly full."""
         ...
@@ -69,6 +88,10 @@ class Device(Protocol):
         """Wait until everything launched before is done."""
         ...
 
+    def close(self) -> None:
+        """Give all memory back; nothing may be asked of it any more."""
+        ...
+
     def prepared(
         self, report: Callable[[int, int], None] | None = None
     ) -> AbstractContextManager[None]:
@@ -83,10 +106,31 @@ class Device(Protocol):
         ...
 
 
-class CudaDevice:
-    """The current CUDA device with an arena of `nbytes`."""
+class _Ring:
+    """Page-locked buffers used in turns, with the event of the last copy of each."""
 
-    def __init__(self, name: str, nbytes: int) -> None:
+    def __init__(self, nbytes: int, count: int) -> None:
+        import cupy as cp
+
+        memory = np.frombuffer(
+            cp.cuda.alloc_pinned_memory(nbytes * count), np.uint8, nbytes * count
+        )
+        self._pages = memory.reshape(count, nbytes)
+        self._events = [cp.cuda.Event(disable_timing=True) for _ in range(count)]
+        self._turn = -1
+
+    def next(self) -> tuple[Host, Any]:
+        self._turn = (self._turn + 1) % len(self._pages)
+        return self._pages[self._turn], self._events[self._turn]
+
+
+class CudaDevice:
+    """The current CUDA device with an arena of `nbytes`.
+
+    Ranks on one GPU have one each: a stream and an arena of their own, the kernels of `beside`.
+    """
+
+    def __init__(self, name: str, nbytes: int, beside: CudaDevice | None = None) -> None:
         import cupy as cp
 
         from mlacli.backends.cuda_arena import Arena
@@ -95,14 +139,18 @@ class CudaDevice:
         self._runtime = cp.cuda.runtime
         self._page = np.frombuffer(cp.cuda.alloc_pinned_memory(_PAGE), np.uint8, _PAGE)
         self._page_in_use = False  # by a copy to the device that may be under way
+        self._inputs = _Ring(_INPUT, _N_INPUTS)
+        self._outputs = _Ring(_OUTPUT, _N_OUTPUTS)
+        device = cp.cuda.Device()
+        self.name, self.index, self.use = name, int(device.id), device.use
         self.stream = cp.cuda.Stream(non_blocking=True)
-        self.kernels = Kernels(self.stream)
+        self._reached = cp.cuda.Event(disable_timing=True)
+        self.kernels: Kernels = Kernels(self.stream, None if beside is None else beside.kernels)
         self.arena = Arena(name, nbytes)
         self.take, self.mark, self.rewind = self.arena.take, self.arena.mark, self.arena.rewind
         self.spare = self.arena.spare
         self._staging: Any = None
         self.launch, self.prepared = self.kernels.launch, self.kernels.prepared
-        device = cp.cuda.Device()
         self.n_sm = int(device.attributes["MultiProcessorCount"])
         self.capability = self.kernels.capability
 
@@ -116,6 +164,12 @@ class CudaDevice:
         if host.nbytes > _PAGE:
             self._copy(array.ptr, host.ctypes.data, host.nbytes)
             self.stream.synchronize()
+        elif 0 < host.nbytes <= _INPUT:
+            page, sent = self._inputs.next()
+            sent.synchronize()  # at once for an event that was never recorded
+            page[: host.nbytes] = host.reshape(-1).view(np.uint8)
+            self._copy(array.ptr, page.ctypes.data, host.nbytes)
+            sent.record(self.stream)
         elif host.nbytes:
             if self._page_in_use:
                 self.synchronize()
@@ -135,6 +189,22 @@ class CudaDevice:
             self.synchronize()
         return host
 
+    def fetch(self, array: Array) -> Callable[[], Host]:
+        if array.nbytes > _OUTPUT:
+            host = self.get(array)
+            return lambda: host
+        page, arrived = self._outputs.next()
+        if array.nbytes:
+            self._copy(page.ctypes.data, array.ptr, array.nbytes)
+        arrived.record(self.stream)
+
+        def waited() -> Host:
+            arrived.synchronize()
+            found: Host = page[: array.nbytes].view(array.dtype).reshape(array.shape).copy()
+            return found
+
+        return waited
+
     def send(self, array: Array, host: Host) -> None:
         assert host.nbytes == array.nbytes, "a copy changes no sizes"
         if self._staging is None:
@@ -153,14 +223,36 @@ class CudaDevice:
         self.stream.synchronize()
         self._page_in_use = False
 
+    def close(self) -> None:
+        self.use()
+        with suppress(self._runtime.CUDARuntimeError):  # of a launch that failed
+            self.stream.synchronize()
+        self.arena.close()
+
+    def follow(self, other: CudaDevice) -> None:
+        other._reached.record(other.stream)
+        self.stream.wait_event(other._reached)
+        self.kernels.follow()
+
+    def pull(self, target: Array, source: Array, other: CudaDevice) -> None:
+        assert target.nbytes == source.nbytes, "a copy changes no sizes"
+        self._runtime.memcpyPeerAsync(
+            target.ptr, self.index, source.ptr, other.index, source.nbytes, self.stream.ptr
+        )
+
     def capture(self, launches: Callable[[], Any]) -> Callable[[], None]:
         with self.stream:
             self.stream.synchronize()
             self.stream.begin_capture()
             try:
                 launches()
-            finally:
-                graph = self.stream.end_capture()
+            except BaseException:
+                self.use()
+                with suppress(self._runtime.CUDARuntimeError):  # of streams that weren't joined
+                    self.stream.end_capture()
+                raise
+            self.use()  # captures of several GPUs lie within each other
+            graph = self.stream.end_capture()
 
         def replay() -> None:
             graph.launch(self.stream)

@@ -58,7 +58,7 @@ def prepared_modes(line: CommandLine, modes: Sequence[str], **settled: Any) -> l
     """The model once per split mode of --compare; each must run as asked, and all fit together."""
     from mlacli.prepare import together
 
-    if len(line["device"]) < 2:
+    if len(to_params(line.values | settled, line.typed).split.devices) < 2:
         raise UsageError(
             "--compare needs several devices to split a model over", "e.g. -dev cpu,cpu"
         )
@@ -92,6 +92,8 @@ def open_engines(
             engine = stack.enter_context(Engine(p, progress, compiling))
         if engine.n_compiled:
             console.log(f"compiled {engine.n_compiled} kernels in {engine.compile_s:.1f} s")
+        if engine.sums:
+            console.log(f"sums between GPUs: {engine.sums}")
         engines.append(engine)
         if engines[-1].checked is not None:
             console.checked(engines[-1].checked)

@@ -147,7 +147,7 @@ class FakeEngine:
         )  # fmt: skip
         self.page_lock = SimpleNamespace(problem=None)
         self.on_ubatch = None
-        self.n_compiled, self.n_captured, self.compile_s = 0, 0, 1.25
+        self.n_compiled, self.n_captured, self.compile_s, self.sums = 0, 0, 1.25, ""
 
     def __enter__(self):
         return self

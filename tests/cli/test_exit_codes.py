@@ -16,7 +16,7 @@ from pathlib import Path
 from mlacli.timings import Timings
 
 class Engine:
-    n_ctx, checked, n_compiled = 64, None, 0
+    n_ctx, checked, n_compiled, sums = 64, None, 0, ""
     context_full = False
     timings, page_lock = Timings(1, 1, 1, 1, 1, 1), SimpleNamespace(problem=None)
     on_ubatch = None
