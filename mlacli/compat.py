@@ -125,12 +125,9 @@ def _refused(params: Params) -> Iterable[Finding]:
             yield no("flash_attn", "{flag} off " + rest, "leave it out, or run on -dev cpu")
         if context.mla == 0:
             yield no("mla_use", "{flag} 0 " + rest, "leave it out, or run on -dev cpu")
-    if not _on_cpu(params):
-        for flag in offenders(params):
-            yield Finding(
-                "error", flag, "refused", f"{flag} is not supported on GPUs by this version",
-                "leave it out, or run on -dev cpu",
-            )  # fmt: skip
+    if params.model.cpu_moe and params.model.n_cpu_moe and not _on_cpu(params):
+        few = f"{params.spelled('n_cpu_moe')} {params.model.n_cpu_moe}"
+        yield no("cpu_moe", f"{{flag}} and {few} contradict each other", "keep one of them")
 
 
 def _changed(params: Params) -> Iterable[Finding]:
@@ -184,6 +181,9 @@ def _idle(params: Params) -> Iterable[Finding]:
     v_type = "the latent row holds V too: -ctk is the type of both"
     if context.mla > 1 and not context.flash_attn:
         v_type += ", where ik_llama.cpp takes -ctv without flash attention"
+    repacked = "weights are repacked for the GPU whenever they are loaded"
+    if on_cpu:
+        repacked = "nothing is repacked on the CPU"
     rules = (
         ("cache_type_v", not has_values(context), v_type),
         ("mla_use", context.mla != params.context.mla, f"it runs as -mla {context.mla} here"),
@@ -196,7 +196,7 @@ def _idle(params: Params) -> Iterable[Finding]:
         ("gpu_layers", on_cpu, "all layers are on the CPU"),
         ("n_cpu_moe", on_cpu, "all layers are on the CPU"),
         ("cpu_moe", on_cpu, "all layers are on the CPU"),
-        ("run_time_repack", on_cpu, "nothing is repacked on the CPU"),
+        ("run_time_repack", True, repacked),
         ("override_tensor", on_cpu, "all layers are on the CPU"),
     )
     for key, idle, why in rules:

@@ -28,6 +28,7 @@ from mlacli.loading.gguf_file import GgufFile
 from mlacli.loading.tokenizer import Tokenizer, has_tokenizer
 from mlacli.models import model_of
 from mlacli.parallel.memory import active_elements
+from mlacli.parallel.placement import rules, without_effect
 from mlacli.parallel.plan import ShardPlan, check_memory, plan_shards
 from mlacli.params import ContextParams, Params, SplitParams
 
@@ -191,6 +192,7 @@ def _prepare(file: GgufFile, params: Params) -> Prepared:
 
     split = _settle_mode(params.split, devices, planned)
     plan = planned(split)
+    findings += tuple(_idle_rules(params, plan))
     if context.n_ctx > hp.n_ctx_train:
         findings += (_beyond_training(params, plan),)
     context = _clipped(context, plan.n_ctx)
@@ -264,6 +266,18 @@ def _settle_mode(split: SplitParams, devices: tuple[Device, ...], planned: Any) 
 def _clipped(context: ContextParams, n_ctx: int) -> ContextParams:
     n_batch = min(context.n_batch, n_ctx)
     return replace(context, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=min(context.n_ubatch, n_batch))
+
+
+def _idle_rules(params: Params, plan: ShardPlan) -> Iterator[Finding]:
+    """A warning for each rule of -ot that places nothing; on CPUs none places anything."""
+    if all(rank.kind == "cpu" for rank in plan.ranks):
+        return
+    flag = params.spelled("override_tensor")
+    for rule, why in without_effect(rules(params.model.override_tensor), plan.shards):
+        yield Finding(
+            "warning", flag, "warned", f"{flag} {rule} places nothing: {why}",
+            "mlacli plan -v lists the tensors",
+        )  # fmt: skip
 
 
 def _beyond_training(params: Params, plan: ShardPlan) -> Finding:

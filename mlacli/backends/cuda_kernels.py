@@ -105,6 +105,11 @@ class Kernels:
             raise BackendError(f"launching {name} failed with CUDA error {code}")
         self.n_launches += 1
 
+    @property
+    def naming(self) -> bool:
+        """Whether launches are only noted."""
+        return self._noted is not None
+
     @contextmanager
     def prepared(self, report: Callable[[int, int], None] | None = None) -> Iterator[None]:
         """Inside, launches are only noted; at the end, what they need is compiled all at once."""

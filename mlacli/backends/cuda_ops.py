@@ -18,12 +18,14 @@ from mlacli.backends import cuda_rows, cuda_sampling, cuda_weights
 from mlacli.backends.cuda_acts import Act, Chosen
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_device import Device, Host
+from mlacli.backends.cuda_host_experts import HostExperts, Routed
 from mlacli.backends.cuda_mla import Attention
 from mlacli.backends.cuda_steps import Steps
 from mlacli.backends.cuda_weights import CudaWeight
 from mlacli.ops import LayerCache, LayerWeights, Ops, Step
 from mlacli.parallel.comm import Comm
-from mlacli.parallel.cuda_sizes import FEW
+from mlacli.parallel.cuda_sizes import FEW, bucket
+from mlacli.parallel.host_stream import is_routed
 from mlacli.params import ContextParams
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class CudaOps(Ops):
         self.comm, self.context, self.device, self.hp = comm, context, device, hp
         self.forms = set()
         self.attention = Attention(self, hp)
+        self.host_experts = HostExperts(self)
         self._steps: Steps | None = None
         self._counter: Any = None  # of route's last CTA, see cuda_matvec.route
         self.n_sm, self.capability = device.n_sm, device.capability
@@ -56,7 +59,9 @@ class CudaOps(Ops):
         self, tokens: Sequence[int], n_past: int, frequencies: Sequence[float],
         out_rows: Sequence[int], forward: Forward, capture: bool = True,
     ) -> Host | None:  # fmt: skip
-        return self._own_steps(frequencies).run(tokens, n_past, out_rows, forward, capture)
+        steps = self._own_steps(frequencies)
+        capture = capture and not self.host_experts.copies_in(bucket(len(tokens), steps.most))
+        return steps.run(tokens, n_past, out_rows, forward, capture)
 
     def compile(
         self, frequencies: Sequence[float], forward: Forward,
@@ -65,7 +70,8 @@ class CudaOps(Ops):
         return self._own_steps(frequencies).compile(forward, self.context.n_ctx, report)
 
     def can_sample(self, sampling: SamplingParams, banned: Iterable[int]) -> bool:
-        return cuda_sampling.can_run(sampling, len(list(banned)))
+        captured = self._steps is None or not self.host_experts.copies_in(1)
+        return captured and cuda_sampling.can_run(sampling, len(list(banned)))
 
     def execute_ahead(
         self, token: int, n_past: int, n_steps: int, frequencies: Sequence[float],
@@ -79,6 +85,7 @@ class CudaOps(Ops):
         if self._steps is None:
             self._counter = self.put(np.zeros(1, np.int32))
             self.attention.take_buffers(self.context.n_ubatch)
+            self.host_experts.take_buffers()
             most = self.context.n_ubatch
             self._steps = Steps(self, self.device, most, np.array(frequencies))
         return self._steps
@@ -87,6 +94,7 @@ class CudaOps(Ops):
         """A step of `n` real tokens at `pos` follows."""
         self._pos = pos
         self.attention.begin_step(n)
+        self.host_experts.begin(bucket(n, self.context.n_ubatch))
 
     def step_kind(self, n: int, n_kv: int) -> tuple[Any, ...]:
         """What a captured step depends on beside its size."""
@@ -101,7 +109,10 @@ class CudaOps(Ops):
         cuda_weights.begin(self.device, shards)
 
     def upload(self, pieces: Any, shard: Shard) -> CudaWeight:
-        return cuda_weights.upload(self.device, pieces, shard, tiled=self.capability >= 80)
+        w = cuda_weights.upload(self.device, pieces, shard, tiled=self.capability >= 80)
+        if is_routed(shard.tensor):
+            self.host_experts.add(shard.layer, w)
+        return w
 
     def end_upload(self) -> None:
         self.device.end_sends()
@@ -265,33 +276,52 @@ class CudaOps(Ops):
 
     def _experts(self, x: Act, chosen: Chosen | None, w: LayerWeights, y: Array, add: bool) -> None:
         """y [n, d] (+)= routed and shared experts."""
-        merged, down = w.ffn_gate_up_exps, w.ffn_down_exps
+        merged, down, n = w.ffn_gate_up_exps, w.ffn_down_exps, len(x)
         gate, up = (w.ffn_gate_exps, w.ffn_up_exps) if merged is None else (merged, None)
-        shared = None if w.ffn_down_shexp is None else (w.ffn_gate_shexp, w.ffn_up_shexp)
-        if chosen is not None and not matvec.takes(gate, up, down):
-            h = plain.experts_up(self, self.f32(x), chosen, gate, up)
-            plain.experts_down(self, h, chosen, down, y, add)
-        elif chosen is not None and len(x) > FEW:
-            gemm.experts(self, self.f16(x), chosen, gate, up, down, y, add)
+        shared = (w.ffn_gate_shexp, w.ffn_up_shexp, w.ffn_down_shexp)
+        fetched = chosen is not None and self.host_experts.are_fetched(n, (gate, up, down))
+        beside = n <= FEW and not fetched and chosen is not None and w.ffn_down_shexp is not None
+        beside = beside and matvec.takes(gate, up, down, *shared)
+        late = w.ffn_down_shexp is not None and not beside  # shared ones follow
+        if fetched or (late and (n <= FEW or not matvec.takes(*shared))):
+            self.f32(x)  # before y, which may be the stream that its norm would be taken of
+        if chosen is not None and self.host_experts.arrive(n, (gate, up, down)):
+            self.host_experts.many(x, chosen, (gate, up, down), y, add)
+        elif chosen is not None and fetched:
+            if not add:
+                self.device.copy_in(y, np.zeros(y.shape, np.float32))
+            for here, weights in self.host_experts.fetched(chosen, (gate, up, down)):
+                self._held_experts(x, here, weights, None, y, True)
         elif chosen is not None:
-            beside = shared is not None and matvec.takes(*shared, w.ffn_down_shexp)
-            self._few_experts(x, chosen, w, (gate, up), shared if beside else None, y, add)
-            if beside:
-                return
-        if shared is not None:
-            gated = self.gated(x, *shared)
+            both = shared if beside else None
+            self._held_experts(x, chosen, (gate, up, down), both, y, add)
+        if late:
+            gated = self.gated(x, *shared[:2])
             self.products(gated, [(w.ffn_down_shexp, y)], add=add or chosen is not None)
 
+    def _held_experts(
+        self, x: Act, chosen: Chosen, routed: Routed, shared: Routed | None, y: Array, add: bool
+    ) -> None:
+        """y [n, d] (+)= routed experts that kernels can read; few tokens may take shared ones."""
+        gate, up, down = routed
+        if not matvec.takes(gate, up, down):
+            h = plain.experts_up(self, self.f32(x), chosen, gate, up)
+            plain.experts_down(self, h, chosen, down, y, add)
+        elif len(x) > FEW:
+            gemm.experts(self, self.f16(x), chosen, gate, up, down, y, add)
+        else:
+            self._few_experts(x, chosen, routed, shared, y, add)
+
     def _few_experts(
-        self, x: Act, chosen: Chosen, w: LayerWeights, routed: tuple[CudaWeight, CudaWeight | None],
-        shared: tuple[CudaWeight, CudaWeight] | None, y: Array, add: bool,
-    ) -> None:  # fmt: skip
-        (gate, up), (n, n_used), down = routed, chosen.ids.shape, w.ffn_down_exps
+        self, x: Act, chosen: Chosen, routed: Routed, shared: Routed | None, y: Array, add: bool
+    ) -> None:
+        (gate, up, down), (n, n_used) = routed, chosen.ids.shape
         width = n_used * down.shape[2] + (0 if shared is None else shared[0].shape[0])
         h = self.new((n, width))
         values, norm = self._unnormed(x)
-        matvec.experts_up(self, h, chosen.ids, values, gate, up, shared, norm)
-        last = None if shared is None else w.ffn_down_shexp
+        first = None if shared is None else shared[:2]
+        matvec.experts_up(self, h, chosen.ids, values, gate, up, first, norm)
+        last = None if shared is None else shared[2]
         matvec.experts_down(
             self, y, h, chosen.ids, chosen.weights, down, last, add=add, after_up=True
         )

@@ -22,6 +22,7 @@ from mlacli.parallel.cuda_sizes import (
     most_score_bytes,
     on_tensor_cores,
 )
+from mlacli.parallel.host_stream import SLOTS, Stored, is_routed, slot_bytes
 from mlacli.parallel.memory import most_logit_rows
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Weight:
     shape: tuple[int, ...]
     tiled: bool
     f32: bool
+    host: bool = False
 
     @property
     def rows(self) -> int:
@@ -60,10 +62,18 @@ class CudaScratch:
         """`shards` of the rank, on a device of this compute capability; n_ranks share the model."""
         self.hp, self.context, self.capability, self.n_ranks = hp, context, capability, n_ranks
         layers: dict[int | None, dict[str, Weight]] = {}
+        routed: dict[int | None, list[Shard]] = {}
         for shard in shards:
             tiled = capability >= 80 and shard.tiled
-            weight = Weight(shard.shape, tiled, shard.qtype.name == "F32")
+            weight = Weight(shard.shape, tiled, shard.qtype.name == "F32", shard.host)
             layers.setdefault(shard.layer, {})[_short_name(shard.tensor)] = weight
+            if is_routed(shard.tensor):
+                routed.setdefault(shard.layer, []).append(shard)
+        travelling = [
+            [Stored(s.shape, s.qtype, capability >= 80 and s.tiled, s.skip) for s in layer]
+            for layer in routed.values() if any(s.host for s in layer)
+        ]  # fmt: skip
+        self._ring = SLOTS * slot_bytes(travelling)  # cuda_host_experts
         self._output = layers.pop(None, {}).get("output")
         different = {tuple(sorted(layer.items(), key=lambda x: x[0])) for layer in layers.values()}
         self._layers = [dict(layer) for layer in different]
@@ -86,6 +96,7 @@ class CudaScratch:
         kept.take(hp.p // 2)  # cos and sin
         kept.take(hp.p // 2)
         kept.take(hp.d)  # the residual stream
+        kept.nbytes += self._ring
         return kept.nbytes + 4 * int(hp.p) + _SAMPLER + 4 * _ALIGN  # frequencies; a counter
 
     # ---- attention --------------------------------------------------------------------------
@@ -229,10 +240,18 @@ class CudaScratch:
             else:
                 both = [layer.get(f"ffn_{x}_shexp") for x in ("gate", "up", "down")]
                 beside = all(w is not None and w.tiled for w in both)
+                if down.host or gate.host or up.host:  # perhaps fetched: HostExperts.fetched
+                    beside = False
+                    taken.take(n_used)
                 taken.take(n_used * f + (both[0].rows if beside and both[0] else 0))
         if shared is not None and not beside:
+            if taken.n <= FEW or not self._shared_tiled(layer):
+                x.f32()
             h = self._gated(x, layer["ffn_gate_shexp"], layer["ffn_up_shexp"])
             h.products(shared, add=True)
+
+    def _shared_tiled(self, layer: Layer) -> bool:
+        return all(layer[f"ffn_{x}_shexp"].tiled for x in ("gate", "up", "down"))
 
     def _route(self, gate: Weight, x: Values) -> None:
         taken = x.taken

@@ -20,6 +20,7 @@ from mlacli import devices, engine
 from mlacli.backends import cuda_device, cuda_devices, cuda_ops
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_sources import signatures
+from mlacli.backends.cuda_weights import HostBlock
 from mlacli.devices import Device
 from mlacli.engine import Engine
 from mlacli.errors import MemoryBudgetError
@@ -79,6 +80,9 @@ class Recorder:
     n_compiled: int = 0
     peak: int = 0
     loaded: int = 0  # bytes of weights and cache
+    host_bytes: int = 0
+    copied: int = 0  # over the link
+    mapped: bool = True  # what is in host memory
 
     def __post_init__(self) -> None:
         self._at = 0
@@ -190,6 +194,41 @@ class Recorder:
 
     def synchronize(self) -> None:
         assert not self._capturing, "a step waits for the device"
+
+    @property
+    def naming(self) -> bool:
+        return self._quiet
+
+    def take_host(self, shape: tuple[int, ...]) -> HostBlock:
+        array = self._new(shape, np.uint8)
+        self.host_bytes += array.nbytes
+        return HostBlock(array, np.zeros(1, np.uint8), self.mapped)
+
+    def keep(self, memory: Any, host: Any) -> None:
+        """No content."""
+
+    def send_back(self, memory: Any, array: Array) -> None:
+        self.block_of(array.ptr, "the source of a copy")
+
+    @property
+    def link(self) -> Recorder:
+        return self
+
+    def copy(self, slot: int, copies: Sequence[tuple[int, int, int]]) -> None:
+        if self._quiet:
+            return
+        assert not self._capturing, "a captured step makes copies"
+        for target, source, nbytes in copies:
+            for ptr, what in ((target, "the target of a copy"), (source, "its source")):
+                block = self.block_of(ptr, what)
+                assert ptr + nbytes <= block.ptr + block.nbytes, f"{what} is too short"
+        self.copied += sum(nbytes for *_, nbytes in copies)
+
+    def wait(self, slot: int) -> None:
+        assert not self._capturing, "a captured step waits for copies"
+
+    def release(self, slot: int) -> None:
+        """Nothing is overwritten here."""
 
 
 class Header(SyntheticFile):
