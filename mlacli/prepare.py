@@ -115,6 +115,7 @@ class Prepared:
             *self._sparse_row(),
             ("reduce type", context.graph_reduce_type if graph else "-", ""),
             *self._thread_row(),
+            *self._host_row(),
         ]  # fmt: skip
         rows += [(f.flag, f.verdict, f.message) for f in self.findings if f.level == "note"]
         return tuple(rows)
@@ -123,6 +124,12 @@ class Prepared:
         """CPU threads, where a rank computes on the CPU."""
         if any(rank.kind == "cpu" for rank in self.plan.ranks):
             yield "threads", str(self.n_threads), f"{self.n_threads // len(self.plan.ranks)} a rank"
+
+    def _host_row(self) -> Iterator[tuple[str, str, str]]:
+        """What GPUs keep in host memory, where they do."""
+        if on_host := sum(rank.host for rank in self.plan.ranks):
+            how = "weights that GPUs read over the link; experts are copied ahead for many tokens"
+            yield "host memory", f"{on_host / 2**30:.2f} GiB", how
 
     def _sparse_row(self) -> Iterator[tuple[str, str, str]]:
         """How cache rows are chosen; nothing for a file without indexer."""

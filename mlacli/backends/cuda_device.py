@@ -91,6 +91,11 @@ class Device(Protocol):
         """Bytes of host memory, page-locked where the system allows it."""
         ...
 
+    @property
+    def host_problem(self) -> str | None:
+        """What of it could not be page-locked, and why; None where all was."""
+        ...
+
     def keep(self, memory: Host, host: Host) -> None:
         """Fill bytes of host memory of take_host() from `host`."""
         ...
@@ -202,6 +207,11 @@ class CudaDevice:
             self._host_memory = HostMemory()
         block: HostBlock = self._host_memory.take(shape)
         return block
+
+    @property
+    def host_problem(self) -> str | None:
+        memory = self._host_memory
+        return None if memory is None else memory.problem
 
     def keep(self, memory: Host, host: Host) -> None:
         np.copyto(memory, host)

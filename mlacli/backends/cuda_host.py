@@ -30,10 +30,10 @@ _PORTABLE_MAPPED = 3  # flags of cudaHostRegister
 
 
 class HostMemory:
-    """Blocks that live until this object does; `problem` says why some could not be locked."""
+    """Blocks that live until this object does; `refused` says why some could not be locked."""
 
     def __init__(self) -> None:
-        self.problem: str | None = None
+        self.refused: str | None = None
         self.n_locked = self.n_pageable = 0  # bytes
         self._maps: list[mmap.mmap] = []
         locked: list[int] = []
@@ -61,13 +61,21 @@ class HostMemory:
 
     def _lock(self, ptr: int, nbytes: int) -> bool:
         """Whether the pages are locked, and the device knows them by the same address."""
-        if self.problem is None:
+        if self.refused is None:
             try:
                 _register(ptr, nbytes)
                 self._locked.append(ptr)
             except cp.cuda.runtime.CUDARuntimeError as e:
-                self.problem = str(e).partition(":")[0]
-        return self.problem is None
+                self.refused = str(e).partition(":")[0]
+        return self.refused is None
+
+    @property
+    def problem(self) -> str | None:
+        """What could not be locked, and what that means; None where all was."""
+        if self.refused is None:
+            return None
+        part = f"{self.n_pageable >> 20} of {(self.n_locked + self.n_pageable) >> 20} MiB"
+        return f"{part} of host memory could not be page-locked ({self.refused}): slower copies"
 
 
 def _register(ptr: int, nbytes: int) -> None:

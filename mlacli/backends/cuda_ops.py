@@ -22,6 +22,7 @@ from mlacli.backends.cuda_host_experts import HostExperts, Routed
 from mlacli.backends.cuda_mla import Attention
 from mlacli.backends.cuda_steps import Steps
 from mlacli.backends.cuda_weights import CudaWeight
+from mlacli.errors import BackendError
 from mlacli.ops import LayerCache, LayerWeights, Ops, Step
 from mlacli.parallel.comm import Comm
 from mlacli.parallel.cuda_sizes import FEW, bucket
@@ -112,7 +113,15 @@ class CudaOps(Ops):
         w = cuda_weights.upload(self.device, pieces, shard, tiled=self.capability >= 80)
         if is_routed(shard.tensor):
             self.host_experts.add(shard.layer, w)
+        elif not w.reachable:
+            raise BackendError(
+                f"{shard.tensor} can't stay in host memory: {self.load_problem()}",
+                "only routed experts do without page-locked memory: leave the others on the GPU",
+            )
         return w
+
+    def load_problem(self) -> str | None:
+        return self.device.host_problem
 
     def end_upload(self) -> None:
         self.device.end_sends()

@@ -92,6 +92,8 @@ def open_engines(
             engine = stack.enter_context(Engine(p, progress, compiling))
         if engine.n_compiled:
             console.log(f"compiled {engine.n_compiled} kernels in {engine.compile_s:.1f} s")
+        for problem in engine.load_problems:
+            console.warning(problem)
         engines.append(engine)
         if engines[-1].checked is not None:
             console.checked(engines[-1].checked)

@@ -204,6 +204,10 @@ class Recorder:
         self.host_bytes += array.nbytes
         return HostBlock(array, np.zeros(1, np.uint8), self.mapped)
 
+    @property
+    def host_problem(self) -> str | None:
+        return None if self.mapped else "nothing is page-locked"
+
     def keep(self, memory: Any, host: Any) -> None:
         """No content."""
 

@@ -130,6 +130,10 @@ class ModelDevice(SimtDevice):
             Array.dense(memory.ctypes.data, shape, np.uint8), memory, self.mapped
         )  # fmt: skip
 
+    @property
+    def host_problem(self) -> str | None:
+        return None if self.mapped else "nothing is page-locked"
+
     def keep(self, memory: np.ndarray, host: np.ndarray) -> None:
         memory[...] = host
 
