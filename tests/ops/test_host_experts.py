@@ -10,7 +10,7 @@ import pytest
 from kit.compare import nmse
 from kit.golden_files import EXACT, FILES, golden
 from kit.recorder import Recorder, recorded, recorder, step
-from kit.simt_device import why_not
+from kit.simt import why_not
 from kit.simt_engine import device_of, simulated
 
 from mlacli.errors import BackendError
