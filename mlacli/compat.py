@@ -12,6 +12,7 @@ from typing import Literal
 
 from mlacli.attention_forms import LEAST_SCORES_MIB, has_values, is_blockwise
 from mlacli.errors import UsageError
+from mlacli.parallel.placement import rules
 from mlacli.params import ContextParams, Params
 
 MLA_ARCHS = ("deepseek2", "glm-dsa", "mistral4")
@@ -125,6 +126,14 @@ def _refused(params: Params) -> Iterable[Finding]:
             yield no("flash_attn", "{flag} off " + rest, "leave it out, or run on -dev cpu")
         if context.mla == 0:
             yield no("mla_use", "{flag} 0 " + rest, "leave it out, or run on -dev cpu")
+    if not _on_cpu(params):
+        names = params.split.devices
+        if params.split.vram:
+            names = tuple(f"gpu{i}" for i in range(len(params.split.vram)))
+        try:
+            rules(params.model.override_tensor, names)
+        except UsageError as e:
+            yield no("override_tensor", e.message.replace("{", "{{").replace("}", "}}"), e.hint)
     if params.model.cpu_moe and params.model.n_cpu_moe and not _on_cpu(params):
         few = f"{params.spelled('n_cpu_moe')} {params.model.n_cpu_moe}"
         yield no("cpu_moe", f"{{flag}} and {few} contradict each other", "keep one of them")

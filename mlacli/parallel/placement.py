@@ -35,8 +35,11 @@ class Rule:
         return f"{self.pattern}={self.device.upper()}"
 
 
-def rules(words: Sequence[str]) -> tuple[Rule, ...]:
-    """The rules of all -ot, in order; UsageError where one pattern goes to two devices."""
+def rules(words: Sequence[str], devices: Sequence[str] | None = None) -> tuple[Rule, ...]:
+    """The rules of all -ot, in order; UsageError where one pattern goes to two devices.
+
+    Or where a rule names none of `devices`, if they are given.
+    """
     found: list[Rule] = []
     for text in (text for word in words for text in word.split(",")):
         pattern, _, device = text.partition("=")
@@ -45,6 +48,13 @@ def rules(words: Sequence[str]) -> tuple[Rule, ...]:
         other = next((r for r in found[:i] if r.pattern == rule.pattern), rule)
         if other.device != rule.device:
             raise UsageError(f"-ot: {other} and {rule} contradict each other", "keep one of them")
+    known = None if devices is None else {_HOST, *map(_cuda_name, devices)}
+    for rule in found:
+        if known is not None and rule.device not in known:
+            raise UsageError(
+                f"-ot {rule}: the run has no device {rule.device.upper()}",
+                "devices are " + ", ".join(sorted(d.upper() for d in known)),
+            )
     return tuple(found)
 
 
@@ -53,16 +63,10 @@ class Placement:
 
     def __init__(self, params: ModelParams, n_host_layers: int, devices: Sequence[str]) -> None:
         """Layers before `n_host_layers` are off the GPUs; `devices` are those of the run."""
-        self.rules, self._n_host_layers = rules(params.override_tensor), n_host_layers
+        self.rules = rules(params.override_tensor, devices)
+        self._n_host_layers = n_host_layers
         self._n_layers = 1 << 30 if params.cpu_moe else params.n_cpu_moe
         self._flag = "-cmoe" if params.cpu_moe else f"-ncmoe {params.n_cpu_moe}"
-        known = {_HOST, *map(_cuda_name, devices)}
-        for rule in self.rules:
-            if rule.device not in known:
-                raise UsageError(
-                    f"-ot {rule}: the run has no device {rule.device.upper()}",
-                    "devices are " + ", ".join(sorted(d.upper() for d in known)),
-                )
 
     def on_host(self, shard: Shard, device: str) -> bool:
         """Whether `shard`, whose layer `device` computes, stays in host memory."""
