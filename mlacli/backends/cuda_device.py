@@ -22,7 +22,7 @@ _PAGE = 4 << 20  # bytes of page-locked memory for small copies
 
 
 class Link(Protocol):
-    """Copies on a stream of their own into numbered slots of device memory; nothing while naming.
+    """Copies on a stream of their own into numbered slots of device memory; nothing while noting.
 
     A slot's copies start when what was launched before its last `release` is done.
     """
@@ -110,8 +110,8 @@ class Device(Protocol):
         ...
 
     @property
-    def naming(self) -> bool:
-        """Whether launches only name their kernels now."""
+    def noting(self) -> bool:
+        """Whether launches are only noted now."""
         ...
 
     def synchronize(self) -> None:
@@ -228,8 +228,8 @@ class CudaDevice:
         return self._link
 
     @property
-    def naming(self) -> bool:
-        return self.kernels.naming
+    def noting(self) -> bool:
+        return self.kernels.noting
 
     def synchronize(self) -> None:
         self.stream.synchronize()

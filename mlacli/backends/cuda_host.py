@@ -111,7 +111,7 @@ class CopyLink:
         self._free: dict[int, cp.cuda.Event] = {}
 
     def copy(self, slot: int, copies: Sequence[tuple[int, int, int]]) -> None:
-        if self._device.naming:
+        if self._device.noting:
             return
         if slot in self._free:
             self._stream.wait_event(self._free[slot])
@@ -121,11 +121,11 @@ class CopyLink:
         self._event(self._ready, slot).record(self._stream)
 
     def wait(self, slot: int) -> None:
-        if not self._device.naming:
+        if not self._device.noting:
             self._device.stream.wait_event(self._ready[slot])
 
     def release(self, slot: int) -> None:
-        if not self._device.naming:
+        if not self._device.noting:
             self._event(self._free, slot).record(self._device.stream)
 
     @staticmethod

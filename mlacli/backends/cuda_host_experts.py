@@ -25,7 +25,7 @@ from mlacli.parallel.host_stream import (
     SLOTS,
     Stored,
     chunk_experts,
-    slot_bytes,
+    ring_slot_bytes,
     slot_offsets,
     streams,
 )
@@ -67,7 +67,7 @@ class HostExperts:
             if any(w.block is not None for w in ws)
         }  # fmt: skip
         stored = {i: [_stored(w) for w in ws if w is not None] for i, ws in layers.items()}
-        size = slot_bytes(stored.values())
+        size = ring_slot_bytes(stored.values())
         self._ring = [self.ops.device.take((size,), np.uint8) for _ in range(SLOTS if size else 0)]
         for i, routed in layers.items():
             self._first[routed[2].name] = len(self._chunks)
@@ -152,7 +152,7 @@ class HostExperts:
         at_once = chunk_experts([_stored(w) for w in routed if w is not None])
         ids = device.get(chosen.ids) - first
         inside = (ids >= 0) & (ids < n_experts)
-        wanted = list(range(1)) if device.naming else [int(e) for e in np.unique(ids[inside])]
+        wanted = list(range(1)) if device.noting else [int(e) for e in np.unique(ids[inside])]
         device.link.release(0)
         own = ops.new(chosen.ids.shape, np.int32)
         mark = device.mark()

@@ -106,7 +106,7 @@ class Kernels:
         self.n_launches += 1
 
     @property
-    def naming(self) -> bool:
+    def noting(self) -> bool:
         """Whether launches are only noted."""
         return self._noted is not None
 

@@ -22,7 +22,7 @@ from mlacli.parallel.cuda_sizes import (
     most_score_bytes,
     on_tensor_cores,
 )
-from mlacli.parallel.host_stream import SLOTS, Stored, is_routed, slot_bytes
+from mlacli.parallel.host_stream import SLOTS, Stored, is_routed, ring_slot_bytes
 from mlacli.parallel.memory import most_logit_rows
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class CudaScratch:
             [Stored(s.shape, s.qtype, capability >= 80 and s.tiled, s.skip) for s in layer]
             for layer in routed.values() if any(s.host for s in layer)
         ]  # fmt: skip
-        self._ring = SLOTS * slot_bytes(travelling)  # cuda_host_experts
+        self._ring = SLOTS * ring_slot_bytes(travelling)  # cuda_host_experts
         self._output = layers.pop(None, {}).get("output")
         different = {tuple(sorted(layer.items(), key=lambda x: x[0])) for layer in layers.values()}
         self._layers = [dict(layer) for layer in different]

@@ -60,7 +60,7 @@ def chunk_experts(layer: Sequence[Stored]) -> int:
     return -(-n_experts // -(-n_experts // most))
 
 
-def slot_bytes(layers: Iterable[Sequence[Stored]]) -> int:
+def ring_slot_bytes(layers: Iterable[Sequence[Stored]]) -> int:
     """Bytes of a slot that serves all the layers; 0 without any."""
     return max((slot_offsets(layer, chunk_experts(layer))[-1] for layer in layers), default=0)
 

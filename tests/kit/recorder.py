@@ -196,7 +196,7 @@ class Recorder:
         assert not self._capturing, "a step waits for the device"
 
     @property
-    def naming(self) -> bool:
+    def noting(self) -> bool:
         return self._quiet
 
     def take_host(self, shape: tuple[int, ...]) -> HostBlock:

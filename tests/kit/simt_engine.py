@@ -38,7 +38,7 @@ class Link:
         self.nbytes = 0
 
     def copy(self, slot: int, copies: Sequence[tuple[int, int, int]]) -> None:
-        if self.device.naming:
+        if self.device.noting:
             return
         assert slot not in self.in_use, "copies into a slot that launches still read"
         for target, _, nbytes in copies:
@@ -46,7 +46,7 @@ class Link:
         self.pending[slot] = copies
 
     def wait(self, slot: int) -> None:
-        if self.device.naming:
+        if self.device.noting:
             return
         assert not self.device.capturing, "a captured step waits for copies"
         for target, source, nbytes in self.pending.pop(slot):
@@ -68,7 +68,7 @@ class ModelDevice(SimtDevice):
         self._memory = np.full(nbytes + _SPARE + _ALIGN, 0xFF, np.uint8)
         self._base, self._at = -(-self._memory.ctypes.data // _ALIGN) * _ALIGN, 0
         self._end = self._base + nbytes // _ALIGN * _ALIGN
-        self.naming = self.capturing = False
+        self.noting = self.capturing = False
         self.mapped, self.host_bytes = mapped, 0
         self.link = Link(self)
 
@@ -89,12 +89,12 @@ class ModelDevice(SimtDevice):
 
     @contextmanager
     def prepared(self, report: Any = None) -> Iterator[None]:
-        self.naming = True
+        self.noting = True
         yield
-        self.naming = False
+        self.noting = False
 
     def launch(self, name: str, *args: Any, **how: Any) -> None:
-        if not self.naming:
+        if not self.noting:
             super().launch(name, *args, **how)
 
     def capture(self, launches: Callable[[], Any]) -> Callable[[], None]:

@@ -12,7 +12,7 @@ from mlacli.errors import MemoryBudgetError, UsageError
 from mlacli.loading.gguf_file import GgufFile
 from mlacli.models import deepseek2
 from mlacli.parallel import host_stream
-from mlacli.parallel.host_stream import SLOTS, Stored, chunk_experts, slot_bytes, slot_offsets
+from mlacli.parallel.host_stream import SLOTS, Stored, chunk_experts, ring_slot_bytes, slot_offsets
 from mlacli.parallel.plan import ShardPlan, check_memory, plan_shards
 from mlacli.parallel.plan_report import memory_rows, plan_as_dict, plan_rows, shard_rows
 from mlacli.params import ContextParams, ModelParams, SplitParams
@@ -71,7 +71,7 @@ def test_bytes_move_from_the_gpu_to_the_host(v2lite):
     (rank,), (before,) = plan.ranks, all_there.ranks
     assert rank.host == moved > 8 * G and rank.weights == before.weights - moved
     layer = [Stored(s.shape, s.qtype, s.tiled) for s in plan.shards if s.host and s.layer == 1]
-    assert rank.scratch == before.scratch + SLOTS * slot_bytes([layer])
+    assert rank.scratch == before.scratch + SLOTS * ring_slot_bytes([layer])
     check_memory(plan)
 
 
