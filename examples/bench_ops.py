@@ -124,8 +124,8 @@ def kept_apart(device: Any, arena: Any) -> Iterator[None]:
 
 def recorded_step(engine: Engine, n: int, n_kv: int, arena: Any) -> list[Launch]:
     """The launches of a step of `n` tokens after `n_kv`, which has run; scratch from `arena`."""
-    ops, hp, model = engine._ops(0), engine.prepared.hparams, engine.prepared.model
-    device, owners, found = ops.device, Owners(engine, n, n_kv), []
+    hp, device = engine.prepared.hparams, engine._ops(0).device
+    owners, found = Owners(engine, n, n_kv), []
     launch, prepared = device.launch, device.prepared
 
     def noted(name: str, grid: Any, block: int, *args: Any, **how: Any) -> None:
@@ -142,10 +142,9 @@ def recorded_step(engine: Engine, n: int, n_kv: int, arena: Any) -> list[Launch]
         del found[before:]
 
     def step() -> None:
-        ops.execute(
+        engine._ranks.execute(
             [1 + i % 50 for i in range(n)], n_kv, hp.rope.frequencies(hp.p), [n - 1],
-            lambda step: model.forward(ops, hp, engine._weights[0], engine._caches[0], step),
-            capture=False,
+            engine._forwards(), capture=False,
         )  # fmt: skip
 
     step()  # compiles, and leaves what belongs to the engine where it is

@@ -5,7 +5,7 @@ Fine ops are abstract. Letters as in ops.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mlacli.attention_forms import attention_form
@@ -14,7 +14,6 @@ from mlacli.ops import Act, LayerCache, LayerWeights, Ops, Step, Weight
 if TYPE_CHECKING:
     from mlacli.models.indexer import Indexer
     from mlacli.models.parts import Temperature
-    from mlacli.params import SamplingParams
 
 
 class ComposedOps(Ops, Protocol):
@@ -25,7 +24,9 @@ class ComposedOps(Ops, Protocol):
     def step(
         self, tokens: Sequence[int], n_past: int, frequencies: Sequence[float],
         out_rows: Sequence[int],
-    ) -> Step: ...  # fmt: skip
+    ) -> Step:  # fmt: skip
+        """The arrays of one forward."""
+        ...
 
     def rope(self, x: Act, step: Step) -> Act:
         """x [n, p] or [n, h, p] with pairs (2i, 2i+1) rotated."""
@@ -129,19 +130,6 @@ class ComposedOps(Ops, Protocol):
 
     # ---- coarse ops -------------------------------------------------------------------------
 
-    def compile(
-        self, frequencies: Sequence[float], forward: Callable[[Step], Act | None],
-        report: Callable[[int, int], None] | None = None,
-    ) -> int:  # fmt: skip
-        return 0
-
-    def execute(
-        self, tokens: Sequence[int], n_past: int, frequencies: Sequence[float],
-        out_rows: Sequence[int], forward: Callable[[Step], Act | None], capture: bool = True,
-    ) -> Any:  # fmt: skip
-        """The logits of one forward as a host array; a backend may capture and replay it."""
-        return forward(self.step(tokens, n_past, frequencies, out_rows))
-
     def host(self, x: Act) -> Any:
         """A host array of an activation."""
         return x
@@ -149,17 +137,6 @@ class ComposedOps(Ops, Protocol):
     def new_index_rows(self, n_ctx: int, width: int, cache_type: str) -> Any:
         """As any other rows."""
         return self.new_rows(n_ctx, width, cache_type)
-
-    def can_sample(self, sampling: SamplingParams, banned: Iterable[int]) -> bool:
-        """The engine samples."""
-        return False
-
-    def execute_ahead(
-        self, token: int, n_past: int, n_steps: int, frequencies: Sequence[float],
-        sampling: SamplingParams, seed: int, banned: Iterable[int],
-        forward: Callable[[Step], Act | None],
-    ) -> list[int]:  # fmt: skip
-        raise AssertionError("can_sample() said no")
 
     def project(self, x: Act, q: Weight, kv_a: Weight, r: int) -> tuple[Act, Act, Act]:
         """(q x, c_kv [n, r], k_pe [n, p]): the products of one input."""

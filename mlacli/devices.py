@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -42,6 +44,24 @@ def _device(name: str) -> Device:
     from mlacli.backends.cuda_devices import device_capability, device_memory
 
     return Device(name, "cuda", *device_memory(name), device_capability(name))
+
+
+def default_devices() -> tuple[str, ...]:
+    """Without -dev: all GPUs of this machine, or the CPU where there are none."""
+    return tuple(f"cuda{i}" for i in range(gpu_count())) or ("cpu",)
+
+
+def gpu_count() -> int:
+    """How many GPUs CuPy would see; asked of the driver, which is quicker than importing CuPy."""
+    if find_spec("cupy") is None:
+        return 0
+    count = ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    return 0 if failed else count.value
 
 
 def present_devices() -> tuple[Device, ...]:

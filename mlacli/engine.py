@@ -10,12 +10,13 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from mlacli.attention_forms import AttentionForm
-from mlacli.backends import Ranks, open_ranks
+from mlacli.backends import Forward, Ranks, open_ranks
 from mlacli.devices import bytes_in_use
 from mlacli.errors import ContextFull, UsageError
 from mlacli.flags import LOADED, library_values, to_params
@@ -27,7 +28,6 @@ from mlacli.loading.page_lock import PageLock
 from mlacli.loading.weights import load_weights, short_name
 from mlacli.ops import ModelWeights, Ops
 from mlacli.parallel.memory import most_logit_rows
-from mlacli.parallel.ranks import first_result
 from mlacli.prepare import Prepared, prepare
 from mlacli.sampling import Sampler
 from mlacli.timings import Timings
@@ -143,16 +143,7 @@ class Engine(Generation):
 
     def _compile(self, report: Callable[[int, int], None] | None) -> int:
         """Compiles what steps will launch, where a backend compiles at all."""
-        hp, model = self.prepared.hparams, self.prepared.model
-
-        def one_rank(rank: int) -> int:
-            ops, weights, cache = self._ops(rank), self._weights[rank], self._caches[rank]
-            return ops.compile(
-                hp.rope.frequencies(hp.p),
-                lambda step: model.forward(ops, hp, weights, cache, step), report,
-            )  # fmt: skip
-
-        return sum(self._ranks.group.run(one_rank))
+        return self._ranks.compile(self._frequencies, self._forwards(), report)
 
     def check_tensors(self) -> Checked:
         """Every tensor as the ranks hold it compared with the file, and none with NaN in it."""
@@ -267,20 +258,13 @@ class Engine(Generation):
         """
         self._check([token_id])
         n = min(n, self.n_ctx - self.n_kv)
-        can = all(ops.can_sample(sampler.params, sampler.banned) for ops in self._ranks.ops)
-        if sampler.on_host or not can:
+        if sampler.on_host or not self._ranks.can_sample(sampler.params, sampler.banned):
             return []
-        hp, model, n_past = self.prepared.hparams, self.prepared.model, self.n_kv
-        frequencies = hp.rope.frequencies(hp.p)
-
-        def one_rank(rank: int) -> list[int]:
-            ops, weights, cache = self._ops(rank), self._weights[rank], self._caches[rank]
-            return ops.execute_ahead(
-                token_id, n_past, n, frequencies, sampler.params, sampler.seed, sampler.banned,
-                lambda step: model.forward(ops, hp, weights, cache, step),
-            )  # fmt: skip
-
-        ids = self._ranks.group.run(one_rank)[0]
+        n_past = self.n_kv
+        ids = self._ranks.execute_ahead(
+            token_id, n_past, n, self._frequencies, sampler.params, sampler.seed, sampler.banned,
+            self._forwards(),
+        )  # fmt: skip
         self._note_forms("decode")
         self.n_kv = n_past + len(ids)
         self._ids += [token_id, *ids[:-1]]
@@ -354,27 +338,32 @@ class Engine(Generation):
                 "give a larger -c or fewer tokens",
             )
 
-    def _forward(self, phase: Phase, ids: Sequence[int], rows: Sequence[int]) -> Floats:
-        import numpy as np
+    @cached_property
+    def _frequencies(self) -> Sequence[float]:
+        hp = self.prepared.hparams
+        frequencies: Sequence[float] = hp.rope.frequencies(hp.p)
+        return frequencies
 
-        hp, model, n_past = self.prepared.hparams, self.prepared.model, self.n_kv
-        frequencies = hp.rope.frequencies(hp.p)
+    def _forwards(self) -> list[Forward]:
+        """The model as each rank runs it."""
+        hp, model, plan = self.prepared.hparams, self.prepared.model, self.prepared.plan
 
-        def one_rank(rank: int) -> Any:
-            ops, weights, cache = self._ops(rank), self._weights[rank], self._caches[rank]
-            seen: Any = ops
+        def forward(rank: int) -> Forward:
+            weights, cache = self._weights[rank], self._caches[rank]
+            seen: Any = self._ops(rank)
             if self.watch is not None and (rank == 0 or self.params.split.mode != "graph"):
-                seen = LayerWatch(ops, self.prepared.plan.ranks[rank].layers[0], self.watch)
-            with np.errstate(all="ignore"):  # the sampler refuses logits that are not finite
-                return ops.execute(
-                    ids, n_past, frequencies, rows,
-                    lambda step: model.forward(seen, hp, weights, cache, step),
-                    capture=seen is ops,  # a watcher reads on the host
-                )  # fmt: skip
+                seen = LayerWatch(seen, plan.ranks[rank].layers[0], self.watch)
+            return lambda step: model.forward(seen, hp, weights, cache, step)
 
-        results = self._ranks.group.run(one_rank)
+        return [forward(rank) for rank in range(len(plan.ranks))]
+
+    def _forward(self, phase: Phase, ids: Sequence[int], rows: Sequence[int]) -> Floats:
+        n_past = self.n_kv
+        logits: Floats = self._ranks.execute(
+            ids, n_past, self._frequencies, rows, self._forwards(),
+            capture=self.watch is None,  # a watcher reads on the host
+        )  # fmt: skip
         self._note_forms(phase)
         self.n_kv = n_past + len(ids)
         self._ids += ids
-        logits: Floats = first_result(results)
         return logits

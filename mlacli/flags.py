@@ -12,6 +12,7 @@ from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import Any
 
+from mlacli.devices import default_devices
 from mlacli.errors import UsageError
 from mlacli.flag_entry import Flag
 from mlacli.flag_values import (
@@ -32,7 +33,7 @@ from mlacli.flag_values import (
     split_mode,
     text,
 )
-from mlacli.flags_commands import CHECK, LOGS, OTHER
+from mlacli.flags_commands import CHECK, LOGS, LOOK, OTHER
 from mlacli.flags_generation import CHAT, PROMPT, SAMPLING, SESSION, WARMUP
 from mlacli.loading.presets import preset
 from mlacli.params import ContextParams, ModelParams, Params, SamplingParams, SplitParams
@@ -57,9 +58,8 @@ DEVICES: tuple[Flag, ...] = (
     Flag(
         ("-dev", "--device"),
         devices,
-        "devices, in rank order: cpu,cpu or cuda0,cuda1",
+        "devices, in rank order: cpu,cpu or cuda0,cuda1; all GPUs by default, cpu without any",
         "LIST",
-        ("cpu",),
     ),
     Flag(
         ("-sm", "--split-mode"),
@@ -87,6 +87,13 @@ DEVICES: tuple[Flag, ...] = (
         "routed experts under graph: width | layer | id",
         "RULE",
         "width",
+    ),
+    Flag(
+        ("--comm",),
+        choice("auto", "p2p", "nccl", "host"),
+        "how GPUs sum under graph: through each other's memory, NCCL or host memory",
+        "WAY",
+        "auto",
     ),
     Flag(("--margin",), size, "memory that stays free on each device", "SIZE", 1 << 30),
 )
@@ -161,6 +168,14 @@ LOAD: tuple[Flag, ...] = (
     Flag(("--mlock",), None, "lock the pages of CPU ranks' weights in memory"),
 )
 
+SYNTHETIC = Flag(
+    ("--synthetic",),
+    preset,
+    "no file: random weights in the shapes of v2lite, glm47flash, v3, kimi_k2, mistral4 or "
+    "glm5, of N layers where N is given",
+    "PRESET[:N]",
+)
+
 SWEEP: tuple[Flag, ...] = (
     Flag(
         ("-n", "--predict", "--n-predict"),
@@ -182,13 +197,7 @@ SWEEP: tuple[Flag, ...] = (
         "md",
     ),
     Flag(("--compare",), compared_modes, "measure modes in turn: none,layer,graph", "MODES", ()),
-    Flag(
-        ("--synthetic",),
-        preset,
-        "no file: random weights in the shapes of v2lite, glm47flash, v3, kimi_k2, mistral4 or "
-        "glm5, of N layers where N is given",
-        "PRESET[:N]",
-    ),
+    SYNTHETIC,
     Flag(("--plot",), text, "draw S_PP and S_TG over N_KV: FILE.png, .svg or .pdf", "FILE"),
     Flag(
         ("--results",),
@@ -219,6 +228,7 @@ PLAN: tuple[Flag, ...] = (
     Flag(("--json",), None, "print the plan as JSON"),
 )
 
+ADVICE: tuple[Flag, ...] = (*MODEL, SYNTHETIC, CONTEXT[0], PLAN[0])
 COMMON: tuple[Flag, ...] = MODEL + DEVICES + PLACEMENT + CONTEXT + RUN
 LOADED: tuple[Flag, ...] = COMMON + LOAD  # by commands that read weights
 GENERATION: tuple[Flag, ...] = PROMPT + CHAT + SAMPLING + SESSION
@@ -258,6 +268,7 @@ COMMANDS: Mapping[str, Sections] = MappingProxyType(
         "sweep-bench": (("Benchmark", SWEEP), *_COMMON_SECTIONS, _LOADING),
         "plan": (("Plan", PLAN), *_COMMON_SECTIONS),
         "perplexity": (("Perplexity", PERPLEXITY + WARMUP), *_perplexity_sections(), _LOADING),
+        "devices": (("Devices", LOOK), ("Advice", ADVICE), ("Other", LOGS + OTHER)),
         "check-flags": (("Check", CHECK), ("Other", OTHER)),
     }
 )
@@ -350,6 +361,8 @@ def to_params(values: Mapping[str, Any], typed: Mapping[str, str] | None = None)
     if "override_kv" in settled:
         settled["override_kv"] = MappingProxyType(dict(settled["override_kv"]))
 
+    if "devices" not in settled and not settled.get("vram"):
+        settled["devices"] = default_devices()
     if "sampling_seq" in settled:
         settled["samplers"] = settled.pop("sampling_seq")
 

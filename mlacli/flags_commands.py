@@ -1,9 +1,9 @@
-"""Flags of the commands that are no business of the library: logs, answers, check-flags' own."""
+"""Flags that are no business of the library: logs, answers, those of devices and check-flags."""
 
 from __future__ import annotations
 
 from mlacli.flag_entry import Flag
-from mlacli.flag_values import choice, integer, sizes, text
+from mlacli.flag_values import choice, devices, integer, sizes, text
 
 LOGS: tuple[Flag, ...] = (
     Flag(
@@ -27,6 +27,12 @@ OTHER: tuple[Flag, ...] = (
     Flag(("-h", "--help", "--usage"), None, "this text"),
     Flag(("--version",), None, "version"),
     Flag(("--list-devices",), None, "print the devices of this machine"),
+)
+
+LOOK: tuple[Flag, ...] = (
+    Flag(("-dev", "--device"), devices, "GPUs to look at; all by default", "LIST", ()),
+    Flag(("--json",), None, "print one JSON object"),
+    Flag(("--no-measure",), None, "list them without measuring"),
 )
 
 CHECK: tuple[Flag, ...] = (

@@ -8,7 +8,7 @@ k nope, p rope, v value, E experts, f expert width, I indexer heads, i their wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mlacli.models.indexer import Indexer
     from mlacli.models.parts import Routing
     from mlacli.parallel.comm import Comm
-    from mlacli.params import ContextParams, SamplingParams
+    from mlacli.params import ContextParams
 
 Act = Any  # an activation of the backend
 Weight = Any  # a weight of the backend, in its GGUF bytes or repacked
@@ -83,23 +83,6 @@ class Ops(Protocol):
     context: ContextParams
     forms: set[AttentionForm]  # those that ran; the engine empties it
 
-    def execute(
-        self, tokens: Sequence[int], n_past: int, frequencies: Sequence[float],
-        out_rows: Sequence[int], forward: Callable[[Step], Act | None], capture: bool = True,
-    ) -> Any:  # fmt: skip
-        """The logits of one forward as a host array; a backend may capture and replay it."""
-        ...
-
-    def compile(
-        self, frequencies: Sequence[float], forward: Callable[[Step], Act | None],
-        report: Callable[[int, int], None] | None = None,
-    ) -> int:  # fmt: skip
-        """How many kernels of coming steps had to be compiled; `report` counts them, of how many.
-
-        A lone call before the first `execute`, without which steps compile what they need.
-        """
-        ...
-
     def host(self, x: Act) -> Any:
         """A host array of an activation."""
         ...
@@ -140,21 +123,6 @@ class Ops(Protocol):
 
     def new_index_rows(self, n_ctx: int, width: int, cache_type: str) -> Any:
         """Index keys [n_ctx, width] of one layer."""
-        ...
-
-    def can_sample(self, sampling: SamplingParams, banned: Iterable[int]) -> bool:
-        """Whether `execute_ahead` takes these settings."""
-        ...
-
-    def execute_ahead(
-        self, token: int, n_past: int, n_steps: int, frequencies: Sequence[float],
-        sampling: SamplingParams, seed: int, banned: Iterable[int],
-        forward: Callable[[Step], Act | None],
-    ) -> list[int]:  # fmt: skip
-        """Up to `n_steps` tokens after `token`, each drawn from the logits before it, at one go.
-
-        At least one. `banned` ids are never drawn.
-        """
         ...
 
     def embed(self, tokens: Act, w: Weight) -> Act:

@@ -64,6 +64,7 @@ class ContextParams:
     attention_max_batch: int = 256  # MiB of scores where they are held whole; 0 = no bound
     graph_attn_precision: Literal["f16", "f32"] = "f16"
     graph_reduce_type: Literal["f32", "f16", "bf16", "q8_0"] = "f32"
+    comm: Literal["auto", "p2p", "nccl", "host"] = "auto"  # the way of sums between GPUs
     dsa: bool = False  # asked for by name; sparse attention is on wherever the file has an indexer
     no_dsa: bool = False
     dsa_top_k: int | None = None  # None = the file's

@@ -1,9 +1,13 @@
-"""Every cache row starts as NaN bits: nothing may read a row before it is written."""
+"""Every cache row starts as NaN bits: nothing may read a row before it is written.
+
+Without -dev tests run on the CPU, on machines with GPUs too.
+"""
 
 from typing import Any
 
 import pytest
 
+from mlacli import devices
 from mlacli.backends import numpy_ops
 
 
@@ -16,3 +20,8 @@ def poisoned_cache(monkeypatch: pytest.MonkeyPatch) -> None:
         self.poison()
 
     monkeypatch.setattr(numpy_ops.LatentRows, "__init__", poisoned)
+
+
+@pytest.fixture(autouse=True)
+def no_default_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "gpu_count", lambda: 0)

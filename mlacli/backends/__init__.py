@@ -1,44 +1,91 @@
-"""Backends: the ops of one device each. NumPy on the CPU always exists."""
+"""Backends: the ops of one device each, and the ranks that run them. NumPy always exists."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlacli.backends.blas import BlasThreads
-from mlacli.errors import UnsupportedFeature
 from mlacli.parallel.comm import Comm, Exchange, PipeComm, SoloComm, ThreadComm
-from mlacli.parallel.ranks import RankGroup
+from mlacli.parallel.ranks import RankGroup, first_result
 
 if TYPE_CHECKING:
-    from mlacli.ops import Ops
+    from mlacli.ops import Act, Ops, Step
     from mlacli.parallel.plan import ShardPlan
-    from mlacli.params import ContextParams
+    from mlacli.params import ContextParams, SamplingParams
+
+Forward = Callable[["Step"], "Act | None"]
 
 
-@dataclass(slots=True)
 class Ranks:
-    """The ranks of one engine: their ops and the group that runs them."""
+    """The ranks of one engine: their ops, the group that loads them, and how a step runs on all.
 
-    ops: list[Ops]
-    group: RankGroup
-    blas: BlasThreads | None = None  # None on GPUs
+    `forwards` are the model as each rank runs it. This form runs them in a thread each.
+    """
+
+    ops: Sequence[Ops]
+
+    def __init__(
+        self, ops: Sequence[Ops], group: RankGroup, blas: BlasThreads | None = None
+    ) -> None:
+        self.ops, self.group = ops, group
+        self._blas = blas  # None on GPUs
+
+    def execute(
+        self, tokens: Sequence[int], n_past: int, frequencies: Sequence[float],
+        out_rows: Sequence[int], forwards: Sequence[Forward], capture: bool = True,
+    ) -> Any:  # fmt: skip
+        """The logits of one step as a host array; a backend may `capture` and replay it."""
+        import numpy as np
+
+        def one_rank(rank: int) -> Any:
+            ops: Any = self.ops[rank]
+            with np.errstate(all="ignore"):  # the sampler refuses logits that are not finite
+                return forwards[rank](ops.step(tokens, n_past, frequencies, out_rows))
+
+        return first_result(self.group.run(one_rank))
+
+    def compile(
+        self, frequencies: Sequence[float], forwards: Sequence[Forward],
+        report: Callable[[int, int], None] | None = None,
+    ) -> int:  # fmt: skip
+        """How many kernels of coming steps had to be compiled; `report` counts them, of how many.
+
+        A lone call before the first `execute`, without which steps compile what they need.
+        """
+        return 0
+
+    def can_sample(self, sampling: SamplingParams, banned: Iterable[int]) -> bool:
+        """Whether `execute_ahead` takes these settings; else the engine samples."""
+        return False
+
+    def execute_ahead(
+        self, token: int, n_past: int, n_steps: int, frequencies: Sequence[float],
+        sampling: SamplingParams, seed: int, banned: Iterable[int], forwards: Sequence[Forward],
+    ) -> list[int]:  # fmt: skip
+        """Up to `n_steps` tokens after `token`, each drawn from the logits before it, at one go.
+
+        At least one. `banned` ids are never drawn.
+        """
+        raise AssertionError("can_sample() said no")
 
     def take_turn(self) -> None:
         """The BLAS threads are the process's: set them anew where engines work in turns."""
-        if self.blas is not None:
-            self.blas.apply()
+        if self._blas is not None:
+            self._blas.apply()
 
     def close(self) -> None:
         self.group.close()
-        if self.blas is not None:
-            self.blas.release()
+        if self._blas is not None:
+            self._blas.release()
 
 
 def open_ranks(plan: ShardPlan, context: ContextParams, hp: Any, n_threads: int) -> Ranks:
     """The ranks of `plan`, talking as its split mode needs; BLAS threads divided among them."""
     if any(rank.kind == "cuda" for rank in plan.ranks):
-        return _cuda_ranks(plan, context, hp)
+        from mlacli.backends.cuda_ranks import CudaRanks
+
+        return CudaRanks(plan, context, hp)
     from mlacli.backends.numpy_ops import NumpyOps, join_columns, reduce_typed
 
     n = len(plan.ranks)
@@ -51,23 +98,5 @@ def open_ranks(plan: ShardPlan, context: ContextParams, hp: Any, n_threads: int)
             return ThreadComm(exchange, rank, reduce_typed(context.graph_reduce_type))
         return PipeComm(exchange, rank)
 
-    ops: list[Ops] = [NumpyOps(comm(rank.rank), context, rank.dequant) for rank in plan.ranks]
+    ops = [NumpyOps(comm(rank.rank), context, rank.dequant) for rank in plan.ranks]
     return Ranks(ops, RankGroup(n, exchange), BlasThreads(max(1, n_threads // n)))
-
-
-def _cuda_ranks(plan: ShardPlan, context: ContextParams, hp: Any) -> Ranks:
-    if len(plan.ranks) > 1:
-        raise UnsupportedFeature(
-            "this version runs on one GPU at a time, without layers on the host",
-            "name one device, e.g. -dev cuda0, and leave -ngl out",
-        )
-    from mlacli.backends.cuda_device import CudaDevice
-    from mlacli.backends.cuda_devices import use_device
-    from mlacli.backends.cuda_ops import CudaOps
-
-    (rank,) = plan.ranks
-    use_device(rank.device)
-    n_rows = 4 * (rank.layers[1] - rank.layers[0])  # a layer's, an indexer's, both with scales
-    padding = 256 * (len(plan.shards) + n_rows)  # of the arena's addresses
-    device = CudaDevice(rank.device, rank.weights + rank.cache + rank.scratch + padding)
-    return Ranks([CudaOps(SoloComm(), context, device, hp)], RankGroup(1))

@@ -21,7 +21,8 @@ class Act:
     f32: Array | None = None
     f16: Array | None = None  # a sixteenth of the values: see kernels/README.md on overflow
     normed: tuple[Array, CudaWeight, float] | None = None  # (x, weight, eps): not taken yet
-    run: Callable[[Array | None], Array] | None = None  # a pending product; adds into what it gets
+    # A pending product: stored in, or added to, the array that it is given, else in a new one.
+    run: Callable[[Array | None, bool], Array] | None = None
 
     def __len__(self) -> int:
         return self.shape[0]

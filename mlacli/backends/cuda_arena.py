@@ -13,7 +13,7 @@ import cupy as cp
 import numpy as np
 
 from mlacli.backends.cuda_array import Array
-from mlacli.backends.cuda_compile import debugging
+from mlacli.backends.cuda_sources import debugging
 from mlacli.errors import MemoryBudgetError
 
 _ALIGN = 256

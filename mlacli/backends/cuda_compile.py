@@ -20,7 +20,7 @@ from typing import Any
 
 from cupy.cuda import nvrtc
 
-from mlacli.backends.cuda_sources import source
+from mlacli.backends.cuda_sources import debugging, source
 from mlacli.errors import BackendError, KernelCompileError, UsageError
 
 # Flushes denormals, as all kernels are written and tested to bear.
@@ -42,11 +42,6 @@ class Unit:
     def options(self, target: str) -> tuple[str, ...]:
         macros = (f"-D{name}={value}" for name, value in self.defines)
         return (f"-arch={target}", *_OPTIONS, *(["-lineinfo"] if debugging() else []), *macros)
-
-
-def debugging() -> bool:
-    """MLACLI_DEBUG=1: line numbers in kernels, one allocation per buffer."""
-    return os.environ.get("MLACLI_DEBUG", "0") not in ("", "0")
 
 
 # ---------------------------------------------------------------- targets

@@ -6,7 +6,7 @@ Ops see the `Device` protocol alone, so that they also run on a recorder that ha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -43,8 +43,21 @@ class Link(Protocol):
 class Device(Protocol):
     """What ops need of a GPU."""
 
+    name: str
     n_sm: int
     capability: int  # 90 for compute capability 9.0
+
+    def use(self) -> None:
+        """Make it this thread's GPU; needed before anything below."""
+        ...
+
+    def follow(self, other: Any) -> None:
+        """What is launched from now on waits for all that `other` was given so far."""
+        ...
+
+    def pull(self, target: Array, source: Array, other: Any) -> None:
+        """Copy between arrays of this device and `other`, in this one's order."""
+        ...
 
     @property
     def n_compiled(self) -> int:
@@ -133,9 +146,12 @@ class Device(Protocol):
 
 
 class CudaDevice:
-    """The current CUDA device with an arena of `nbytes`."""
+    """The current CUDA device with an arena of `nbytes`.
 
-    def __init__(self, name: str, nbytes: int) -> None:
+    Ranks on one GPU have one each: a stream and an arena of their own, the kernels of `beside`.
+    """
+
+    def __init__(self, name: str, nbytes: int, beside: CudaDevice | None = None) -> None:
         import cupy as cp
 
         from mlacli.backends.cuda_arena import Arena
@@ -144,8 +160,11 @@ class CudaDevice:
         self._runtime = cp.cuda.runtime
         self._page = np.frombuffer(cp.cuda.alloc_pinned_memory(_PAGE), np.uint8, _PAGE)
         self._page_in_use = False  # by a copy to the device that may be under way
+        device = cp.cuda.Device()
+        self.name, self.index, self.use = name, int(device.id), device.use
         self.stream = cp.cuda.Stream(non_blocking=True)
-        self.kernels = Kernels(self.stream)
+        self._reached = cp.cuda.Event(disable_timing=True)
+        self.kernels: Kernels = Kernels(self.stream, None if beside is None else beside.kernels)
         self.arena = Arena(name, nbytes)
         self.take, self.mark, self.rewind = self.arena.take, self.arena.mark, self.arena.rewind
         self.spare = self.arena.spare
@@ -153,7 +172,6 @@ class CudaDevice:
         self._host_memory: Any = None
         self._link: Link | None = None
         self.launch, self.prepared = self.kernels.launch, self.kernels.prepared
-        device = cp.cuda.Device()
         self.n_sm = int(device.attributes["MultiProcessorCount"])
         self.capability = self.kernels.capability
 
@@ -235,14 +253,30 @@ class CudaDevice:
         self.stream.synchronize()
         self._page_in_use = False
 
+    def follow(self, other: CudaDevice) -> None:
+        other._reached.record(other.stream)
+        self.stream.wait_event(other._reached)
+        self.kernels.follow()
+
+    def pull(self, target: Array, source: Array, other: CudaDevice) -> None:
+        assert target.nbytes == source.nbytes, "a copy changes no sizes"
+        self._runtime.memcpyPeerAsync(
+            target.ptr, self.index, source.ptr, other.index, source.nbytes, self.stream.ptr
+        )
+
     def capture(self, launches: Callable[[], Any]) -> Callable[[], None]:
         with self.stream:
             self.stream.synchronize()
             self.stream.begin_capture()
             try:
                 launches()
-            finally:
-                graph = self.stream.end_capture()
+            except BaseException:
+                self.use()
+                with suppress(self._runtime.CUDARuntimeError):  # of streams that weren't joined
+                    self.stream.end_capture()
+                raise
+            self.use()  # captures of several GPUs lie within each other
+            graph = self.stream.end_capture()
 
         def replay() -> None:
             graph.launch(self.stream)

@@ -123,6 +123,7 @@ class CopyLink:
     def wait(self, slot: int) -> None:
         if not self._device.noting:
             self._device.stream.wait_event(self._ready[slot])
+            self._device.kernels.follow()
 
     def release(self, slot: int) -> None:
         if not self._device.noting:

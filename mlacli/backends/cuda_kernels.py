@@ -10,7 +10,8 @@ import ctypes
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import cupy as cp
@@ -51,10 +52,22 @@ class _Function:
     shared: int = 48 << 10
 
 
-class Kernels:
-    """Kernels of the current device, compiled before their first launch, launched on a stream."""
+@dataclass(slots=True)
+class _Loaded:
+    """What one GPU has loaded, for all ranks on it, which load in a thread each."""
 
-    def __init__(self, stream: Any) -> None:
+    modules: dict[Unit, int] = field(default_factory=dict)
+    functions: dict[tuple[Any, ...], _Function] = field(default_factory=dict)
+    lock: Lock = field(default_factory=Lock)
+
+
+class Kernels:
+    """Kernels of the current device, compiled before their first launch, launched on a stream.
+
+    Those of `beside`, for the same GPU, are loaded once for both.
+    """
+
+    def __init__(self, stream: Any, beside: Kernels | None = None) -> None:
         self.stream = stream
         device = int(cp.cuda.Device().compute_capability)
         self.capability, self.target = capability(device), target(device)
@@ -65,8 +78,9 @@ class Kernels:
         self._pdl = _Attribute(id=6)  # programmatic stream serialisation
         self._pdl.value[0] = 1
         self._use_pdl = os.environ.get("MLACLI_PDL", "1") != "0" and self.capability >= 90
-        self._modules: dict[Unit, int] = {}
-        self._functions: dict[tuple[Any, ...], _Function] = {}
+        self._loaded: _Loaded = _Loaded() if beside is None else beside._loaded
+        self._functions = self._loaded.functions
+        self._follows = False  # another stream, so that the next kernel must wait for all of it
         self._noted: dict[tuple[Any, ...], None] | None = None
 
     def launch(
@@ -93,10 +107,10 @@ class Kernels:
             _CTYPES[kind](_value(a, kind)) for a, kind in zip(args, signature, strict=True)
         ]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
+        early, self._follows = self._use_pdl and not self._follows, False
         config = _Config(
             grid=(*grid, 1, 1)[:3], block=(block, 1, 1), shared=shared, stream=self.stream.ptr,
-            attributes=ctypes.addressof(self._pdl) if self._use_pdl else None,
-            n_attributes=int(self._use_pdl),
+            attributes=ctypes.addressof(self._pdl) if early else None, n_attributes=int(early),
         )  # fmt: skip
         code = self._driver.cuLaunchKernelEx(
             ctypes.byref(config), ctypes.c_void_p(function.ptr), pointers, None
@@ -105,9 +119,13 @@ class Kernels:
             raise BackendError(f"launching {name} failed with CUDA error {code}")
         self.n_launches += 1
 
+    def follow(self) -> None:
+        """The stream has been made to wait for another: what comes next starts after that."""
+        self._follows = True
+
     @property
     def noting(self) -> bool:
-        """Whether launches are only noted."""
+        """Whether launches are only noted, see prepared()."""
         return self._noted is not None
 
     @contextmanager
@@ -131,16 +149,23 @@ class Kernels:
             (name, *sorted(defines.items())): Unit.of(signatures()[name][0], defines)
             for name, defines in wanted
         }
-        missing = [unit for unit in units.values() if unit not in self._modules]
+        with self._loaded.lock:
+            self._prepare(units, report)
+
+    def _prepare(
+        self, units: Mapping[tuple[Any, ...], Unit], report: Callable[[int, int], None] | None
+    ) -> None:
+        modules = self._loaded.modules
+        missing = [unit for unit in units.values() if unit not in modules]
         done = binaries(missing, self.target, report)
         self.n_compiled += done.n_compiled
         self.compile_s += done.seconds
         self.trouble = self.trouble or done.trouble
         for unit, image in done.images.items():
-            self._modules[unit] = self._load(unit, image)
+            modules[unit] = self._load(unit, image)
         for key, unit in units.items():
             if key not in self._functions:
-                ptr = cp.cuda.driver.moduleGetFunction(self._modules[unit], key[0])
+                ptr = cp.cuda.driver.moduleGetFunction(modules[unit], key[0])
                 self._functions[key] = _Function(ptr, signatures()[key[0]][1])
 
     def _load(self, unit: Unit, image: bytes) -> int:

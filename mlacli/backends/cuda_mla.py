@@ -31,11 +31,11 @@ class Attention:
         self.ops, self.hp = ops, hp
         self._exact = ops.context.graph_attn_precision == "f32"
         self._form = attention_form(ops.context, 1)
-        self._chosen: Any = None  # a full layer's choice also serves the shared ones after it
+        self.chosen: Any = None  # a full layer's choice also serves the shared ones after it
 
     def take_buffers(self, n_ubatch: int) -> None:
         if self.hp.sparse is not None:
-            self._chosen = self.ops.device.take((n_ubatch, self.hp.sparse.top_k), np.int32)
+            self.chosen = self.ops.device.take((n_ubatch, self.hp.sparse.top_k), np.int32)
 
     def new_rows(self, n_ctx: int, width: int, cache_type: str) -> CacheRows:
         return absorbed.new_rows(self.ops.device.take, n_ctx, width, cache_type)
@@ -110,6 +110,6 @@ class Attention:
         )  # fmt: skip
         if not chooses:
             return None
-        into = self._chosen[: step.n]
+        into = self.chosen[: step.n]
         imposed = ops.imposed.get(w.indexer_attn_k.name)
         return sparse.select(ops, queries, rows, step, indexer.top_k, imposed, into)

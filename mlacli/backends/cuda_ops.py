@@ -6,7 +6,7 @@ many take cuda_gemm on float16 activations; what neither takes, cuda_plain. Know
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,17 +14,17 @@ import numpy as np
 from mlacli.backends import cuda_gemm as gemm
 from mlacli.backends import cuda_matvec as matvec
 from mlacli.backends import cuda_plain as plain
-from mlacli.backends import cuda_rows, cuda_sampling, cuda_weights
+from mlacli.backends import cuda_rows, cuda_weights
 from mlacli.backends.cuda_acts import Act, Chosen
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_device import Device, Host
 from mlacli.backends.cuda_host_experts import HostExperts, Routed
 from mlacli.backends.cuda_mla import Attention
-from mlacli.backends.cuda_steps import Steps
+from mlacli.backends.cuda_together import Brought, Peers
 from mlacli.backends.cuda_weights import CudaWeight
 from mlacli.errors import BackendError
 from mlacli.ops import LayerCache, LayerWeights, Ops, Step
-from mlacli.parallel.comm import Comm
+from mlacli.parallel.comm import SoloComm
 from mlacli.parallel.cuda_sizes import FEW, bucket
 from mlacli.parallel.host_stream import is_routed
 from mlacli.params import ContextParams
@@ -33,21 +33,25 @@ if TYPE_CHECKING:
     from mlacli.models.indexer import Indexer
     from mlacli.models.parts import Routing
     from mlacli.parallel.shards import Shard
-    from mlacli.params import SamplingParams
-
-Forward = Callable[[Step], "Act | None"]
 
 
 class CudaOps(Ops):
     """Ops on `device`, whose arena holds all their memory, for a model with `hp`."""
 
-    def __init__(self, comm: Comm, context: ContextParams, device: Device, hp: Any) -> None:
-        self.comm, self.context, self.device, self.hp = comm, context, device, hp
+    def __init__(
+        self, peers: Peers | None, context: ContextParams, device: Device, hp: Any
+    ) -> None:
+        """`peers`: who the sums are shared with; None for a rank that has all of its layers."""
+        self.peers, self.context, self.device, self.hp = peers, context, device, hp
+        self.comm = SoloComm()  # what leaves this rank goes through peers, send and receive
         self.forms = set()
         self.attention = Attention(self, hp)
         self.host_experts = HostExperts(self)
-        self._steps: Steps | None = None
         self._counter: Any = None  # of route's last CTA, see cuda_matvec.route
+        self.stream: Any = None  # the residual stream of a step [n, d]
+        self.sent: list[Array] = []  # to the next pipeline stage, which pulls it
+        self._n_received = 0
+        self._routed: Any = None  # the last choice of experts, until the next sum
         self.n_sm, self.capability = device.n_sm, device.capability
         # A test hook: choices [n, count] by the name of the weight that would make them.
         self.imposed: dict[str, Host] = {}
@@ -56,44 +60,20 @@ class CudaOps(Ops):
 
     # ---- steps ------------------------------------------------------------------------------
 
-    def execute(
-        self, tokens: Sequence[int], n_past: int, frequencies: Sequence[float],
-        out_rows: Sequence[int], forward: Forward, capture: bool = True,
-    ) -> Host | None:  # fmt: skip
-        steps = self._own_steps(frequencies)
-        capture = capture and not self.host_experts.copies_in(bucket(len(tokens), steps.most))
-        return steps.run(tokens, n_past, out_rows, forward, capture)
+    def take_buffers(self, n_ubatch: int) -> None:
+        """What outlives a half layer, and a step; for steps of at most `n_ubatch` tokens."""
+        self._counter = self.put(np.zeros(1, np.int32))
+        self.stream = self.device.take((n_ubatch, self.hp.d), np.float32)
+        self.attention.take_buffers(n_ubatch)
+        self.host_experts.take_buffers()
 
-    def compile(
-        self, frequencies: Sequence[float], forward: Forward,
-        report: Callable[[int, int], None] | None = None,
-    ) -> int:  # fmt: skip
-        return self._own_steps(frequencies).compile(forward, self.context.n_ctx, report)
-
-    def can_sample(self, sampling: SamplingParams, banned: Iterable[int]) -> bool:
-        captured = self._steps is None or not self.host_experts.copies_in(1)
-        return captured and cuda_sampling.can_run(sampling, len(list(banned)))
-
-    def execute_ahead(
-        self, token: int, n_past: int, n_steps: int, frequencies: Sequence[float],
-        sampling: SamplingParams, seed: int, banned: Iterable[int], forward: Forward,
-    ) -> list[int]:  # fmt: skip
-        steps, n_vocab = self._own_steps(frequencies), self.hp.n_vocab
-        n_steps = steps.n_ahead(n_past, n_steps)
-        return steps.run_ahead(token, n_past, n_steps, sampling, seed, banned, n_vocab, forward)
-
-    def _own_steps(self, frequencies: Sequence[float]) -> Steps:
-        if self._steps is None:
-            self._counter = self.put(np.zeros(1, np.int32))
-            self.attention.take_buffers(self.context.n_ubatch)
-            self.host_experts.take_buffers()
-            most = self.context.n_ubatch
-            self._steps = Steps(self, self.device, most, np.array(frequencies))
-        return self._steps
+    def makes_copies(self, n: int) -> bool:
+        """Whether a step of `n` tokens can't be captured, for copies out of host memory."""
+        return self.host_experts.copies_in(n)
 
     def begin_step(self, n: int, pos: Array) -> None:
         """A step of `n` real tokens at `pos` follows."""
-        self._pos = pos
+        self._pos, self.sent, self._n_received = pos, [], 0
         self.attention.begin_step(n)
         self.host_experts.begin(bucket(n, self.context.n_ubatch))
 
@@ -146,10 +126,26 @@ class CudaOps(Ops):
 
     def embed(self, tokens: Array, w: CudaWeight) -> Act:
         n, d = len(tokens), w.shape[1]
-        residual = self.new((n, d))
+        residual = self.stream[:n]
         self._layer = self.device.mark()
         self.run("embed_f32", (n,), 128, residual, tokens, w.raw, d, w.row_bytes, WTYPE=w.qtype.id)
         return Act((n, d), residual)
+
+    def receive(self) -> Any:
+        """First the residual stream, then the rows that a layer before chose: of the step's n."""
+        n, self._n_received = len(self._pos), self._n_received + 1
+        if self._n_received == 2:
+            return self.attention.chosen[:n]
+        self._layer = self.device.mark()
+        return Act((n, self.hp.d), self.stream[:n])
+
+    def send(self, x: Any) -> None:
+        self.sent.append(self.f32(x) if isinstance(x, Act) else x)
+
+    def received(self, n: int) -> list[Array]:
+        """Where a step of `n` tokens will look for what it receives."""
+        found = [self.stream[:n]]
+        return found if self.attention.chosen is None else [*found, self.attention.chosen[:n]]
 
     def rms_norm(self, x: Act, w: CudaWeight, eps: float) -> Act:
         """Not taken yet: products of few tokens fold it in."""
@@ -159,8 +155,13 @@ class CudaOps(Ops):
         self, partial: Act | None, residual: Act, norm: CudaWeight | None, eps: float
     ) -> tuple[Act, Act]:
         stream = self.f32(residual)
-        if partial is not None and partial.run is not None:
-            partial.run(stream)
+        if self.peers is not None:
+            if partial is not None:
+                self._store(partial, self.peers.slot(stream.shape))
+            routed, self._routed = self._routed, None
+            self.peers.reduce_add(Brought(stream, partial is not None, routed))
+        elif partial is not None and partial.run is not None:
+            partial.run(stream, True)
         elif partial is not None:
             plain.add(self, stream, self.f32(partial), into=stream)
         self.device.rewind(self._layer)  # the next half layer reuses this one's temporaries
@@ -176,17 +177,24 @@ class CudaOps(Ops):
         return Act(y.shape, normed=(y, weight, eps))
 
     def logits(self, x: Act, output: CudaWeight | None) -> Act:
-        assert output is not None, "several GPUs are refused"
-        return self.matmul(x, output)
+        if self.peers is None:
+            assert output is not None, "a rank without peers holds every tensor"
+            return self.matmul(x, output)
+        columns = None if output is None else self.f32(self.matmul(x, output))
+        return _held(self.peers.gather(columns, len(x)))
+
+    def _store(self, x: Act, into: Array) -> None:
+        assert x.run is not None, "partials are products that nobody asked for yet"
+        x.run(into, False)
 
     # ---- products ---------------------------------------------------------------------------
 
     def matmul(self, x: Act, w: CudaWeight) -> Act:
         """Pending: it may yet add into the residual stream."""
 
-        def run(into: Array | None) -> Array:
+        def run(into: Array | None, add: bool) -> Array:
             y = self.new((len(x), w.shape[0])) if into is None else into
-            self.products(x, [(w, y)], add=into is not None)
+            self.products(x, [(w, y)], add=add)
             return y
 
         return Act((len(x), w.shape[0]), run=run)
@@ -253,13 +261,17 @@ class CudaOps(Ops):
             else:
                 scores = self.new((n, n_experts))
                 self.products(x, [(gate, scores)])
-            return plain.route(self, scores, bias, routing, self._pos, self._imposed_on(gate, n))
+            imposed = self._imposed_on(gate, n)
+            chosen = plain.route(self, scores, bias, routing, self._pos, imposed)
+            self._routed = chosen.ids
+            return chosen
         chosen = Chosen(self.new((n, routing.n_used), np.int32), self.new((n, routing.n_used)))
         values, norm = self._unnormed(x)
         matvec.route(
             self, chosen.ids, chosen.weights, self.new((n, n_experts)), self._counter, gate,
             values, routing, norm, bias, self._pos, self._imposed_on(gate, n),
         )  # fmt: skip
+        self._routed = chosen.ids
         return chosen
 
     def _imposed_on(self, gate: CudaWeight, n: int) -> Array | None:
@@ -276,9 +288,9 @@ class CudaOps(Ops):
         if chosen is None and w.ffn_down_shexp is None:
             return None
 
-        def run(into: Array | None) -> Array:
+        def run(into: Array | None, add: bool) -> Array:
             y = self.new(x.shape) if into is None else into
-            self._experts(x, chosen, w, y, into is not None)
+            self._experts(x, chosen, w, y, add)
             return y
 
         return Act(x.shape, run=run)
@@ -340,7 +352,7 @@ class CudaOps(Ops):
     def f32(self, x: Act) -> Array:
         """The float32 values of `x`, computed now if nobody asked before."""
         if x.f32 is None and x.run is not None:
-            x.f32, x.run = x.run(None), None
+            x.f32, x.run = x.run(None, False), None
         elif x.f32 is None and x.normed is not None:
             if len(x) > FEW and self.capability >= 80:
                 x.f32, x.f16 = gemm.norm16(self, *x.normed, keep=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from functools import cache
 from importlib.resources import files
@@ -62,3 +63,8 @@ def _kinds(parameters: str) -> str:
         "p" if "*" in one else _KINDS[one.replace("const ", "").split()[0]]
         for one in parameters.split(",")
     )
+
+
+def debugging() -> bool:
+    """MLACLI_DEBUG=1: line numbers in kernels, one allocation per buffer, ranks compared."""
+    return os.environ.get("MLACLI_DEBUG", "0") not in ("", "0")

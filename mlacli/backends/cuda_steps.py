@@ -1,13 +1,16 @@
-"""Steps of one CUDA rank: captured once per bucket of tokens and form of attention, then replayed.
+"""Steps of CUDA ranks: captured once per bucket of tokens and form of attention, then replayed.
 
 What changes from step to step (tokens, positions, wanted rows) lies in fixed device buffers. A
 padded token has position -1: it writes no cache row, attends to nothing, is routed to nobody.
+Whoever calls launches all graphs; rank threads run only where forwards are captured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +19,8 @@ from mlacli.attention_forms import AttentionForm
 from mlacli.backends import cuda_sampling
 from mlacli.backends.cuda_acts import Act
 from mlacli.backends.cuda_array import Array
-from mlacli.backends.cuda_device import Device, Host
+from mlacli.backends.cuda_device import Host
+from mlacli.backends.cuda_place import Place
 from mlacli.ops import Step
 from mlacli.parallel.cuda_sizes import FEW, bucket
 
@@ -25,129 +29,234 @@ if TYPE_CHECKING:
     from mlacli.params import SamplingParams
 
 Forward = Callable[[Step], "Act | None"]
+# Runs a function of the rank number on the ranks of a stage, in lockstep if there are several.
+Runner = Callable[[Callable[[int], Any]], list[Any]]
+FEW_SIZES = (1, FEW, 4 * FEW)  # tokens of steps whose kernels are compiled ahead, beside the most
 
 
 @dataclass(slots=True)
 class _Graph:
-    """A captured step: run it, where it leaves its logits, and its attention forms."""
+    """A captured step of a stage: one replay a place, and what else is known of it."""
 
-    replay: Callable[[], None]
-    logits: Array | None
-    forms: set[AttentionForm]
+    replays: list[Callable[[], None]]
+    logits: Array | None  # on the first place
+    sent: list[Array]
+    forms: list[set[AttentionForm]]  # by rank
+
+
+@dataclass(slots=True)
+class Stage:
+    """Places that step together: all of them under graph, one of one rank otherwise."""
+
+    places: Sequence[Place]
+    run: Runner
+    graphs: dict[tuple[Any, ...], _Graph] = field(default_factory=dict)
+    compiled: set[tuple[Any, ...]] = field(default_factory=set)  # kinds that run without a graph
+    logits: Array | None = None  # of the last step
+    sent: list[Array] = field(default_factory=list)
+
+    @property
+    def ops(self) -> Iterator[CudaOps]:
+        return (one for place in self.places for one in place.ops)
+
+    def forward(
+        self, forwards: Sequence[Forward], size: int, n_kv: int, n_out: int
+    ) -> list[Array | None]:
+        """The launches of one step; each place's logits."""
+        steps: dict[int, tuple[CudaOps, Step]] = {}
+        for place in self.places:
+            step = place.begin(size, n_kv, n_out)
+            steps |= {r: (one, step) for r, one in zip(place.ranks, place.ops, strict=True)}
+
+        def one_rank(rank: int) -> Array | None:
+            ops, step = steps[rank]
+            ops.device.use()
+            logits = forwards[rank](step)
+            return None if logits is None else ops.f32(logits)
+
+        found = dict(zip(steps, self.run(one_rank), strict=True))
+        for place in self.places:
+            place.join()
+        return [found[place.ranks[0]] for place in self.places]
+
+    def launch(
+        self, key: tuple[Any, ...], launches: Callable[[], list[Array | None]], capture: bool = True
+    ) -> None:
+        """Run `launches`, as a graph if they may be captured.
+
+        Copies out of host memory can't be: they are made beside the launches that need them.
+        """
+        if not capture or any(ops.makes_copies(key[0]) for ops in self.ops):
+            if key not in self.compiled:
+                with self.prepared():
+                    launches()
+                self.compiled.add(key)
+            self.logits, self.sent = launches()[0], self._sent
+            return
+        graph = self.graphs.get(key)
+        if graph is None:
+            graph = self.graphs[key] = self._captured(launches)
+        for ops, forms in zip(self.ops, graph.forms, strict=True):
+            ops.forms |= forms
+        for place, replay in zip(self.places, graph.replays, strict=True):
+            place.device.use()
+            replay()
+        self.logits, self.sent = graph.logits, graph.sent
+
+    @contextmanager
+    def prepared(self, report: Callable[[int, int], None] | None = None) -> Iterator[None]:
+        """Inside, launches of all ranks are only noted; at the end, compiled."""
+        with ExitStack() as stack:
+            for ops in self.ops:
+                stack.enter_context(_noting(ops, report))
+            for place in self.places:
+                place.is_dry = True
+            try:
+                yield
+            finally:
+                for place in self.places:
+                    place.is_dry = False
+
+    def _captured(self, launches: Callable[[], list[Array | None]]) -> _Graph:
+        before = [ops.forms for ops in self.ops]
+        for ops in self.ops:
+            ops.forms = set()
+        with self.prepared():
+            launches()
+        logits: list[Array | None] = []
+        replays: list[Callable[[], None]] = []
+
+        def capture(places: Sequence[Place]) -> None:
+            """One graph a place, each within those before it."""
+            if not places:
+                logits.extend(launches())
+                return
+            places[0].device.use()
+            replays.insert(0, places[0].device.capture(lambda: capture(places[1:])))
+
+        capture(self.places)
+        graph = _Graph(replays, logits[0], self._sent, [ops.forms for ops in self.ops])
+        for ops, forms in zip(self.ops, before, strict=True):
+            ops.forms = forms
+        return graph
+
+    @property
+    def _sent(self) -> list[Array]:
+        return list(self.places[0].ops[0].sent)
+
+
+@contextmanager
+def _noting(ops: CudaOps, report: Callable[[int, int], None] | None) -> Iterator[None]:
+    with ops.device.prepared(report):
+        yield
+        ops.device.use()  # on which what was noted is now loaded
 
 
 class Steps:
-    """The steps of `ops`, at most `most` tokens each."""
+    """Steps of at most `most` tokens through all stages, one after another."""
 
-    def __init__(self, ops: CudaOps, device: Device, most: int, frequencies: Host) -> None:
-        self.ops, self.device, self.most = ops, device, most
-        self._frequencies = ops.put(np.array(frequencies, np.float64))
-        self._inputs = device.take((3 * most,), np.int32)  # tokens, positions, wanted rows
-        self._sampler = cuda_sampling.new_state(device.take, self._inputs[:1], self._inputs[1:2])
-        self._chain: bytes = b""  # what the sampler's chain holds
-        self._base = device.mark()  # where scratch begins
-        self._graphs: dict[tuple[Any, ...], _Graph] = {}
+    def __init__(self, stages: Sequence[Stage], most: int) -> None:
+        self.stages, self.most = tuple(stages), most
+        self.last = self.stages[-1].places[0]
+        self._kind = self.last.ops[0].step_kind  # alike on all ranks
 
     def run(
-        self, tokens: Sequence[int], n_past: int, out_rows: Sequence[int], forward: Forward,
-        capture: bool,
-    ) -> Host | None:  # fmt: skip
+        self, tokens: Sequence[int], n_past: int, out_rows: Sequence[int],
+        forwards: Sequence[Forward], capture: bool,
+    ) -> Host:  # fmt: skip
         """Logits [n_out, V] of one step."""
-        n, n_kv = len(tokens), n_past + len(tokens)
+        n, n_kv, n_out = len(tokens), n_past + len(tokens), len(out_rows)
         size = bucket(n, self.most)
         inputs = np.zeros((3, size), np.int32)
         inputs[0, :n], inputs[1] = tokens, -1
-        inputs[1, :n], inputs[2, : len(out_rows)] = range(n_past, n_kv), out_rows
-        self.device.copy_in(self._inputs[: 3 * size], inputs.reshape(-1))
-        self.ops.begin_step(n, self._inputs[size : 2 * size])
+        inputs[1, :n], inputs[2, :n_out] = range(n_past, n_kv), out_rows
+        key = (size, n_out, *self._kind(n, n_kv))
+        before: Stage | None = None
+        for stage in self.stages:
+            for place in stage.places:
+                place.fill(inputs, n)
+            if before is not None:
+                _hand_over(before, stage, size)
+            launches = partial(stage.forward, forwards, size, n_kv, n_out)
+            stage.launch(key, launches, capture)
+            before = stage
+        return self._fetch()
 
-        def launches() -> Array | None:
-            return self._forward(forward, size, n_kv, len(out_rows))
-
-        if not capture:
-            with self.device.prepared():
-                launches()
-            return self._fetch(launches())
-        graph = self._graph((size, len(out_rows), *self.ops.step_kind(n, n_kv)), launches)
-        graph.replay()
-        return self._fetch(graph.logits)
+    def _fetch(self) -> Host:
+        self.last.device.use()
+        logits = self.stages[-1].logits
+        assert logits is not None, "the last stage has logits"
+        return self.last.device.get(logits)
 
     def compile(
-        self, forward: Forward, n_ctx: int, report: Callable[[int, int], None] | None
+        self, forwards: Sequence[Forward], n_ctx: int, report: Callable[[int, int], None] | None
     ) -> int:
         """How many kernels of all kinds of steps had to be compiled, which is done at once."""
-        before, forms, self.ops.forms = self.device.n_compiled, self.ops.forms, set()
+        return sum(self._compile(stage, forwards, n_ctx, report) for stage in self.stages)
+
+    def _compile(
+        self, stage: Stage, forwards: Sequence[Forward], n_ctx: int,
+        report: Callable[[int, int], None] | None,
+    ) -> int:  # fmt: skip
+        before = sum(ops.device.n_compiled for ops in stage.ops)
+        forms = [ops.forms for ops in stage.ops]
+        for ops in stage.ops:
+            ops.forms = set()
         kinds: dict[tuple[Any, ...], tuple[int, int]] = {}
-        sizes = (1, FEW, 4 * FEW, self.most)  # of one token, few and many
-        for n in sorted({bucket(min(n, self.most), self.most) for n in sizes}):
+        for n in sorted({bucket(min(n, self.most), self.most) for n in (*FEW_SIZES, self.most)}):
             for n_kv in (n, n_ctx):
-                kinds.setdefault((n, *self.ops.step_kind(n, n_kv)), (n, n_kv))
-        with self.device.prepared(report):
+                kinds.setdefault((n, *self._kind(n, n_kv)), (n, n_kv))
+        with stage.prepared(report):
             for n, n_kv in kinds.values():
-                self.ops.begin_step(n, self._inputs[n : 2 * n])
-                self._forward(forward, n, n_kv, 1)
-        self.ops.forms = forms
-        return self.device.n_compiled - before
+                for place in stage.places:
+                    place.expect(n)
+                stage.forward(forwards, n, n_kv, 1)
+        for ops, those in zip(stage.ops, forms, strict=True):
+            ops.forms = those
+        return sum(ops.device.n_compiled for ops in stage.ops) - before
 
     def run_ahead(
         self, token: int, n_past: int, n_steps: int, sampling: SamplingParams, seed: int,
-        banned: Iterable[int], n_vocab: int, forward: Forward,
+        banned: Iterable[int], n_vocab: int, forwards: Sequence[Forward],
     ) -> list[int]:  # fmt: skip
-        """`n_steps` tokens after `token`, each drawn on the device from the logits before it."""
-        chain = cuda_sampling.chain_words(sampling, seed, n_vocab, banned)
-        if chain.tobytes() != self._chain:
-            self.device.copy_in(self._sampler.chain, chain)
-            self._chain = chain.tobytes()
-        self.device.copy_in(self._inputs[:3], np.array([token, n_past, 0], np.int32))
-        self.ops.begin_step(1, self._inputs[1:2])
+        """`n_steps` tokens after `token`, each drawn on the device from the logits before it.
 
-        def launches() -> None:
-            for _ in range(n_steps):
-                logits = self._forward(forward, 1, n_past + n_steps, 1)
-                assert logits is not None, "the last stage samples"
-                cuda_sampling.next_token(self.ops, logits, self._sampler)
-
-        kinds = {self.ops.step_kind(1, n_past + i + 1) for i in range(n_steps)}
+        Every place of a lone stage draws the same; with several stages the last one draws.
+        """
+        banned, (stage, *others) = list(banned), self.stages
+        assert not others, "can_sample() said no"
+        for place in stage.places:
+            place.set_chain(sampling, seed, n_vocab, banned)
+            place.fill(np.array([[token], [n_past], [0]], np.int32), 1)
+        kinds = {self._kind(1, n_past + i + 1) for i in range(n_steps)}
         assert len(kinds) == 1, "the engine asks n_ahead()"
-        self._graph(("ahead", n_steps, *kinds.pop()), launches).replay()
-        ring = self.device.get(self._sampler.ring)
+
+        def launches() -> list[Array | None]:
+            for _ in range(n_steps):
+                found = stage.forward(forwards, 1, n_past + n_steps, 1)
+                for place, logits in zip(stage.places, found, strict=True):
+                    assert logits is not None, "the last stage samples"
+                    place.sample(logits)
+            return found
+
+        stage.launch(("ahead", n_steps, *kinds.pop()), launches)
+        self.last.device.use()
+        ring = self.last.device.get(self.last.sampler.ring)
         return cuda_sampling.produced(ring, n_past + 1, n_steps)
 
     def n_ahead(self, n_past: int, most: int) -> int:
         """How many steps after `n_past` are of one kind, `most` at most."""
-        kind = self.ops.step_kind(1, n_past + 1)
-        return next(
-            (i for i in range(1, most) if self.ops.step_kind(1, n_past + i + 1) != kind), most
-        )
+        kind = self._kind(1, n_past + 1)
+        return next((i for i in range(1, most) if self._kind(1, n_past + i + 1) != kind), most)
 
-    def _forward(self, forward: Forward, size: int, n_kv: int, n_out: int) -> Array | None:
-        self.device.rewind(self._base)
-        inputs = self._inputs[: 3 * size].reshape(3, size)
-        half = len(self._frequencies)
-        cos, sin = self.ops.new((size, half)), self.ops.new((size, half))
-        self.ops.run(
-            "rope_table_f32", (size,), min(512, half), cos, sin, inputs[1], self._frequencies, half
-        )
-        wanted: Any = inputs[2, :n_out]
-        step = Step(inputs[0], inputs[1], cos, sin, size, n_kv, wanted)
-        logits = forward(step)
-        return None if logits is None else self.ops.f32(logits)
 
-    def _graph(self, key: tuple[Any, ...], launches: Callable[[], Array | None]) -> _Graph:
-        graph = self._graphs.get(key)
-        if graph is None:
-            before, self.ops.forms = self.ops.forms, set()
-            with self.device.prepared():
-                launches()
-            logits: list[Array | None] = []
-            replay = self.device.capture(lambda: logits.append(launches()))
-            graph = self._graphs[key] = _Graph(replay, logits[0], self.ops.forms)
-            self.ops.forms = before
-        self.ops.forms |= graph.forms
-        return graph
-
-    def _fetch(self, logits: Array | None) -> Host | None:
-        if logits is None:
-            self.device.synchronize()
-            return None
-        return self.device.get(logits)
+def _hand_over(before: Stage, stage: Stage, size: int) -> None:
+    """What `before` sent in this step lies where `stage` looks for it."""
+    (source,), (target,) = before.places, stage.places
+    target.device.use()
+    target.device.follow(source.device)
+    for sent, received in zip(before.sent, target.ops[0].received(size), strict=False):
+        target.device.pull(received, sent, source.device)
+    source.device.use()
+    source.device.follow(target.device)  # its next step must not overwrite what is being read
+    target.device.use()

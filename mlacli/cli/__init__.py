@@ -26,6 +26,7 @@ _COMMANDS = {
     "sweep-bench": ("mlacli.cli.sweep_bench", "prefill and decode speed over the context"),
     "perplexity": ("mlacli.cli.perplexity", "perplexity of a text, KL divergence, modes compared"),
     "check-flags": ("mlacli.cli.check_flags", "what a llama.cpp command line would do here"),
+    "devices": ("mlacli.cli.devices", "GPUs, their links and speed, which split pays"),
     "plan": ("mlacli.cli.plan", "shards and memory per device, from the file header"),
 }
 

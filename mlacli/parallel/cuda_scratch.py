@@ -19,8 +19,10 @@ from mlacli.parallel.cuda_sizes import (
     FEW,
     PLAIN_SPLITS,
     bucket,
+    mail_bytes,
     most_score_bytes,
     on_tensor_cores,
+    slot_bytes,
 )
 from mlacli.parallel.host_stream import SLOTS, Stored, is_routed, ring_slot_bytes
 from mlacli.parallel.memory import most_logit_rows
@@ -57,10 +59,14 @@ class CudaScratch:
 
     def __init__(
         self, hp: Any, context: ContextParams, shards: Iterable[Shard], capability: int,
-        n_ranks: int,
+        n_ranks: int, n_gpus: int = 1,
     ) -> None:  # fmt: skip
-        """`shards` of the rank, on a device of this compute capability; n_ranks share the model."""
-        self.hp, self.context, self.capability, self.n_ranks = hp, context, capability, n_ranks
+        """`shards` of the rank, on a device of this compute capability.
+
+        `n_ranks` on `n_gpus` share each tensor.
+        """
+        self.hp, self.context, self.capability = hp, context, capability
+        self.n_ranks, self.n_gpus = n_ranks, n_gpus
         layers: dict[int | None, dict[str, Weight]] = {}
         routed: dict[int | None, list[Shard]] = {}
         for shard in shards:
@@ -88,7 +94,7 @@ class CudaScratch:
         return self._kept(n) + max(attention, self._by_tokens[n])
 
     def _kept(self, n: int) -> int:
-        """What outlives a half layer: see Steps, Attention.take_buffers and CudaOps.embed."""
+        """What outlives a half layer: see Place, take_buffers of the ops, and the collectives."""
         hp, kept = self.hp, Taken(n)
         kept.take(3)  # tokens, positions, wanted rows
         if hp.sparse is not None:
@@ -97,6 +103,11 @@ class CudaScratch:
         kept.take(hp.p // 2)
         kept.take(hp.d)  # the residual stream
         kept.nbytes += self._ring
+        if self.n_ranks > 1:
+            kept.nbytes += slot_bytes(n, hp.d)
+            kept.nbytes += 2 * _aligned(8 * self.n_ranks)  # where all ranks have both
+        if self.n_gpus > 1:
+            kept.nbytes += mail_bytes(self.n_ranks)
         return kept.nbytes + 4 * int(hp.p) + _SAMPLER + 4 * _ALIGN  # frequencies; a counter
 
     # ---- attention --------------------------------------------------------------------------
@@ -217,8 +228,6 @@ class CudaScratch:
     def _experts(self, layer: Layer, x: Values) -> None:
         """CudaOps.route and ._experts."""
         taken, d, n_used = x.taken, self.hp.d, self.hp.routing.n_used
-        if self.n_ranks > 1:
-            taken.take(d)
         down, shared = layer.get("ffn_down_exps"), layer.get("ffn_down_shexp")
         merged = layer.get("ffn_gate_up_exps")
         beside = False
@@ -268,24 +277,23 @@ class CudaScratch:
 
     def _logits(self, n: int) -> int:
         """CudaOps.rows and .logits, of at most as many rows as the engine asks for at once."""
-        if self._output is None:
+        if self._output is None and self.n_ranks == 1:
             return 0
         taken = Taken(min(n, most_logit_rows(self.hp.n_vocab)))
         taken.take(self.hp.d)
         x = self._normed(taken, self.hp.d)
-        taken.take(self._output.rows)
-        if self.n_ranks > 1:
+        if self.n_ranks > 1:  # by the first rank of a GPU, whether it has vocabulary rows or not
             taken.take(self.hp.n_vocab)
-        x.products(self._output)
+        if self._output is not None:
+            taken.take(self._output.rows)
+            x.products(self._output)
         return taken.nbytes
 
     def _normed(self, taken: Taken, width: int) -> Values:
         return Values(taken, width, halves=self.capability >= 80)
 
     def _into_stream(self, x: Values, w: Weight) -> None:
-        """A product that adds into the residual stream; or a partial for the other ranks."""
-        if self.n_ranks > 1:
-            x.taken.take(w.rows)
+        """A product that adds into the residual stream; or a partial, stored for the others."""
         x.products(w, add=self.n_ranks == 1)
 
 

@@ -21,6 +21,19 @@ def bucket(n: int, most: int) -> int:
     return min(size, most)
 
 
+# ---- sums between GPUs ----------------------------------------------------------------------
+
+
+def slot_bytes(n_ubatch: int, d: int) -> int:
+    """A rank's partial of a step."""
+    return -(-4 * n_ubatch * d // 256) * 256
+
+
+def mail_bytes(n_ranks: int) -> int:
+    """What the others write to a GPU, beside slots: flags and two inboxes (cuda_peer.py)."""
+    return 2 * 16 * 128 * 4 + 2 * n_ranks * (128 << 10) * 8 + 1024
+
+
 # ---- absorbed attention ---------------------------------------------------------------------
 
 PLAIN_SPLITS = 32

@@ -169,11 +169,12 @@ def _scratch(
     of_rank: list[list[Shard]] = [[] for _ in ranks]
     for shard in shards:
         of_rank[shard.rank].append(shard)
+    n_gpus = len({rank.device for rank in ranks}) if parts[0].n_ranks > 1 else 1
     for rank, part in zip(ranks, parts, strict=True):
         # What GPUs refuse (-mla 0, -fa off) can still be planned: priced as on a CPU.
         if rank.kind != "cpu" and context.mla and context.flash_attn:
             capability, own = part.device.capability, of_rank[rank.rank]
-            found.append(CudaScratch(hp, context, own, capability, part.n_ranks).nbytes)
+            found.append(CudaScratch(hp, context, own, capability, part.n_ranks, n_gpus).nbytes)
         else:
             on_cpu = partial(scratch_bytes, hp, context, heads=rank.heads, vocab=rank.vocab)
             found.append(partial(on_cpu, n_ranks=len(ranks)))

@@ -6,12 +6,24 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from mlacli.errors import MlacliError, RankError
-from mlacli.parallel.comm import Aborted, Exchange
+from mlacli.parallel.comm import Aborted
 
 T = TypeVar("T")
+
+
+class Meeting(Protocol):
+    """Where ranks wait for each other: an Exchange or a Lockstep."""
+
+    def abort(self) -> None:
+        """Free every waiting rank."""
+        ...
+
+    def reset(self) -> None:
+        """Ready again after an abort, when no rank is inside a call any more."""
+        ...
 
 
 class _Call:
@@ -29,7 +41,7 @@ class _Call:
         self._done = [False] * n_ranks
         self._lock = threading.Lock()
 
-    def work(self, rank: int, exchange: Exchange) -> None:
+    def work(self, rank: int, exchange: Meeting) -> None:
         """This rank's share; a call that comes twice (see `RankGroup._stop`) is done once."""
         if self._done[rank]:
             return
@@ -54,9 +66,13 @@ class _Call:
 class RankGroup:
     """Runs a function of the rank number on all ranks at once. A lone rank runs in the caller."""
 
-    def __init__(self, n_ranks: int, exchange: Exchange | None = None) -> None:
+    def __init__(
+        self, n_ranks: int, exchange: Meeting | None = None,
+        enter: Callable[[int], None] = lambda rank: None,
+    ) -> None:  # fmt: skip
+        """`enter` prepares a thread for the work of a rank, before each call."""
         assert n_ranks == 1 or exchange is not None
-        self.n_ranks, self.exchange = n_ranks, exchange
+        self.n_ranks, self.exchange, self._enter = n_ranks, exchange, enter
         self._calls: list[queue.SimpleQueue[_Call | None]] = []
         self._threads: list[threading.Thread] = []
         for rank in range(n_ranks if n_ranks > 1 else 0):
@@ -72,10 +88,15 @@ class RankGroup:
 
         An interrupt of the caller stops all ranks at their next exchange before it goes on.
         """
+
+        def entered(rank: int) -> T:
+            self._enter(rank)
+            return fn(rank)
+
         if self.n_ranks == 1:
-            return [fn(0)]
+            return [entered(0)]
         assert self._calls, "the group is closed"
-        call = _Call(fn, self.n_ranks)
+        call = _Call(entered, self.n_ranks)
         try:
             for calls in self._calls:
                 calls.put(call)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-COMMANDS = ["run-model", "sweep-bench", "perplexity", "check-flags", "plan"]
+COMMANDS = ["run-model", "sweep-bench", "perplexity", "check-flags", "devices", "plan"]
 
 
 def test_help_of_the_group(mlacli, golden):

@@ -26,13 +26,7 @@ def test_a_step_is_recorded_with_its_bytes(bench, monkeypatch: pytest.MonkeyPatc
     model = replace(PRESETS["v2lite"], layers=3)
     with recorded(monkeypatch, model, ctx_size=1024) as engine:
         device = recorder(engine)
-        arena = Recorder("cuda0", 1 << 40)
-        arena._next = 1 << 44
-        device.blocks_of = device.block_of
-        device.block_of = lambda ptr, what: (arena if ptr >= 1 << 44 else device).blocks_of(
-            ptr, what
-        )
-        arena.blocks_of = arena.block_of
+        arena = Recorder("cuda0", 1 << 40, device)
         launches = bench.recorded_step(engine, n, 512, arena)
         hp = engine.prepared.hparams
         tensors = {t for one in launches for t in one.tensors} - {"cache"}

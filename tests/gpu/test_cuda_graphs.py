@@ -66,18 +66,18 @@ def test_capture_allocates_nothing(loaded: Any) -> None:
 
     engine, tokens = loaded
     engine.logits(tokens)
-    steps = engine._ops(0)._steps
-    kept, steps._graphs = steps._graphs, {}
+    (stage,) = engine._ranks.steps(()).stages
+    kept, stage.graphs = stage.graphs, {}
     cp.cuda.set_allocator(refuse)
     try:
         with pytest.raises(AssertionError, match="asked for"):
             cp.empty(1)
         got = engine.logits(tokens), decoded(engine, tokens)
         assert len(engine.decode_ahead(3, 4, Sampler(GREEDY))) == 4
-        assert len(steps._graphs) >= 3
+        assert len(stage.graphs) >= 3
     finally:
         cp.cuda.set_allocator(cp.get_default_memory_pool().malloc)
-        steps._graphs = kept
+        stage.graphs = kept
     assert np.array_equal(engine.logits(tokens), got[0])
     assert np.array_equal(decoded(engine, tokens), got[1])
 

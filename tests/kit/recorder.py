@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from mlacli import devices, engine
-from mlacli.backends import cuda_device, cuda_devices, cuda_ops
+from mlacli.backends import cuda_device, cuda_devices, cuda_ops, cuda_ranks
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_sources import signatures
 from mlacli.backends.cuda_weights import HostBlock
@@ -72,6 +72,7 @@ class Recorder:
 
     name: str
     nbytes: int
+    beside: Any = None  # another rank's on the same GPU
     n_sm: int = 132
     capability: int = 90
     launches: list[Launch] = field(default_factory=list)
@@ -85,11 +86,24 @@ class Recorder:
     mapped: bool = True  # what is in host memory
 
     def __post_init__(self) -> None:
+        self._on_gpu: list[Recorder] = [] if self.beside is None else self.beside._on_gpu
+        self._on_gpu.append(self)  # their streams join a capture on one of them
         self._at = 0
-        self._next = 1 << 40
+        self._next = (len(self._on_gpu) << 44) + (1 << 40)
         self._blocks: list[Block] = []
         self._live: list[Block] = []
         self._quiet = self._capturing = False
+
+    def use(self) -> None:
+        """There is no current device."""
+
+    def follow(self, other: Any) -> None:
+        """What is launched here runs in the order in which it was launched."""
+
+    def pull(self, target: Array, source: Array, other: Any) -> None:
+        assert target.nbytes == source.nbytes, "a copy changes no sizes"
+        self.block_of(target.ptr, "the target of a copy")
+        other.block_of(source.ptr, "the source of a copy")
 
     # ---- memory
 
@@ -123,8 +137,9 @@ class Recorder:
 
     def block_of(self, ptr: int, what: str) -> Block:
         """The block that an address lies in, which must not have been rewound."""
-        at = bisect.bisect_right(self._blocks, ptr, key=lambda block: block.ptr) - 1
-        block = self._blocks[at]
+        blocks = self._on_gpu[(ptr >> 44) - 1]._blocks
+        at = bisect.bisect_right(blocks, ptr, key=lambda block: block.ptr) - 1
+        block = blocks[at]
         assert at >= 0 and ptr < block.ptr + max(1, block.nbytes), f"{what} points at no array"
         assert block.live, f"{what} was rewound before"
         return block
@@ -166,13 +181,21 @@ class Recorder:
         self._quiet = False
 
     def capture(self, launches: Callable[[], Any]) -> Callable[[], None]:
-        before = len(self.launches)
-        self._capturing = True
+        before = [len(one.launches) for one in self._on_gpu]
+        for one in self._on_gpu:
+            one._capturing = True
         launches()
-        self._capturing = False
-        graph = self.launches[before:]
-        del self.launches[before:]
-        return lambda: self.launches.extend(graph)
+        graphs = []
+        for one, n in zip(self._on_gpu, before, strict=True):
+            one._capturing = False
+            graphs.append((one, one.launches[n:]))
+            del one.launches[n:]
+
+        def replay() -> None:
+            for one, graph in graphs:
+                one.launches.extend(graph)
+
+        return replay
 
     # ---- host
 
@@ -263,24 +286,25 @@ def recorded(
     monkeypatch.setattr(cuda_devices, "use_device", lambda name: None)
     monkeypatch.setattr(cuda_device, "CudaDevice", partial(Recorder, capability=capability))
     monkeypatch.setattr(engine, "bytes_in_use", lambda name: 0)
-    compile_ahead = cuda_ops.CudaOps.compile
+    compile_ahead = cuda_ranks.CudaRanks.compile
 
-    def compiled(ops: Any, *args: Any) -> int:
-        ops.device.loaded = ops.device.mark()
-        return compile_ahead(ops, *args)
+    def compiled(ranks: Any, *args: Any) -> int:
+        for ops in ranks.ops:
+            ops.device.loaded = ops.device.mark()
+        return compile_ahead(ranks, *args)
 
-    monkeypatch.setattr(cuda_ops.CudaOps, "compile", compiled)
+    monkeypatch.setattr(cuda_ranks.CudaRanks, "compile", compiled)
     params = to_params(library_values(LOADED, {"device": "cuda0"} | flags))
     return Engine(prepare(Header(model) if isinstance(model, Preset) else model, params))
 
 
-def recorder(engine: Engine) -> Recorder:
-    return engine._ops(0).device
+def recorder(engine: Engine, rank: int = 0) -> Recorder:
+    return engine._ops(rank).device
 
 
-def step(engine: Engine, n: int) -> list[Launch]:
+def step(engine: Engine, n: int, rank: int = 0) -> list[Launch]:
     """The launches of one step of `n` tokens from what is cached now, which is put back."""
-    n_kv, device = engine.n_kv, recorder(engine)
+    n_kv, device = engine.n_kv, recorder(engine, rank)
     engine.prefill([1] * n) if n > 1 else engine.decode(1)
     engine.rewind(n_kv)
     device.launches.clear()

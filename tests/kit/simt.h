@@ -44,9 +44,24 @@ namespace simt {
 struct Barrier {
     int waiting = 0, generation = 0;
 };
+constexpr size_t STACK = 256 << 10;
+inline std::vector<std::unique_ptr<char[]>> free_stacks;  // kept from CTA to CTA
+struct Stack {
+    std::unique_ptr<char[]> bytes;
+    Stack() = default;
+    Stack(Stack&&) = default;
+    ~Stack() {
+        if (bytes) free_stacks.push_back(std::move(bytes));
+    }
+    char* take() {
+        if (free_stacks.empty()) return bytes.reset(new char[STACK]), bytes.get();
+        bytes = std::move(free_stacks.back()), free_stacks.pop_back();
+        return bytes.get();
+    }
+};
 struct Fiber {
     ucontext_t context;
-    std::vector<char> stack;
+    Stack stack;
     uint3 thread;
     int linear = 0;
     bool done = false;
@@ -65,6 +80,8 @@ inline Fiber* current;
 inline uint3 block_index;
 inline dim3 block_size, grid_size;
 inline std::function<void()> body;
+inline const std::function<void()>* starting = &body;  // what a fiber runs that begins now
+inline unsigned long long clock;  // nanoseconds, of kernels that look at it
 
 inline void yield() { swapcontext(&current->context, &cta->scheduler); }
 
@@ -96,37 +113,85 @@ inline void collective(void* mine, F f) {
 }
 
 inline void entry() {
-    body();
+    (*starting)();
     current->done = true;
     cta->live--, cta->live_in_warp[warp()]--;
     yield();
+}
+
+inline void fill(Cta& now, dim3 block) {
+    const int n = block.x * block.y * block.z;
+    now.fibers.resize(n), now.warps.resize((n + 31) / 32), now.live = n;
+    now.slots.assign((n + 31) / 32, std::vector<void*>(32, nullptr));
+    now.live_in_warp.assign((n + 31) / 32, 0);
+    for (int i = 0; i < n; i++) {
+        Fiber& f = now.fibers[i];
+        now.live_in_warp[i / 32]++;
+        f.linear = i;
+        f.thread = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
+        getcontext(&f.context);
+        f.context.uc_stack.ss_sp = f.stack.take();
+        f.context.uc_stack.ss_size = STACK;
+        f.context.uc_link = nullptr;
+        makecontext(&f.context, entry, 0);
+    }
+}
+
+// A launch on one of several devices: `all` runs in every thread.
+struct Work {
+    unsigned grid, block;
+    std::function<void()> all;
+};
+
+// Each device runs its launches one after another, all CTAs of one at a time; the devices' fibers
+// take turns as drawn from `seed`. Kernels have no shared memory.
+inline void run_devices(const std::vector<std::vector<Work>>& queues, unsigned seed) {
+    struct Device {
+        size_t at = 0;
+        std::vector<std::unique_ptr<Cta>> ctas;
+    };
+    std::vector<Device> devices(queues.size());
+    auto draw = [&] { return (seed = seed * 1664525u + 1013904223u) >> 16; };
+    size_t left = 0;
+    for (const auto& queue : queues) left += !queue.empty();
+    while (left) {
+        const size_t d = draw() % queues.size();
+        Device& device = devices[d];
+        if (device.at == queues[d].size()) continue;
+        const Work& work = queues[d][device.at];
+        if (device.ctas.empty())
+            for (unsigned i = 0; i < work.grid; i++) {
+                device.ctas.emplace_back(new Cta);
+                fill(*device.ctas.back(), dim3(work.block));
+            }
+        const unsigned x = draw() % work.grid;
+        cta = device.ctas[x].get(), block_index = {x, 0, 0}, starting = &work.all;
+        grid_size = dim3(work.grid), block_size = dim3(work.block);
+        for (Fiber& f : cta->fibers)
+            if (!f.done && draw() % 4) {
+                current = &f;
+                swapcontext(&cta->scheduler, &f.context);
+            }
+        bool live = false;
+        for (auto& one : device.ctas) live |= one->live > 0;
+        if (live) continue;
+        device.ctas.clear();
+        left -= ++device.at == queues[d].size();
+    }
+    starting = &body;
 }
 
 template <class K, class... A>
 inline void launch(dim3 grid, dim3 block, K kernel, A... args) {
     grid_size = grid, block_size = block;
     body = [=] { kernel(args...); };
-    const int n = block.x * block.y * block.z;
     for (unsigned z = 0; z < grid.z; z++)
         for (unsigned y = 0; y < grid.y; y++)
             for (unsigned x = 0; x < grid.x; x++) {
                 block_index = {x, y, z};
                 Cta now;
                 cta = &now;
-                now.fibers.resize(n), now.warps.resize((n + 31) / 32), now.live = n;
-                now.slots.assign((n + 31) / 32, std::vector<void*>(32, nullptr));
-                now.live_in_warp.assign((n + 31) / 32, 0);
-                for (int i = 0; i < n; i++) {
-                    Fiber& f = now.fibers[i];
-                    now.live_in_warp[i / 32]++;
-                    f.linear = i, f.stack.resize(256 << 10);
-                    f.thread = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
-                    getcontext(&f.context);
-                    f.context.uc_stack.ss_sp = f.stack.data();
-                    f.context.uc_stack.ss_size = f.stack.size();
-                    f.context.uc_link = nullptr;
-                    makecontext(&f.context, entry, 0);
-                }
+                fill(now, block);
                 while (now.live)
                     for (Fiber& f : now.fibers)
                         if (!f.done) {

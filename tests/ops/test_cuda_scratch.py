@@ -56,11 +56,11 @@ def depths(engine: Engine, n: int) -> Iterator[int]:
 
 def used(engine: Engine, sizes: tuple[int, ...], wanted: int) -> int:
     """Most bytes of scratch over steps of `sizes` tokens, the last `wanted` with logits."""
-    device, steps = recorder(engine), engine._ops(0)._steps
+    device, (stage,) = recorder(engine), engine._ranks.steps(()).stages
     for n in sizes:
         for at in depths(engine, n):
             engine.n_kv = at
-            steps._graphs.clear()  # each step from the start
+            stage.graphs.clear()  # each step from the start
             for _ in engine.stream_logits([1] * n, max(0, n - wanted)):
                 pass
     return device.peak - device.loaded

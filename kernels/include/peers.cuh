@@ -1,0 +1,156 @@
+// GPUs of one host that reach each other's mail: counted steps, packets that carry their number,
+// flags per CTA, and waits that end. Every GPU launches the same kernels in the same order, with
+// equal grids of a power of two of CTAs, at most PEER_CTAS.
+//
+// A GPU's own words (PeerOwn) lie in its memory. Its mail (written by the others, read by itself):
+//   unsigned started[16][PEER_CTAS], done[16][PEER_CTAS]     by sending GPU and CTA: a step's number
+//   unsigned long long inbox[2][N_RANKS][room]               packets: float32 | step's number << 32
+// A packet is one 64-bit word and its number is the step's, so there is nothing to clear, and what
+// an earlier message of another size left behind is never taken for this one. Two inboxes, used in
+// turn, suffice: a GPU begins step s + 2 when s + 1 has ended, for which every other GPU sent
+// something, which it does after it has ended s. So in every step every GPU sends to every other
+// one: a GPU without a partial sets `started`.
+// Sources: the packets are those of NCCL's LL protocol (src/device/prims_ll.h, BSD); the rest own.
+// Tested by: tests/kernels/test_peers.py (all interleavings of a model), tests/gpu/test_collectives.py
+#pragma once
+#include "pdl.cuh"
+
+#define PEER_CTAS 128
+#define PEER_TICKS 1024  // what the CTAs of a kernel add to the counter together
+#define PEER_POLLS 1024  // between looks at the clock and the alarm
+
+typedef unsigned long long PeerWord;
+
+struct PeerOwn {
+    PeerWord ticks;  // PEER_TICKS a step
+    int error;       // 1 + a GPU that was waited for in vain
+    int pad;
+};
+
+// ---------------------------------------------------------------- memory that others write ---
+// Relaxed: a packet carries its own number; nothing else is read by virtue of it.
+#ifdef SIMT
+inline void put_words(PeerWord* at, PeerWord a, PeerWord b) { at[0] = a, at[1] = b; }
+inline void get_words(const PeerWord* at, PeerWord& a, PeerWord& b) { a = at[0], b = at[1]; }
+inline float4 load_peer(const float* at) { return *(const float4*)at; }
+inline void store_peer(float* at, float4 v) { *(float4*)at = v; }
+inline void raise_flag(unsigned* at, unsigned step) { *at = step; }
+inline unsigned read_flag(const unsigned* at) { return *at; }
+inline int read_word(const int* at) { return *at; }
+inline PeerWord nanoseconds() { return simt::clock += 1000000; }
+inline void between_polls() { simt::yield(); }
+#else
+__device__ __forceinline__ void put_words(PeerWord* at, PeerWord a, PeerWord b) {
+    asm volatile("st.relaxed.sys.global.v2.b64 [%0], {%1, %2};" :: "l"(at), "l"(a), "l"(b) : "memory");
+}
+__device__ __forceinline__ void get_words(const PeerWord* at, PeerWord& a, PeerWord& b) {
+    asm volatile("ld.relaxed.sys.global.v2.b64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(at) : "memory");
+}
+__device__ __forceinline__ float4 load_peer(const float* at) {
+    float4 v;
+    asm volatile("ld.relaxed.sys.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(at) : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_peer(float* at, float4 v) {
+    asm volatile("st.relaxed.sys.global.v4.f32 [%0], {%1, %2, %3, %4};"
+                 :: "l"(at), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+__device__ __forceinline__ void raise_flag(unsigned* at, unsigned step) {
+    asm volatile("st.release.sys.global.u32 [%0], %1;" :: "l"(at), "r"(step) : "memory");
+}
+__device__ __forceinline__ unsigned read_flag(const unsigned* at) {
+    unsigned v;
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
+    return v;
+}
+__device__ __forceinline__ int read_word(const int* at) {
+    int v;
+    asm volatile("ld.relaxed.sys.global.s32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
+    return v;
+}
+__device__ __forceinline__ PeerWord nanoseconds() {
+    PeerWord t;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
+    return t;
+}
+__device__ __forceinline__ void between_polls() {}
+#endif
+
+// ---------------------------------------------------------------- a step ---------------------
+// A thread's view of one step.
+struct Peers {
+    char* mail[N_GPUS];  // by GPU
+    PeerOwn* own;
+    int* alarm;  // the group's error word, in host memory
+    unsigned step;
+    int me, limit_ms, polls;
+    bool broken;
+    PeerWord since;
+
+    // `table`: addresses of all mails, then the alarm's. What it needs may be read before pdl_wait().
+    __device__ __forceinline__ void find(const PeerWord* table, void* words, int gpu, int limit) {
+#pragma unroll
+        for (int g = 0; g < N_GPUS; g++) mail[g] = (char*)table[g];
+        alarm = (int*)table[N_GPUS];
+        own = (PeerOwn*)words, me = gpu, limit_ms = limit, polls = 0, since = 0;
+    }
+    // After pdl_wait(), by all threads; then count() by all, once.
+    __device__ __forceinline__ void begin() {
+        step = (unsigned)(*(volatile PeerWord*)&own->ticks / PEER_TICKS) + 1;
+        broken = *(volatile int*)&own->error != 0;
+    }
+    // All threads of the CTA have read the counter: the CTA's share of a step's ticks. Until the
+    // last CTA adds its own the quotient stays, so all CTAs see one number without waiting.
+    __device__ __forceinline__ void count() {
+        __syncthreads();
+        if (threadIdx.x == 0) atomicAdd(&own->ticks, (PeerWord)(PEER_TICKS / gridDim.x));
+    }
+    __device__ __forceinline__ PeerWord* inbox(int gpu, int rank, long long room) const {
+        return (PeerWord*)(mail[gpu] + 2 * 16 * PEER_CTAS * sizeof(unsigned))
+               + ((long long)(step & 1) * N_RANKS + rank) * room;
+    }
+    // The flag that `from` raises for this CTA in `gpu`'s mail; `done`: the second of a step.
+    __device__ __forceinline__ unsigned* flag(int gpu, int from, int done) const {
+        return (unsigned*)mail[gpu] + (done * 16 + from) * PEER_CTAS + blockIdx.x;
+    }
+    // After a poll in vain: whether to give up waiting for `gpu`. From the limit on, in
+    // milliseconds of the device's clock, and after anybody gave up, nobody waits any more.
+    __device__ __forceinline__ bool gives_up(int gpu) {
+        if (broken) return true;
+        between_polls();
+        if (++polls % PEER_POLLS) return false;
+        const PeerWord now = nanoseconds();
+        if (!since) since = now;
+        int word = read_word(alarm);
+        if (!word && now - since <= (PeerWord)limit_ms * 1000000) return false;
+        if (!word) *(volatile int*)alarm = word = 1 + gpu;
+        *(volatile int*)&own->error = word;
+        return broken = true;
+    }
+    __device__ __forceinline__ void await(const unsigned* at, int gpu) {
+        while ((int)(read_flag(at) - step) < 0 && !gives_up(gpu)) {}
+    }
+    // Thread g tells GPU g that this CTA is here, and waits until it is there too.
+    __device__ __forceinline__ void meet(int done) {
+        const int g = threadIdx.x;
+        if (g < N_GPUS && g != me) {
+            raise_flag(flag(g, me, done), step);
+            await(flag(me, g, done), g);
+        }
+        __syncthreads();
+    }
+    // The step's sign of life from and to GPUs that send no packets; `silent` by bits.
+    __device__ __forceinline__ void nod(int silent) {
+        const int g = threadIdx.x;
+        if (g >= N_GPUS || g == me) return;
+        if (silent >> me & 1) raise_flag(flag(g, me, 0), step);
+        if (silent >> g & 1) await(flag(me, g, 0), g);
+    }
+    __device__ __forceinline__ PeerWord packet(float v) const {
+        return (PeerWord)step << 32 | __float_as_uint(v);
+    }
+    __device__ __forceinline__ bool is_now(PeerWord a, PeerWord b) const {
+        return (unsigned)(a >> 32) == step && (unsigned)(b >> 32) == step;
+    }
+};

@@ -1,0 +1,168 @@
+"""The CUDA ranks of one engine: which GPU each is on, and how their steps are launched.
+
+Under -sm graph all ranks are one stage, whose forwards are captured in lockstep, one graph a GPU;
+under layer each is a stage of its own, with its own graph; a lone rank is a stage of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlacli.backends import Forward, Ranks, cuda_device, cuda_devices, cuda_sampling
+from mlacli.backends.cuda_device import Device, Host
+from mlacli.backends.cuda_ops import CudaOps
+from mlacli.backends.cuda_place import Place
+from mlacli.backends.cuda_sources import debugging
+from mlacli.backends.cuda_steps import Stage, Steps
+from mlacli.backends.cuda_together import Collectives, Peers, SharedGpu, Together
+from mlacli.errors import UnsupportedFeature
+from mlacli.parallel.cuda_sizes import mail_bytes, slot_bytes
+from mlacli.parallel.lockstep import Lockstep
+from mlacli.parallel.ranks import RankGroup
+
+if TYPE_CHECKING:
+    from mlacli.parallel.plan import RankPlan, ShardPlan
+    from mlacli.params import ContextParams, SamplingParams
+
+_PADDING = 256  # of the arena's addresses
+
+
+class CudaRanks(Ranks):
+    """Ranks on GPUs."""
+
+    ops: list[CudaOps]
+
+    def __init__(self, plan: ShardPlan, context: ContextParams, hp: Any) -> None:
+        if any(rank.kind != "cuda" for rank in plan.ranks):
+            raise UnsupportedFeature(
+                "the CPU computes no layers beside a GPU",
+                "name no cpu beside GPUs in -dev; -ngl and -ot keep weights in host memory",
+            )
+        self._context, self._hp, self._steps = context, hp, None
+        n, self._together = len(plan.ranks), None
+        self._lockstep = Lockstep(n)
+        if plan.mode == "graph" and n > 1:
+            widths = [rank.vocab[1] - rank.vocab[0] for rank in plan.ranks]
+            self._together = Together(self._lockstep, widths, debugging())
+        self.ops = []
+        for rank in plan.ranks:
+            device = self._open(plan, rank)
+            peers = None if self._together is None else Peers(self._together, rank.rank, device)
+            self.ops.append(CudaOps(peers, context, device, hp))
+        super().__init__(self.ops, RankGroup(n, self._lockstep, lambda r: self._device(r).use()))
+
+    _steps: Steps | None
+    _together: Together | None
+
+    def _open(self, plan: ShardPlan, rank: RankPlan) -> Device:
+        """The rank's GPU with an arena of what the plan says."""
+        cuda_devices.use_device(rank.device)
+        n_rows = 4 * (rank.layers[1] - rank.layers[0])  # a layer's, an indexer's, both with scales
+        padding = _PADDING * (len(list(plan.of_rank(rank.rank))) + n_rows)
+        nbytes = rank.weights + rank.cache + rank.scratch + padding
+        if self._together is not None and len({r.device for r in plan.ranks}) > 1:
+            n_ranks, d = len(plan.ranks), self._hp.d  # the collectives have memory of their own
+            nbytes -= slot_bytes(self._context.n_ubatch, d) + mail_bytes(n_ranks)
+        same: Any = next((x.device for x in self.ops if x.device.name == rank.device), None)
+        return cuda_device.CudaDevice(rank.device, nbytes, same)
+
+    def _device(self, rank: int) -> Device:
+        return self.ops[rank].device
+
+    # ---- steps ------------------------------------------------------------------------------
+
+    def execute(
+        self, tokens: Sequence[int], n_past: int, frequencies: Sequence[float],
+        out_rows: Sequence[int], forwards: Sequence[Forward], capture: bool = True,
+    ) -> Host:  # fmt: skip
+        steps, capture = self.steps(frequencies), capture and not self._compares
+        logits = steps.run(tokens, n_past, out_rows, forwards, capture)
+        self._check()
+        return logits
+
+    def compile(
+        self, frequencies: Sequence[float], forwards: Sequence[Forward],
+        report: Callable[[int, int], None] | None = None,
+    ) -> int:  # fmt: skip
+        return self.steps(frequencies).compile(forwards, self._context.n_ctx, report)
+
+    def can_sample(self, sampling: SamplingParams, banned: Iterable[int]) -> bool:
+        one_stage = self._together is not None or len(self.ops) == 1
+        if not one_stage or self._compares or any(ops.makes_copies(1) for ops in self.ops):
+            return False
+        return cuda_sampling.can_run(sampling, len(list(banned)))
+
+    def execute_ahead(
+        self, token: int, n_past: int, n_steps: int, frequencies: Sequence[float],
+        sampling: SamplingParams, seed: int, banned: Iterable[int], forwards: Sequence[Forward],
+    ) -> list[int]:  # fmt: skip
+        steps, n_vocab = self.steps(frequencies), self._hp.n_vocab
+        n_steps = steps.n_ahead(n_past, n_steps)
+        ids = steps.run_ahead(token, n_past, n_steps, sampling, seed, banned, n_vocab, forwards)
+        self._check()
+        return ids
+
+    def steps(self, frequencies: Sequence[float]) -> Steps:
+        """Where steps run, made when first asked for: weights and cache lie before its memory."""
+        if self._steps is None:
+            most, angles = self._context.n_ubatch, np.array(frequencies)
+            places = [
+                Place(ranks, [self.ops[r] for r in ranks], most, angles) for ranks in self._placed()
+            ]
+            if self._together is None:
+                stages = [Stage([place], _alone(place)) for place in places]
+            else:
+                self._together.places = places
+                self._together.collectives = self._collectives(places, most)
+                stages = [Stage(places, self._in_lockstep)]
+            for place in places:
+                place.settle()
+            self._steps = Steps(stages, most)
+        return self._steps
+
+    def _placed(self) -> list[list[int]]:
+        """Ranks that step on one GPU together, in the order of the first of each."""
+        if self._together is None:
+            return [[rank] for rank in range(len(self.ops))]
+        found: dict[str, list[int]] = {}
+        for rank in range(len(self.ops)):
+            found.setdefault(self._device(rank).name, []).append(rank)
+        return list(found.values())
+
+    def _collectives(self, places: Sequence[Place], most: int) -> Collectives:
+        how, reduce_type = self._context.comm, self._context.graph_reduce_type
+        if len(places) == 1:
+            return SharedGpu(places[0].ops, most, reduce_type)
+        from mlacli.backends import cuda_collectives as between
+
+        devices: list[Any] = [place.device for place in places]
+        gpus = [between.GpuPlace(d, list(p.ranks)) for d, p in zip(devices, places, strict=True)]
+        return between.Collectives(gpus, how, reduce_type, most * self._hp.d)
+
+    def _in_lockstep(self, fn: Callable[[int], Any]) -> list[Any]:
+        def one_rank(rank: int) -> Any:
+            with self._lockstep.running():
+                return fn(rank)
+
+        return self.group.run(one_rank)
+
+    @property
+    def _compares(self) -> bool:
+        return self._together is not None and self._together.compares
+
+    def _check(self) -> None:
+        if self._together is not None:
+            self._together.collectives.check()
+
+    def close(self) -> None:
+        if self._together is not None and self._steps is not None:
+            self._together.collectives.close()
+        super().close()
+
+
+def _alone(place: Place) -> Callable[[Callable[[int], Any]], list[Any]]:
+    (rank,) = place.ranks
+    return lambda fn: [fn(rank)]

@@ -1,0 +1,194 @@
+"""Sums and gathers among the CUDA ranks of -sm graph, whose forwards run in lockstep.
+
+When all ranks have brought their partial, one of them launches the sum of each GPU, between joining
+the streams of the ranks on it and forking them again. `Collectives` is how GPUs reach each other;
+`SharedGpu` its form for ranks on one GPU alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from mlacli.backends.cuda_array import Array
+from mlacli.backends.cuda_device import Device
+from mlacli.errors import RankError
+from mlacli.parallel.lockstep import Lockstep
+
+if TYPE_CHECKING:
+    from mlacli.backends.cuda_ops import CudaOps
+    from mlacli.backends.cuda_place import Place
+
+TYPED_FROM = 33  # tokens whose partials are rounded to -grt's type: as numpy_ops.reduce_typed
+_TYPES = {"f32": 0, "f16": 1, "bf16": 2, "q8_0": 3}  # of kernels/shared_gpu.cu
+_MOST_RANKS = 63  # bits of `held`
+
+
+class Collectives(Protocol):
+    """What ranks ask of the way between their GPUs. Equal bits on all ranks, from run to run."""
+
+    how: str  # p2p, nccl, host; or shared, for ranks on one GPU
+    why: str
+
+    def slot(self, rank: int) -> Array:
+        """Where the rank's partial of the next sum is to be written, float32, dense."""
+        ...
+
+    def reduce_add(
+        self, gpu_index: int, streams: list[Array], held: tuple[bool, ...], n_floats: int
+    ) -> None:
+        """Each of the residual streams [n, d] on this GPU += all partials, in rank order."""
+        ...
+
+    def gather(
+        self, gpu_index: int, columns: list[Array | None], widths: list[int], out: Array
+    ) -> None:
+        """out [n, V] = all ranks' columns [n, width] beside each other."""
+        ...
+
+    def check(self) -> None:
+        """RankError when a GPU waited too long for another one."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """What a rank brings to a sum: its residual stream, and whether it wrote a partial.
+
+    `experts`: the ids that it chose since the last one.
+    """
+
+    stream: Array
+    held: bool
+    experts: Array | None = None
+
+
+class Together:
+    """The ranks that step together: `places` and `collectives` are known once they are open."""
+
+    places: Sequence[Place]
+    collectives: Collectives
+
+    def __init__(self, lockstep: Lockstep, widths: Sequence[int], compares: bool) -> None:
+        """`widths`: vocabulary rows of each rank. `compares`: what must be equal on all ranks is
+
+        read back after every sum, which no captured step can do.
+        """
+        self.lockstep, self.widths, self.compares = lockstep, list(widths), compares
+
+    def reduce(self, brought: Sequence[Brought]) -> None:
+        held = tuple(one.held for one in brought)
+        for gpu, place in enumerate(self.places):
+            place.join()
+            streams = [brought[rank].stream for rank in place.ranks]
+            self.collectives.reduce_add(gpu, streams, held, streams[0].size)
+            place.fork()
+        if self.compares and not self.places[0].is_dry:
+            self._compare("residual streams", {r: one.stream for r, one in enumerate(brought)})
+            ids = {r: one.experts for r, one in enumerate(brought) if one.experts is not None}
+            self._compare("chosen experts", ids)
+
+    def _compare(self, what: str, of_rank: Mapping[int, Array]) -> None:
+        """RankError when ranks differ in what all of them computed."""
+        found: dict[int, bytes] = {}
+        for place in self.places:
+            place.join()
+            found |= {
+                r: place.device.get(of_rank[r]).tobytes() for r in place.ranks if r in of_rank
+            }
+            place.fork()
+        first = next(iter(found.values()), b"")
+        for rank, same in found.items():
+            if same != first:
+                raise RankError(rank, ValueError(f"its {what} are not those of the first rank"))
+
+    def gather(self, brought: Sequence[tuple[Array | None, int]]) -> list[Array]:
+        """Of each rank its columns, and how many rows there are; for each rank the logits."""
+        n = brought[0][1]
+        found: dict[int, Array] = {}
+        for gpu, place in enumerate(self.places):
+            place.join()
+            out = place.device.take((n, sum(self.widths)), np.float32)
+            columns = [brought[rank][0] for rank in place.ranks]
+            if n:  # a ubatch whose logits nobody wants
+                self.collectives.gather(gpu, columns, self.widths, out)
+            place.fork()
+            found |= dict.fromkeys(place.ranks, out)
+        return [found[rank] for rank in range(len(brought))]
+
+
+class Peers:
+    """The others, as one rank sees them; called in lockstep."""
+
+    def __init__(self, together: Together, rank: int, device: Device) -> None:
+        self.together, self.rank, self.device = together, rank, device
+        self.n_reductions = 0
+
+    def slot(self, shape: tuple[int, ...]) -> Array:
+        """Where to write this rank's partial."""
+        slot = self.together.collectives.slot(self.rank)
+        return slot[: math.prod(shape)].reshape(*shape)
+
+    def reduce_add(self, mine: Brought) -> None:
+        """stream += the sum of all ranks' partials."""
+        self.n_reductions += 1
+        self.together.lockstep.meet(self.rank, mine, self.together.reduce)
+        self.device.use()  # the last to come has launched for every GPU
+
+    def gather(self, columns: Array | None, n: int) -> Array:
+        """All ranks' columns [n, V]."""
+        found = self.together.lockstep.meet(self.rank, (columns, n), self.together.gather)
+        self.device.use()
+        return found[self.rank]
+
+
+class SharedGpu:
+    """Collectives of ranks on one GPU: an ordinary kernel on memory that all of them see."""
+
+    how, why = "shared", "all ranks are on one GPU"
+
+    def __init__(self, ops: Sequence[CudaOps], most: int, reduce_type: str) -> None:
+        """For steps of at most `most` tokens; the residual streams of `ops` stay where they are."""
+        assert len(ops) <= _MOST_RANKS
+        self.ops, self._type = ops, _TYPES[reduce_type]
+        shape = (most * ops[0].hp.d,)
+        self._slots = [rank.device.take(shape, np.float32) for rank in ops]
+        self._streams = [rank.stream for rank in ops]
+        self._at = [ops[0].put(np.array([x.ptr for x in of], np.int64))
+                    for of in (self._slots, self._streams)]  # fmt: skip
+
+    def slot(self, rank: int) -> Array:
+        return self._slots[rank]
+
+    def reduce_add(
+        self, gpu_index: int, streams: list[Array], held: tuple[bool, ...], n_floats: int
+    ) -> None:
+        known = zip(streams, self._streams, strict=True)
+        assert all(stream.ptr == at.ptr for stream, at in known), "streams don't move"
+        type_ = self._type if len(streams[0]) >= TYPED_FROM else 0
+        self.ops[0].run(
+            "add_partials", (-(-n_floats // 256),), 256, *self._at, n_floats, len(streams),
+            sum(has << rank for rank, has in enumerate(held)), TYPE=type_,
+        )  # fmt: skip
+
+    def gather(
+        self, gpu_index: int, columns: list[Array | None], widths: list[int], out: Array
+    ) -> None:
+        first = 0
+        for own, width in zip(columns, widths, strict=True):
+            if own is not None:
+                grid = (-(-width // 256), len(out))
+                self.ops[0].run("join_columns", grid, 256, out, own, width, sum(widths), first)
+            first += width
+
+    def check(self) -> None:
+        """Nobody waits for anybody."""
+
+    def close(self) -> None:
+        """Its memory is the arenas'."""

@@ -1,0 +1,128 @@
+"""Several CUDA ranks: golden models on one GPU named several times, and on two GPUs."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from kit.compare import nmse, row_nmse
+from kit.golden_files import EXACT, FILES, golden
+
+import mlacli
+from mlacli.backends.cuda_devices import device_count
+from mlacli.params import SamplingParams
+from mlacli.sampling import Sampler
+
+# As tests/gpu/test_cuda_models.py: float16 activations of prefill, nearly float32 of decode.
+ACTIVATIONS, DECODE = 2e-5, 1e-8
+two_gpus = pytest.mark.skipif(device_count() < 2, reason="needs two GPUs")
+SPLITS: dict[str, dict[str, Any]] = {
+    "2 ranks": {"device": "cuda0,cuda0", "split_mode": "graph"},
+    "3 ranks": {"device": "cuda0,cuda0,cuda0", "split_mode": "graph"},
+    "5 ranks": {"device": ",".join(["cuda0"] * 5), "split_mode": "graph"},
+    "8 ranks": {"device": ",".join(["cuda0"] * 8), "split_mode": "graph"},
+    "-ts 3,1": {"device": "cuda0,cuda0", "split_mode": "graph", "tensor_split": "3,1"},
+    "experts by id": {"device": "cuda0,cuda0", "split_mode": "graph", "expert_split": "id"},
+    "experts by layer": {"device": "cuda0,cuda0", "split_mode": "graph", "expert_split": "layer"},
+    "2 stages": {"device": "cuda0,cuda0", "split_mode": "layer"},
+}
+ON_TWO: dict[str, dict[str, Any]] = {
+    "graph": {"device": "cuda0,cuda1", "split_mode": "graph"},
+    "graph backwards": {"device": "cuda1,cuda0", "split_mode": "graph", "tensor_split": "3,2"},
+    "4 ranks": {"device": "cuda0,cuda1,cuda0,cuda1", "split_mode": "graph"},
+    "layer": {"device": "cuda0,cuda1", "split_mode": "layer"},
+    "layer backwards": {"device": "cuda1,cuda0", "split_mode": "layer", "tensor_split": "1,2"},
+}
+NAMES = ("v2lite", "v3", "glm47flash", "mistral4", "glm_dsa", "real_rows")
+
+
+def check(name: str, **flags: Any) -> None:
+    """Decode and prefill against transformers' logits; the same bits again; sampling ahead."""
+    tokens, want = golden(name)
+    with mlacli.load(FILES[name], **EXACT, **flags) as engine:
+        many = engine.logits(tokens)
+        engine.rewind(0)
+        singly = np.stack([engine.decode(token) for token in tokens])
+        again = engine.logits(tokens)
+        engine.rewind(0)
+        singly_again = np.stack([engine.decode(token) for token in tokens])
+        prefill = np.median(row_nmse(many, want))  # a row may choose another expert
+        print(f"{name} {flags}: prefill {prefill:.1e}, decode {nmse(singly, want):.1e}")
+        assert prefill <= ACTIVATIONS
+        assert nmse(singly, want) <= DECODE
+        assert np.array_equal(many, again) and np.array_equal(singly, singly_again)
+        engine.rewind(0)
+        sampler, drawn = Sampler(SamplingParams(seed=7, temp=0.8, top_k=40)), [tokens[0]]
+        for _ in range(8):
+            drawn.append(sampler.next(engine.decode(drawn[-1]), engine.n_kv))
+        engine.rewind(0)
+        ahead = engine.decode_ahead(tokens[0], 8, sampler)
+        assert ahead == drawn[1:] or (not ahead and flags["split_mode"] == "layer")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("name", NAMES)
+def test_ranks_on_one_gpu(name: str, split: str) -> None:
+    check(name, **SPLITS[split])
+
+
+@two_gpus
+@pytest.mark.parametrize("split", ON_TWO)
+@pytest.mark.parametrize("name", NAMES)
+def test_ranks_on_two_gpus(name: str, split: str) -> None:
+    check(name, **ON_TWO[split])
+
+
+@pytest.mark.parametrize("reduce_type", ["f16", "bf16", "q8_0"])
+def test_rounded_partials_are_those_of_numpy_ranks(reduce_type: str) -> None:
+    """As near to them as to the logits without rounding: a value may round the other way."""
+    tokens, exact = golden("v3")
+    runs = []
+    for device in ("cpu,cpu", "cuda0,cuda0"):
+        flags = {"device": device, "split_mode": "graph", "graph_reduce_type": reduce_type}
+        with mlacli.load(FILES["v3"], **EXACT, **flags) as engine:
+            runs.append(engine.logits(tokens))
+    apart, rounded = (np.median(row_nmse(runs[1], to)) for to in (runs[0], exact))
+    print(f"{reduce_type}: {apart:.1e} from NumPy ranks, {rounded:.1e} from float32")
+    assert apart <= max(ACTIVATIONS, rounded)
+
+
+@pytest.mark.parametrize("split", ["2 ranks", "2 stages"])
+def test_tensors_come_back_as_they_are_in_the_file(split: str) -> None:
+    for name in ("v3", "v3_kv_b", "glm_dsa"):
+        with mlacli.load(FILES[name], check_tensors=True, **SPLITS[split]) as engine:
+            assert engine.checked is not None
+
+
+def test_memory_in_use_is_what_the_plan_says() -> None:
+    with mlacli.load(None, **SPLITS["3 ranks"]) as engine:
+        engine.prefill([1, 2, 3])
+        used = engine.memory()["cuda0"]
+        planned = sum(rank.total for rank in engine.prepared.plan.ranks)
+    assert planned <= used <= planned + (512 << 20)
+
+
+@pytest.mark.parametrize("split", ["2 ranks", "2 stages"])
+def test_a_failing_rank_ends_all_and_leaves_the_gpu_usable(
+    split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlacli.backends.cuda_ops import CudaOps
+    from mlacli.errors import RankError
+
+    tokens, _ = golden("v3")
+    with mlacli.load(FILES["v3"], **SPLITS[split]) as engine:
+        want = engine.logits(tokens)
+        attend, calls = CudaOps.latent_attention, []
+
+        def failing(self: Any, *args: Any) -> Any:
+            calls.append(self)
+            if self is engine._ops(1) and len(calls) > 12:  # not in the dry run
+                raise ValueError("boom")
+            return attend(self, *args)
+
+        monkeypatch.setattr(CudaOps, "latent_attention", failing)
+        with pytest.raises((RankError, ValueError), match="boom"):
+            for n in range(9, 40):
+                engine.rewind(0)
+                engine.prefill(tokens[:n])
+        monkeypatch.undo()
+        assert np.array_equal(engine.logits(tokens), want)

@@ -1,0 +1,129 @@
+"""GPUs whose memory is the host's and whose kernels run on the CPU, for whole engines.
+
+`simulated(monkeypatch)` puts one in the place of every cudaN. Launch order is execution order, so
+streams, events and copies between GPUs have nothing to do but to be asked for.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from kit.simt_device import SimtDevice
+
+from mlacli import devices, engine
+from mlacli.backends import cuda_device, cuda_devices
+from mlacli.backends.cuda_array import Array
+from mlacli.devices import Device
+from mlacli.errors import MemoryBudgetError
+
+_SPARE = 8 << 20
+_CAPTURED: list[list[Callable[[], None]]] = []  # of captures under way, the same list in all
+_ONE_AT_A_TIME = threading.Lock()  # kit/simt.h runs one kernel in a process
+
+
+class SimtGpu(SimtDevice):
+    """An arena of `nbytes` full of NaN bits, and kernels that run when they are launched."""
+
+    n_sm, capability = 4, 80
+    n_compiled = 0
+
+    def __init__(self, name: str, nbytes: int, beside: Any = None) -> None:
+        self.name, self.nbytes = name, nbytes
+        self._memory = np.full(nbytes + _SPARE + 512, 0xFF, np.uint8)
+        self._base = -(-self._memory.ctypes.data // 256) * 256
+        self._at = 0
+        self._quiet = False
+        self.launches: list[str] = []
+
+    def use(self) -> None:
+        """There is no current device."""
+
+    def take(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        array = Array.dense(self._base + self._at, shape, dtype)
+        self._at += -(-array.nbytes // 256) * 256
+        if self._at > self.nbytes:
+            raise MemoryBudgetError(self.name, self._at, self.nbytes)
+        return array
+
+    def mark(self) -> int:
+        return self._at
+
+    def rewind(self, mark: int) -> None:
+        self._at = mark
+
+    def spare(self, most: int) -> Array:
+        at = self._base + -(-self.nbytes // 256) * 256
+        return Array.dense(at, (min(most, _SPARE),), np.uint8)
+
+    def follow(self, other: Any) -> None:
+        """Everything launched is done."""
+
+    def pull(self, target: Array, source: Array, other: Any) -> None:
+        assert target.nbytes == source.nbytes
+        if not self._quiet:
+            self.copy_in(target, other.get(source))
+
+    @contextmanager
+    def prepared(self, report: Any = None) -> Iterator[None]:
+        self._quiet = True
+        try:
+            yield
+        finally:
+            self._quiet = False
+
+    def launch(self, name: str, *args: Any, **how: Any) -> None:
+        if self._quiet:
+            return
+        if _CAPTURED:
+            _CAPTURED[-1].append(partial(self.launch, name, *args, **how))
+            return
+        self.launches.append(name)
+        with _ONE_AT_A_TIME:
+            super().launch(name, *args, **how)
+
+    def capture(self, launches: Callable[[], Any]) -> Callable[[], None]:
+        """All GPUs' launches in their order, from the outermost of captures within each other."""
+        _CAPTURED.append(_CAPTURED[-1] if _CAPTURED else [])
+        outermost = len(_CAPTURED) == 1
+        try:
+            launches()
+        finally:
+            graph = _CAPTURED.pop()
+
+        def replay() -> None:
+            for launch in graph if outermost else ():
+                launch()
+
+        return replay
+
+    def send(self, array: Array, host: np.ndarray) -> None:
+        self.copy_in(array, np.ascontiguousarray(host))
+
+    def end_sends(self) -> None:
+        """Nothing is under way."""
+
+    def synchronize(self) -> None:
+        """Nothing is under way."""
+
+
+def simulated(monkeypatch: pytest.MonkeyPatch, capability: int = 80) -> None:
+    """From now on every cudaN is a SimtGpu; cpu stays what it is.
+
+    Below capability 80 only plain kernels run: far fewer variants to compile.
+    """
+    found = devices._device
+
+    def device(name: str) -> Device:
+        return found(name) if name == "cpu" else Device(name, "cuda", 1 << 36, 1 << 36, capability)
+
+    monkeypatch.setattr(devices, "_device", device)
+    monkeypatch.setattr(cuda_devices, "use_device", lambda name: None)
+    monkeypatch.setattr(SimtGpu, "capability", capability)
+    monkeypatch.setattr(cuda_device, "CudaDevice", SimtGpu)
+    monkeypatch.setattr(engine, "bytes_in_use", lambda name: 0)
