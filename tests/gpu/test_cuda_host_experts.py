@@ -24,7 +24,7 @@ Runs = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 def runs(file: Any, tokens: list[int], **flags: Any) -> Runs:
     """Decode, prefill, and decode after it: the ring is filled twice, graphs run in between."""
-    with mlacli.load(file, device="cuda0", **EXACT, **flags) as engine:
+    with mlacli.load(file, **EXACT, **{"device": "cuda0"} | flags) as engine:
         first = np.stack([engine.decode(token) for token in tokens[:9]])
         many = engine.logits(tokens)
         again = engine.logits(tokens)
@@ -82,6 +82,19 @@ def test_gate_and_up_as_one_weight(name: str) -> None:
     same(
         runs(FILES[name], tokens, merge_up_gate_experts=True, run_time_repack=True, **CMOE), merged
     )
+
+
+@pytest.mark.parametrize("devices", ["cuda0,cuda0", "cuda0,cuda1"])
+def test_pipeline_stages(devices: str) -> None:
+    """-sm graph becomes layer; each GPU reads its own layers' experts."""
+    from cupy.cuda import runtime
+
+    if runtime.getDeviceCount() < len(set(devices.split(","))):
+        pytest.skip("needs two GPUs")
+    tokens, _ = golden("v3")
+    want = runs(FILES["v3"], tokens)
+    for mode in ("layer", "graph"):
+        same(runs(FILES["v3"], tokens, device=devices, split_mode=mode, **CMOE), want)
 
 
 @pytest.mark.parametrize("qtype", ["Q4_K", "Q6_K", "Q5_0", "Q8_0", "MXFP4", "IQ4_XS", "Q2_K"])
