@@ -210,6 +210,7 @@ class CudaOps(Ops):
         """out = x w^T for each (w, out [n, rows]); `add`: added to it."""
         if not len(x):  # a ubatch whose logits nobody wants
             return
+        pairs = [(cuda_weights.near(self, w, len(x)), out) for w, out in pairs]
         tiled = [(w, out) for w, out in pairs if w.tiles is not None]
         if tiled and len(x) <= FEW:
             values, norm = self._unnormed(x)
@@ -230,6 +231,7 @@ class CudaOps(Ops):
             self.products(x, list(zip((gate, up), both, strict=True)))
             return _held(plain.silu_mul(self, *both))
         if n > FEW:
+            gate, up = (cuda_weights.near(self, w, n) for w in (gate, up))
             return Act((n, f), f16=gemm.gated(self, gate, up, self.f16(x)))
         h = self.new((n, f))
         values, norm = self._unnormed(x)

@@ -8,8 +8,8 @@ One that stays in host memory is repacked on the device too, piece by piece, and
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from mlacli.backends.cuda_array import Array
 from mlacli.loading.quant_types import QType
 from mlacli.loading.tiles import HEADER, ROWS, TiledShape, tiled_shape
 from mlacli.loading.untile import edge_blocks, has_foreign_groups, untile
+from mlacli.parallel.host_stream import READ_ONCE
 
 if TYPE_CHECKING:
     from mlacli.backends.cuda_device import Device
@@ -112,6 +113,15 @@ def download(device: Device, w: CudaWeight) -> Bytes:
         device.synchronize()
         held = w.block.memory.reshape(w.held.shape).copy()
     return held if w.layout is None else untile(held, w.shape, w.qtype, w.skip, w.edges)
+
+
+def near(ops: Any, w: CudaWeight, n: int) -> Any:
+    """`w`, or a copy in scratch where `n` tokens would read it over the link several times."""
+    if w.block is None or n <= READ_ONCE:
+        return w
+    held = ops.new((w.held.nbytes,), np.uint8)
+    ops.device.fetch(held, w.held)
+    return replace(w, held=held.reshape(*w.held.shape), block=None)
 
 
 def _repack(

@@ -24,7 +24,7 @@ from mlacli.parallel.cuda_sizes import (
     on_tensor_cores,
     slot_bytes,
 )
-from mlacli.parallel.host_stream import SLOTS, Stored, is_routed, ring_slot_bytes
+from mlacli.parallel.host_stream import READ_ONCE, SLOTS, Stored, is_routed, ring_slot_bytes
 from mlacli.parallel.memory import most_logit_rows
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Weight:
     shape: tuple[int, ...]
     tiled: bool
     f32: bool
-    host: bool = False
+    nbytes: int = 0  # in host memory
 
     @property
     def rows(self) -> int:
@@ -71,7 +71,8 @@ class CudaScratch:
         routed: dict[int | None, list[Shard]] = {}
         for shard in shards:
             tiled = capability >= 80 and shard.tiled
-            weight = Weight(shard.shape, tiled, shard.qtype.name == "F32", shard.host)
+            weight = Weight(shard.shape, tiled, shard.qtype.name == "F32",
+                            shard.bytes_on("cuda") if shard.host else 0)  # fmt: skip
             layers.setdefault(shard.layer, {})[_short_name(shard.tensor)] = weight
             if is_routed(shard.tensor):
                 routed.setdefault(shard.layer, []).append(shard)
@@ -142,6 +143,7 @@ class CudaScratch:
                 self._index(layer, x, q_a, chooses, n_ctx)
             taken.take(layer["attn_q_b"].rows)
             q_a.products(layer["attn_q_b"])
+        taken.near(layer["attn_k_b"], layer["attn_v_b"])
         o = Values(taken, sizes.h * sizes.v)
         if expands:
             taken.nbytes += expanded_sizes.scratch_bytes(sizes, n, n_ctx)
@@ -217,6 +219,7 @@ class CudaScratch:
             x.products(gate, up)
             h.has32 = True
         elif taken.n > FEW:
+            taken.near(gate, up)
             x.f16()
             taken.half(f)
             h.has16 = True
@@ -249,7 +252,7 @@ class CudaScratch:
             else:
                 both = [layer.get(f"ffn_{x}_shexp") for x in ("gate", "up", "down")]
                 beside = all(w is not None and w.tiled for w in both)
-                if down.host or gate.host or up.host:  # perhaps fetched: HostExperts.fetched
+                if down.nbytes or gate.nbytes or up.nbytes:  # perhaps fetched: HostExperts.fetched
                     beside = False
                     taken.take(n_used)
                 taken.take(n_used * f + (both[0].rows if beside and both[0] else 0))
@@ -307,6 +310,11 @@ class Taken:
         """A buffer of `width` values of `size` bytes for each token."""
         self.nbytes += _aligned(self.n * width * size)
 
+    def near(self, *weights: Weight) -> None:
+        """CudaOps.near."""
+        if self.n > READ_ONCE:
+            self.nbytes += sum(_aligned(w.nbytes) for w in weights)
+
     def for_a_moment(self, nbytes: int) -> None:
         """A buffer that is given back before the half layer ends."""
         self._most = max(self._most, self.nbytes + _aligned(nbytes))
@@ -346,6 +354,7 @@ class Values:
 
     def products(self, *weights: Weight, add: bool = False) -> None:
         """CudaOps.products, the results aside; `add`: what is not in tiles needs one beside."""
+        self.taken.near(*weights)
         if self.taken.n > FEW and any(w.tiled for w in weights):
             self.f16()
         for w in weights:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 SLOTS = 3  # one in use, one that has come, one on its way
 SLOT_BYTES = 128 << 20  # 2.5 ms of a PCIe 5.0 link: longer than a layer's attention takes
 _ALIGN = 256  # of a weight in a slot
+READ_ONCE = 128  # tokens of a work item of products: more read a weight several times
 EXPERTS = ("gate_exps", "up_exps", "gate_up_exps", "down_exps")  # ends of their names
 # Fewer tokens read just their experts where they lie; from this share of all experts on, a copy of
 # all of them, which the copy engine makes ahead of the products, is faster.

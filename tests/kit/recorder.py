@@ -237,6 +237,12 @@ class Recorder:
     def send_back(self, memory: Any, array: Array) -> None:
         self.block_of(array.ptr, "the source of a copy")
 
+    def fetch(self, array: Array, source: Array) -> None:
+        assert array.nbytes == source.nbytes, "a copy changes no sizes"
+        self.block_of(array.ptr, "the target of a copy")
+        self.block_of(source.ptr, "its source")
+        self.copied += 0 if self._quiet else source.nbytes
+
     @property
     def link(self) -> Recorder:
         return self

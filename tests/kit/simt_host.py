@@ -89,6 +89,13 @@ class HostGpu(SimtGpu):
     def send_back(self, memory: np.ndarray, array: Array) -> None:
         memory[...] = self.get(array)
 
+    def fetch(self, array: Array, source: Array) -> None:
+        copy = partial(ctypes.memmove, array.ptr, source.ptr, source.nbytes)
+        if simt_gpu._CAPTURED:
+            simt_gpu._CAPTURED[-1].append(copy)
+        elif not self._quiet:
+            copy()
+
 
 def simulated(
     monkeypatch: pytest.MonkeyPatch, path: Path, mapped: bool = True, **flags: Any

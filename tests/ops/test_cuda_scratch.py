@@ -39,6 +39,7 @@ MODES: dict[str, dict[str, Any]] = {
     "f32 rows": {"cache_type_k": "f32"},
     "no dsa": {"no_dsa": True},
     "experts on the host": {"cpu_moe": True},
+    "all on the host": {"gpu_layers": 0},
 }
 
 

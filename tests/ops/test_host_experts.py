@@ -98,6 +98,21 @@ def test_many_tokens_copy_each_expert_once(
             assert 0.999 * on_host < device.copied / 2 < 1.001 * on_host  # step() takes two
 
 
+def test_layers_off_the_gpu_come_once_for_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense weights as well, but for norms, routers and their kind, which are read in place."""
+    with recorded(monkeypatch, V2LITE, ctx_size=4096, gpu_layers=0) as engine:
+        device, on_host = recorder(engine), engine.prepared.plan.ranks[0].host
+        engine.prefill([1] * 512)
+        device.copied = 0
+        engine.prefill([1] * 512)
+        assert 0.995 * on_host < device.copied <= 1.001 * on_host
+        device.copied = 0
+        engine.prefill([1] * 128)
+        dense = sum(s.bytes_on("cuda") for s in engine.prepared.plan.shards
+                    if s.host and "_exps" not in s.tensor)  # fmt: skip
+        assert device.copied <= 1.001 * (on_host - dense)
+
+
 def test_what_can_not_be_locked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts do without, which is said; other weights don't."""
     monkeypatch.setattr(Recorder, "__init__", partialmethod(Recorder.__init__, mapped=False))
