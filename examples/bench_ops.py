@@ -142,10 +142,10 @@ def recorded_step(engine: Engine, n: int, n_kv: int, arena: Any) -> list[Launch]
         del found[before:]
 
     def step() -> None:
-        engine._ranks.execute(
+        engine._ranks.start(
             [1 + i % 50 for i in range(n)], n_kv, hp.rope.frequencies(hp.p), [n - 1],
             engine._forwards(), capture=False,
-        )  # fmt: skip
+        )()  # fmt: skip
 
     step()  # compiles, and leaves what belongs to the engine where it is
     with kept_apart(device, arena):

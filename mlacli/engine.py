@@ -217,22 +217,34 @@ class Engine(Generation):
         return np.concatenate(list(self.stream_logits(ids, first)))
 
     def stream_logits(self, ids: Sequence[int], first: int = 0) -> Iterator[Floats]:
-        """Append `ids`; after each ubatch the logits [m, V] of its tokens from ids[first] on.
+        """Append `ids`; of each ubatch the logits [m, V] of its tokens from ids[first] on.
 
         m is 0 where a ubatch ends before `first`; no more than one ubatch's rows exist at once, and
-        one that wants very many is cut (memory.LOGIT_BYTES).
+        one that wants very many is cut (memory.LOGIT_BYTES). On GPUs the next one has begun by the
+        time that one is handed out.
         """
         self._check(ids)
-        n_batch, n_ubatch = self.params.context.n_batch, self.params.context.n_ubatch
+        n_batch, n_ubatch, done = self.params.context.n_batch, self.params.context.n_ubatch, 0
+        begun: list[tuple[Callable[[], Floats], int]] = []
         for batch in range(0, len(ids), n_batch):
             in_batch = ids[batch : batch + n_batch]
             for start in range(0, len(in_batch), n_ubatch):
                 ubatch = in_batch[start : start + n_ubatch]
-                yield from self._ubatch(ubatch, max(0, first - batch - start))
-                if self.on_ubatch is not None:
-                    self.on_ubatch(batch + start + len(ubatch), len(ids))
+                for part, rows in self._parts(ubatch, max(0, first - batch - start)):
+                    done += len(part)
+                    begun.append((self._start("prefill", part, rows), done))
+                    if len(begun) > self._ranks.n_ahead:
+                        yield self._finished(*begun.pop(0), len(ids))
+        while begun:
+            yield self._finished(*begun.pop(0), len(ids))
 
-    def _ubatch(self, ids: Sequence[int], first: int) -> Iterator[Floats]:
+    def _finished(self, logits: Callable[[], Floats], done: int, n_all: int) -> Floats:
+        found = logits()
+        if self.on_ubatch is not None:
+            self.on_ubatch(done, n_all)
+        return found
+
+    def _parts(self, ids: Sequence[int], first: int) -> Iterator[tuple[Sequence[int], range]]:
         """A ubatch whose rows from `first` on are wanted, in equal parts where they are too many.
 
         The plan pays for the logits of no more rows.
@@ -242,12 +254,12 @@ class Engine(Generation):
             step = -(-len(ids) // -(-len(ids) // most))
         for start in range(0, len(ids), step):
             part = ids[start : start + step]
-            yield self._forward("prefill", part, range(max(0, first - start), len(part)))
+            yield part, range(max(0, first - start), len(part))
 
     def decode(self, token_id: int) -> Floats:
         """Append one token; its logits [V]."""
         self._check([token_id])
-        row: Floats = self._forward("decode", [token_id], [0])[0]
+        row: Floats = self._start("decode", [token_id], [0])()[0]
         return row
 
     def decode_ahead(self, token_id: int, n: int, sampler: Sampler) -> list[int]:
@@ -357,9 +369,10 @@ class Engine(Generation):
 
         return [forward(rank) for rank in range(len(plan.ranks))]
 
-    def _forward(self, phase: Phase, ids: Sequence[int], rows: Sequence[int]) -> Floats:
+    def _start(self, phase: Phase, ids: Sequence[int], rows: Sequence[int]) -> Callable[[], Floats]:
+        """Begins a step; its tokens count as cached from now on."""
         n_past = self.n_kv
-        logits: Floats = self._ranks.execute(
+        logits = self._ranks.start(
             ids, n_past, self._frequencies, rows, self._forwards(),
             capture=self.watch is None,  # a watcher reads on the host
         )  # fmt: skip

@@ -74,6 +74,7 @@ DEVICES: tuple[Flag, ...] = (
         "SHARES",
         (),
     ),
+    Flag(("--max-gpu",), integer(0), "only the first N of -dev take part; 0 = all", "N", 0),
     Flag(("-mg", "--main-gpu"), integer(0), "device used by -sm none, an index into -dev", "N", 0),
     Flag(
         ("-ngl", "--gpu-layers", "--n-gpu-layers"),
@@ -363,6 +364,8 @@ def to_params(values: Mapping[str, Any], typed: Mapping[str, str] | None = None)
 
     if "devices" not in settled and not settled.get("vram"):
         settled["devices"] = default_devices()
+    if most := settled.get("max_gpu"):
+        settled |= {key: settled[key][:most] for key in ("devices", "vram") if key in settled}
     if "sampling_seq" in settled:
         settled["samplers"] = settled.pop("sampling_seq")
 

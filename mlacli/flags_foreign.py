@@ -98,7 +98,6 @@ FOREIGN: tuple[Foreign, ...] = (
     _no("-fitt --fit-target -gfm --gpu-fit-margin --fit-margin", _FIT, _MARGIN),
     _no("-fitc --fit-ctx -fitp --fit-print", _FIT, _MARGIN),
     _no("-dr --dry-run --docker-repo", _DOWNLOAD, "for a dry run use `mlacli plan`"),
-    _no("--max-gpu", "ranks are the devices of -dev", "name the devices with -dev"),
     _no("--rpc", "ranks run on the devices of -dev"),
     # --- attention, cache, experts
     _no("-khad --k-cache-hadamard -vhad --v-cache-hadamard", "cached rows are not transformed",

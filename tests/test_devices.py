@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlacli import devices
+from mlacli.flags import to_params
 
 
 def test_ulimit_bounds_what_is_free() -> None:
@@ -60,3 +61,22 @@ def test_a_group_over_its_limit_has_nothing_left(groups: Path) -> None:
 def test_no_groups_no_limit(groups: Path) -> None:
     total, free = devices.host_memory()
     assert 0 < free <= total and total > 64 << 20
+
+
+@pytest.mark.parametrize("n_gpus, given, want", [
+    (0, {}, ("cpu",)),
+    (2, {}, ("cuda0", "cuda1")),
+    (2, {"device": ("cpu",)}, ("cpu",)),
+    (4, {"max_gpu": 3}, ("cuda0", "cuda1", "cuda2")),
+    (0, {"device": ("cpu",) * 4, "max_gpu": 2}, ("cpu", "cpu")),
+    (4, {"max_gpu": 0}, ("cuda0", "cuda1", "cuda2", "cuda3")),
+])  # fmt: skip
+def test_without_dev_all_gpus_take_part(
+    monkeypatch: pytest.MonkeyPatch, n_gpus: int, given: dict, want: tuple
+) -> None:
+    monkeypatch.setattr(devices, "gpu_count", lambda: n_gpus)
+    assert to_params(given).split.devices == want
+
+
+def test_max_gpu_also_bounds_planned_devices() -> None:
+    assert to_params({"vram": (1, 2, 3), "max_gpu": 2}).split.vram == (1, 2)

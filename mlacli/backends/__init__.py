@@ -24,6 +24,7 @@ class Ranks:
     """
 
     ops: Sequence[Ops]
+    n_ahead = 0  # steps that may begin before the logits of one are asked for
 
     def __init__(
         self, ops: Sequence[Ops], group: RankGroup, blas: BlasThreads | None = None
@@ -31,11 +32,14 @@ class Ranks:
         self.ops, self.group = ops, group
         self._blas = blas  # None on GPUs
 
-    def execute(
+    def start(
         self, tokens: Sequence[int], n_past: int, frequencies: Sequence[float],
         out_rows: Sequence[int], forwards: Sequence[Forward], capture: bool = True,
-    ) -> Any:  # fmt: skip
-        """The logits of one step as a host array; a backend may `capture` and replay it."""
+    ) -> Callable[[], Any]:  # fmt: skip
+        """Begins one step; the result waits for its logits and gives them as a host array, once.
+
+        A backend may `capture` and replay a step.
+        """
         import numpy as np
 
         def one_rank(rank: int) -> Any:
@@ -43,7 +47,8 @@ class Ranks:
             with np.errstate(all="ignore"):  # the sampler refuses logits that are not finite
                 return forwards[rank](ops.step(tokens, n_past, frequencies, out_rows))
 
-        return first_result(self.group.run(one_rank))
+        logits = first_result(self.group.run(one_rank))
+        return lambda: logits
 
     def compile(
         self, frequencies: Sequence[float], forwards: Sequence[Forward],
@@ -51,7 +56,7 @@ class Ranks:
     ) -> int:  # fmt: skip
         """How many kernels of coming steps had to be compiled; `report` counts them, of how many.
 
-        A lone call before the first `execute`, without which steps compile what they need.
+        A lone call before the first `start`, without which steps compile what they need.
         """
         return 0
 

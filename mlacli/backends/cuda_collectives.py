@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
+
+import numpy as np
 
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_group import (
@@ -21,12 +24,14 @@ from mlacli.backends.cuda_group import (
     Group,
     Way,
 )
-from mlacli.errors import BackendError, RankError
+from mlacli.errors import BackendError, RankError, UnsupportedFeature
 
-__all__ = ["Collectives", "GpuPlace", "chosen_way", "spin_limit"]
+__all__ = ["Collectives", "GpuPlace", "obstacle", "spin_limit"]
 
-WAYS = ("auto", "p2p", "nccl", "host")
+WAYS = ("p2p", "nccl", "host")  # in the order of preference
+_GOOD = "the GPUs reach each other's memory"
 _LIMIT_MS = 5000
+_TRIED = 128  # floats of the sum that tries a way
 
 
 class Collectives:
@@ -42,27 +47,82 @@ class Collectives:
     def __init__(
         self, gpus: Sequence[GpuPlace], how: str, reduce_type: str, max_floats: int
     ) -> None:
-        assert how in WAYS and reduce_type in REDUCE_TYPES, f"{how} {reduce_type}"
+        assert how in ("auto", *WAYS) and reduce_type in REDUCE_TYPES, f"{how} {reduce_type}"
         ranks = sorted(rank for gpu in gpus for rank in gpu.ranks)
         assert ranks == list(range(len(ranks))), "every rank is on one GPU"
-        assert len(ranks) <= MOST_RANKS, f"at most {MOST_RANKS} ranks"
-        assert all(1 <= len(gpu.ranks) <= MOST_HERE for gpu in gpus), f"1 to {MOST_HERE} on a GPU"
         assert all(gpu.ranks == sorted(gpu.ranks) for gpu in gpus), "ranks ascend"
+        if len(ranks) > MOST_RANKS or max(len(gpu.ranks) for gpu in gpus) > MOST_HERE:
+            raise UnsupportedFeature(
+                f"{len(ranks)} ranks on {len(gpus)} GPUs: sums between GPUs take at most "
+                f"{MOST_RANKS} ranks, {MOST_HERE} on a GPU",
+                "name each GPU fewer times in -dev",
+            )
         self.group = Group(tuple(gpus), reduce_type, spin_limit())
-        self.max_floats = -(-max_floats // 64) * 64
-        self.how, self.why = chosen_way([gpu.index for gpu in gpus], how)
-        self.way = self._opened()
+        self.max_floats = max(_TRIED * 2, -(-max_floats // 64) * 64)
+        self.how, self.why, self.way = self._chosen(how)
 
-    def _opened(self) -> Way:
+    def _chosen(self, asked: str) -> tuple[str, str, Way]:
+        """The first way that is possible here and adds up right; (way, reason, it)."""
+        devices, reasons = [gpu.index for gpu in self.group.gpus], list[str]()
+        if len(devices) == 1:
+            return "local", f"all ranks share cuda{devices[0]}", self._opened("local")
+        for how in WAYS if asked == "auto" else (asked,):
+            if not (reason := obstacle(how, devices)):
+                try:
+                    way = self._opened(how)
+                except BackendError as e:
+                    reason = e.message
+                else:
+                    if not (reason := self._trouble(way)):
+                        if asked != "auto":
+                            return how, "asked for", way
+                        return how, ", and ".join(reasons) or _GOOD, way
+                    way.close()
+                    reason = f"sums by {how} fail: {reason}"
+            reasons.append(reason)
+        raise BackendError(f"--comm {asked} is not possible: {', and '.join(reasons)}", (
+            "use --comm auto" if asked != "auto" else "use one GPU, or -sm layer"
+        ))  # fmt: skip
+
+    def _opened(self, how: str) -> Way:
         from mlacli.backends.cuda_nccl import NcclWay
         from mlacli.backends.cuda_peer import PeerWay
         from mlacli.backends.cuda_peer_memory import PeerMemory
 
-        if self.how == "nccl":
+        if how == "nccl":
             return NcclWay(self.group, self.max_floats)
-        host = self.how == "host"
-        memory = PeerMemory([gpu.index for gpu in self.group.gpus], shared=not host)
-        return PeerWay(self.group, self.max_floats, memory, through_host=host)
+        memory = PeerMemory([gpu.index for gpu in self.group.gpus], shared=how == "p2p")
+        return PeerWay(self.group, self.max_floats, memory, through_host=how == "host")
+
+    def _trouble(self, way: Way) -> str:
+        """What is wrong with a sum of known values; some hosts promise peer access that isn't."""
+        from mlacli.backends.cuda_devices import current_device, use_device
+
+        before, gpus = current_device(), self.group.gpus
+        values = np.arange(_TRIED, dtype=np.float32)
+        want = sum((values + rank for rank in range(self.group.n_ranks)), np.float32(0))
+        try:
+            streams = []
+            for gpu in gpus:
+                use_device(gpu.device.name)
+                slots = [way.slot(rank) for rank in gpu.ranks]
+                streams.append([slot[_TRIED : 2 * _TRIED] for slot in slots])
+                for rank, slot, stream in zip(gpu.ranks, slots, streams[-1], strict=True):
+                    gpu.device.copy_in(slot[:_TRIED], values + rank)
+                    gpu.device.copy_in(stream, np.zeros(_TRIED, np.float32))
+            held = (True,) * self.group.n_ranks
+            for launch in (False, True):  # compiled on all GPUs before one of them waits
+                for g, gpu in enumerate(gpus):
+                    use_device(gpu.device.name)
+                    with nullcontext() if launch else gpu.device.prepared():
+                        way.reduce_add(g, streams[g], held, _TRIED, False)
+            for gpu, own in zip(gpus, streams, strict=True):
+                use_device(gpu.device.name)
+                if any(not np.array_equal(gpu.device.get(stream), want) for stream in own):
+                    return f"wrong values on {gpu.device.name}"
+        finally:
+            use_device(before)
+        return ""
 
     def slot(self, rank: int) -> Array:
         """float32 [max_floats] on the rank's GPU, for its partial of the coming reduction."""
@@ -128,24 +188,13 @@ def spin_limit() -> int:
     return int(said) if said.isdecimal() and int(said) else _LIMIT_MS
 
 
-def chosen_way(devices: Sequence[int], how: str) -> tuple[str, str]:
-    """(way, reason) for GPUs of these indices; BackendError when what was asked for can't be."""
-    from mlacli.backends import cuda_nccl
+def obstacle(how: str, devices: Sequence[int]) -> str:
+    """What keeps GPUs of these indices from summing that way; empty when nothing is known."""
+    from mlacli.backends.cuda_nccl import why_not
     from mlacli.backends.cuda_peer_memory import without_access
 
-    if len(devices) == 1:
-        return "local", f"all ranks share cuda{devices[0]}"
-    no_p2p, no_nccl = without_access(devices), cuda_nccl.why_not()
-    if not no_nccl and len(set(devices)) < len(devices):
-        no_nccl = "NCCL takes a GPU once"
-    if how == "p2p" and no_p2p:
-        raise BackendError(f"--comm p2p is not possible: {no_p2p}", "use --comm auto")
-    if how == "nccl" and no_nccl:
-        raise BackendError(f"--comm nccl is not possible: {no_nccl}", "use --comm auto")
-    if how != "auto":
-        return how, "asked for"
-    if not no_p2p:
-        return "p2p", "the GPUs reach each other's memory"
-    if not no_nccl:
-        return "nccl", no_p2p
-    return "host", f"{no_p2p}, and {no_nccl}"
+    if how == "p2p":
+        return without_access(devices)
+    if how == "nccl":
+        return why_not() or ("NCCL takes a GPU once" if len(set(devices)) < len(devices) else "")
+    return ""

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from mlacli.backends.cuda_weights import HostBlock
 
 Host = NDArray[Any]
-_PAGE = 4 << 20  # bytes of page-locked memory for small copies
+_PAGE = 4 << 20  # bytes of page-locked memory for copies
+_INPUT, _N_INPUTS = 64 << 10, 4  # bytes of a step's inputs; steps that may be under way
+_OUTPUT, _N_OUTPUTS = 2 << 20, 2  # likewise, of what is fetched from them
 
 
 class Link(Protocol):
@@ -88,6 +90,10 @@ class Device(Protocol):
         """A host copy, once everything launched before is done."""
         ...
 
+    def fetch(self, array: Array) -> Callable[[], Host]:
+        """A host copy as of now, to be asked for after at most one more `fetch`."""
+        ...
+
     def spare(self, most: int) -> Array:
         """At most `most` bytes that nothing uses until the arena is nearly full."""
         ...
@@ -149,6 +155,24 @@ class Device(Protocol):
         ...
 
 
+class _Ring:
+    """Page-locked buffers used in turns, with the event of the last copy of each."""
+
+    def __init__(self, nbytes: int, count: int) -> None:
+        import cupy as cp
+
+        memory = np.frombuffer(
+            cp.cuda.alloc_pinned_memory(nbytes * count), np.uint8, nbytes * count
+        )
+        self._pages = memory.reshape(count, nbytes)
+        self._events = [cp.cuda.Event(disable_timing=True) for _ in range(count)]
+        self._turn = -1
+
+    def next(self) -> tuple[Host, Any]:
+        self._turn = (self._turn + 1) % len(self._pages)
+        return self._pages[self._turn], self._events[self._turn]
+
+
 class CudaDevice:
     """The current CUDA device with an arena of `nbytes`.
 
@@ -164,6 +188,8 @@ class CudaDevice:
         self._runtime = cp.cuda.runtime
         self._page = np.frombuffer(cp.cuda.alloc_pinned_memory(_PAGE), np.uint8, _PAGE)
         self._page_in_use = False  # by a copy to the device that may be under way
+        self._inputs = _Ring(_INPUT, _N_INPUTS)
+        self._outputs = _Ring(_OUTPUT, _N_OUTPUTS)
         device = cp.cuda.Device()
         self.name, self.index, self.use = name, int(device.id), device.use
         self.stream = cp.cuda.Stream(non_blocking=True)
@@ -189,6 +215,12 @@ class CudaDevice:
         if host.nbytes > _PAGE:
             self._copy(array.ptr, host.ctypes.data, host.nbytes)
             self.stream.synchronize()
+        elif 0 < host.nbytes <= _INPUT:
+            page, sent = self._inputs.next()
+            sent.synchronize()  # at once for an event that was never recorded
+            page[: host.nbytes] = host.reshape(-1).view(np.uint8)
+            self._copy(array.ptr, page.ctypes.data, host.nbytes)
+            sent.record(self.stream)
         elif host.nbytes:
             if self._page_in_use:
                 self.synchronize()
@@ -207,6 +239,22 @@ class CudaDevice:
                 self._copy(host.ctypes.data, array.ptr, host.nbytes)
             self.synchronize()
         return host
+
+    def fetch(self, array: Array) -> Callable[[], Host]:
+        if array.nbytes > _OUTPUT:
+            host = self.get(array)
+            return lambda: host
+        page, arrived = self._outputs.next()
+        if array.nbytes:
+            self._copy(page.ctypes.data, array.ptr, array.nbytes)
+        arrived.record(self.stream)
+
+        def waited() -> Host:
+            arrived.synchronize()
+            found: Host = page[: array.nbytes].view(array.dtype).reshape(array.shape).copy()
+            return found
+
+        return waited
 
     def send(self, array: Array, host: Host) -> None:
         assert host.nbytes == array.nbytes, "a copy changes no sizes"

@@ -36,6 +36,11 @@ def use_device(name: str) -> None:
     _device(name).use()
 
 
+def current_device() -> str:
+    """This thread's current device."""
+    return f"cuda{int(_cupy('cuda0').cuda.runtime.getDevice())}"
+
+
 def _device(name: str) -> Any:
     cp = _cupy(name)
     try:

@@ -25,7 +25,8 @@ from mlacli.backends.cuda_group import (
 if TYPE_CHECKING:
     from mlacli.backends.cuda_peer_memory import PeerMemory
 
-# Messages of more floats are read where they are instead of pushed (kernels/README.md).
+# Messages of more floats are read where they are instead of pushed: measured on two GPUs
+# (kernels/README.md); of more GPUs each is sent to all others, so the edge lies lower.
 PUSHED = 192 << 10
 _TABLE, _HEAD = 256, 1024  # bytes: a GPU's own words; these and the addresses of all mails
 ROOM = PUSHED  # floats of a rank's packets in an inbox
@@ -41,8 +42,9 @@ class PeerWay:
         self.group, self.memory, self.through_host = group, memory, through_host
         self.stride = max_floats
         n = len(group.gpus)
-        # Threads of a CTA that pushes and that pulls, how pulled sums spread, and from where on.
-        self.push_block, self.pull_block, self.shots, self.pushed = 128, 512, 1 + (n > 2), PUSHED
+        self.push_block, self.pull_block = 128, 512  # threads of a CTA
+        self.shots = 1 if n <= 2 else 2  # of sums that are pulled
+        self.pushed = PUSHED // max(1, n - 1)
         self.ctas = power_of_two(min(gpu.device.n_sm for gpu in group.gpus), CTAS)
         self.mail_bytes = _FLAGS + 2 * group.n_ranks * ROOM * 8 if n > 1 else 0
         self.alarm = memory.page(64)

@@ -23,11 +23,11 @@ def without_access(devices: Sequence[int]) -> str:
 
 
 def enable_access(devices: Sequence[int]) -> None:
-    """Let kernels of each device use the memory of all others."""
+    """Let kernels and copies of each device use the memory of all others that it can reach."""
     for a in devices:
         with cp.cuda.Device(a):
             for b in devices:
-                if a != b:
+                if a != b and cp.cuda.runtime.deviceCanAccessPeer(a, b):
                     try:
                         cp.cuda.runtime.deviceEnablePeerAccess(b)
                     except cp.cuda.runtime.CUDARuntimeError as e:

@@ -22,6 +22,7 @@ from mlacli.backends.cuda_collectives import Collectives, GpuPlace
 from mlacli.backends.cuda_device import CudaDevice
 from mlacli.backends.cuda_devices import use_device
 from mlacli.backends.cuda_nccl import set_environment, why_not
+from mlacli.backends.cuda_peer_memory import enable_access
 from mlacli.errors import BackendError
 
 SIZES = (2048, 7168)  # floats of a residual row: V2-Lite's, V3's
@@ -75,6 +76,7 @@ def measured(indices: Sequence[int]) -> Probe:
     )
     if len(indices) < 2:
         return Probe(gpus, found.access)
+    enable_access(indices)  # without it copies take the way through the host
     links = tuple(tuple(0.0 if a == b else _link_rate(a, b) for b in indices) for a in indices)
     comm = Collectives(open_places(indices), "auto", "f32", max(SIZES))
     try:

@@ -34,6 +34,7 @@ class CudaRanks(Ranks):
     """Ranks on GPUs."""
 
     ops: list[CudaOps]
+    n_ahead = 1  # so that stages overlap, and no GPU waits for the host
 
     def __init__(self, plan: ShardPlan, context: ContextParams, hp: Any) -> None:
         if any(rank.kind != "cuda" for rank in plan.ranks):
@@ -74,13 +75,18 @@ class CudaRanks(Ranks):
 
     # ---- steps ------------------------------------------------------------------------------
 
-    def execute(
+    def start(
         self, tokens: Sequence[int], n_past: int, frequencies: Sequence[float],
         out_rows: Sequence[int], forwards: Sequence[Forward], capture: bool = True,
-    ) -> Host:  # fmt: skip
+    ) -> Callable[[], Host]:  # fmt: skip
         steps, capture = self.steps(frequencies), capture and not self._compares
-        logits = steps.run(tokens, n_past, out_rows, forwards, capture)
-        self._check()
+        fetch = steps.run(tokens, n_past, out_rows, forwards, capture)
+
+        def logits() -> Host:
+            found = fetch()
+            self._check()
+            return found
+
         return logits
 
     def compile(
@@ -90,8 +96,7 @@ class CudaRanks(Ranks):
         return self.steps(frequencies).compile(forwards, self._context.n_ctx, report)
 
     def can_sample(self, sampling: SamplingParams, banned: Iterable[int]) -> bool:
-        one_stage = self._together is not None or len(self.ops) == 1
-        if not one_stage or self._compares or any(ops.makes_copies(1) for ops in self.ops):
+        if self._compares or any(ops.makes_copies(1) for ops in self.ops):
             return False
         return cuda_sampling.can_run(sampling, len(list(banned)))
 

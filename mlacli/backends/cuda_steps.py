@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Forward = Callable[[Step], "Act | None"]
 # Runs a function of the rank number on the ranks of a stage, in lockstep if there are several.
 Runner = Callable[[Callable[[int], Any]], list[Any]]
+_AHEAD = "ahead"  # steps of one token, by what begins their keys; of others it is their size
 FEW_SIZES = (1, FEW, 4 * FEW)  # tokens of steps whose kernels are compiled ahead, beside the most
 
 
@@ -74,7 +75,7 @@ class Stage:
             logits = forwards[rank](step)
             return None if logits is None else ops.f32(logits)
 
-        found = dict(zip(steps, self.run(one_rank), strict=True))
+        found = dict(zip(sorted(steps), self.run(one_rank), strict=True))
         for place in self.places:
             place.join()
         return [found[place.ranks[0]] for place in self.places]
@@ -86,7 +87,8 @@ class Stage:
 
         Copies out of host memory can't be: they are made beside the launches that need them.
         """
-        if not capture or any(ops.makes_copies(key[0]) for ops in self.ops):
+        size = 1 if key[0] == _AHEAD else key[0]
+        if not capture or any(ops.makes_copies(size) for ops in self.ops):
             if key not in self.compiled:
                 with self.prepared():
                     launches()
@@ -163,8 +165,8 @@ class Steps:
     def run(
         self, tokens: Sequence[int], n_past: int, out_rows: Sequence[int],
         forwards: Sequence[Forward], capture: bool,
-    ) -> Host:  # fmt: skip
-        """Logits [n_out, V] of one step."""
+    ) -> Callable[[], Host]:  # fmt: skip
+        """Launches one step; its logits [n_out, V], to be asked for once."""
         n, n_kv, n_out = len(tokens), n_past + len(tokens), len(out_rows)
         size = bucket(n, self.most)
         inputs = np.zeros((3, size), np.int32)
@@ -180,13 +182,10 @@ class Steps:
             launches = partial(stage.forward, forwards, size, n_kv, n_out)
             stage.launch(key, launches, capture)
             before = stage
-        return self._fetch()
-
-    def _fetch(self) -> Host:
-        self.last.device.use()
         logits = self.stages[-1].logits
         assert logits is not None, "the last stage has logits"
-        return self.last.device.get(logits)
+        self.last.device.use()
+        return self.last.device.fetch(logits)
 
     def compile(
         self, forwards: Sequence[Forward], n_ctx: int, report: Callable[[int, int], None] | None
@@ -221,28 +220,57 @@ class Steps:
     ) -> list[int]:  # fmt: skip
         """`n_steps` tokens after `token`, each drawn on the device from the logits before it.
 
-        Every place of a lone stage draws the same; with several stages the last one draws.
+        Every place of the last stage draws the same.
         """
-        banned, (stage, *others) = list(banned), self.stages
-        assert not others, "can_sample() said no"
-        for place in stage.places:
-            place.set_chain(sampling, seed, n_vocab, banned)
-            place.fill(np.array([[token], [n_past], [0]], np.int32), 1)
+        banned = list(banned)
+        for stage in self.stages:
+            for place in stage.places:
+                place.set_chain(sampling, seed, n_vocab, banned)
+                place.fill(np.array([[token], [n_past], [0]], np.int32), 1)
         kinds = {self._kind(1, n_past + i + 1) for i in range(n_steps)}
         assert len(kinds) == 1, "the engine asks n_ahead()"
-
-        def launches() -> list[Array | None]:
+        kind, n_kv = kinds.pop(), n_past + n_steps
+        if len(self.stages) == 1:
+            launches = partial(self._drawn, self.stages[0], forwards, n_kv, n_steps)
+            self.stages[0].launch((_AHEAD, n_steps, *kind), launches)
+        else:
             for _ in range(n_steps):
-                found = stage.forward(forwards, 1, n_past + n_steps, 1)
-                for place, logits in zip(stage.places, found, strict=True):
-                    assert logits is not None, "the last stage samples"
-                    place.sample(logits)
-            return found
-
-        stage.launch(("ahead", n_steps, *kinds.pop()), launches)
+                self._through_stages(forwards, n_kv, kind)
         self.last.device.use()
         ring = self.last.device.get(self.last.sampler.ring)
         return cuda_sampling.produced(ring, n_past + 1, n_steps)
+
+    def _drawn(
+        self, stage: Stage, forwards: Sequence[Forward], n_kv: int, n_steps: int
+    ) -> list[Array | None]:
+        """`n_steps` steps of the last stage, each with the draw of the next one's token."""
+        found: list[Array | None] = []
+        for _ in range(n_steps):
+            found = stage.forward(forwards, 1, n_kv, 1)
+            for place, logits in zip(stage.places, found, strict=True):
+                assert logits is not None, "the last stage samples"
+                place.sample(logits)
+        return found
+
+    def _through_stages(
+        self, forwards: Sequence[Forward], n_kv: int, kind: tuple[Any, ...]
+    ) -> None:
+        """One step; the token that the last stage draws goes back to the others."""
+        *others, last = self.stages
+        before: Stage | None = None
+        for stage in self.stages:
+            if before is not None:
+                _hand_over(before, stage, 1)
+            if stage is last:
+                stage.launch((_AHEAD, 1, *kind), partial(self._drawn, stage, forwards, n_kv, 1))
+            else:
+                stage.launch((1, 1, *kind), partial(stage.forward, forwards, 1, n_kv, 1))
+            before = stage
+        for stage in others:
+            (place,) = stage.places
+            place.device.use()
+            place.device.follow(self.last.device)
+            place.device.pull(place.inputs[:2], self.last.inputs[:2], self.last.device)
 
     def n_ahead(self, n_past: int, most: int) -> int:
         """How many steps after `n_past` are of one kind, `most` at most."""

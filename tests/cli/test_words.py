@@ -227,7 +227,7 @@ def test_tables_agree_with_the_parameter_groups():
         name = flags._RENAMED.get(flag.key, flag.key)
         if name in defaults:
             reached.add(name)
-            if not flag.repeats:
+            if not flag.repeats and name != "devices":  # by the machine
                 assert (flag.default if flag.parse else False) == defaults[name], flag.names
     assert reached == set(defaults), "a parameter that no flag sets"
 

@@ -7,7 +7,7 @@ streams, events and copies between GPUs have nothing to do but to be asked for.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,8 +17,9 @@ import pytest
 from kit.simt_device import SimtDevice
 
 from mlacli import devices, engine
-from mlacli.backends import cuda_device, cuda_devices
+from mlacli.backends import cuda_collectives, cuda_device, cuda_devices
 from mlacli.backends.cuda_array import Array
+from mlacli.backends.cuda_group import GpuPlace
 from mlacli.devices import Device
 from mlacli.errors import MemoryBudgetError
 
@@ -108,8 +109,73 @@ class SimtGpu(SimtDevice):
     def end_sends(self) -> None:
         """Nothing is under way."""
 
+    def fetch(self, array: Array) -> Callable[[], Any]:
+        host = self.get(array)
+        return lambda: host
+
     def synchronize(self) -> None:
         """Nothing is under way."""
+
+
+class SimtCollectives:
+    """Sums between SimtGpus: all at once, when the last GPU launches its part."""
+
+    how, why = "simulated", ""
+
+    def __init__(
+        self, gpus: Sequence[GpuPlace], how: str, reduce_type: str, max_floats: int
+    ) -> None:
+        self.gpus, self.memory = gpus, SimtDevice()
+        self.n_ranks = sum(len(gpu.ranks) for gpu in gpus)
+        self.slots = [self.memory.take((max_floats,), "f4") for _ in range(self.n_ranks)]
+        self.table = self._table(self.slots)
+        self.streams: dict[int, Array] = {}
+        self.streams_table: Array | None = None
+        self.parts: dict[int, Array | None] = {}
+        self.outs: list[Array] = []
+
+    def _table(self, arrays: Sequence[Array]) -> Array:
+        host = np.array([array.ptr for array in arrays], np.int64)
+        table = self.memory.take(host.shape, host.dtype)
+        self.memory.copy_in(table, host)
+        return table
+
+    def slot(self, rank: int) -> Array:
+        return self.slots[rank]
+
+    def reduce_add(
+        self, gpu_index: int, streams: list[Array], held: tuple[bool, ...], n_floats: int
+    ) -> None:
+        self.streams |= zip(self.gpus[gpu_index].ranks, streams, strict=True)
+        if gpu_index < len(self.gpus) - 1:
+            return
+        if self.streams_table is None:
+            self.streams_table = self._table([self.streams[r] for r in range(self.n_ranks)])
+        bits = sum(has << rank for rank, has in enumerate(held))
+        self.gpus[gpu_index].device.launch(
+            "add_partials", (-(-n_floats // 256),), 256, self.table, self.streams_table, n_floats,
+            self.n_ranks, bits, TYPE=0,
+        )  # fmt: skip
+
+    def gather(
+        self, gpu_index: int, columns: list[Array | None], widths: list[int], out: Array
+    ) -> None:
+        self.parts |= zip(self.gpus[gpu_index].ranks, columns, strict=True)
+        self.outs.append(out)
+        if gpu_index < len(self.gpus) - 1:
+            return
+        for one in self.outs:
+            for rank, width in enumerate(widths):
+                grid = (-(-width // 256), len(out))
+                args = (one, self.parts[rank], width, sum(widths), sum(widths[:rank]))
+                self.gpus[gpu_index].device.launch("join_columns", grid, 256, *args)
+        self.outs = []
+
+    def check(self) -> None:
+        """Nobody waits."""
+
+    def close(self) -> None:
+        """Its memory is an arena's."""
 
 
 def simulated(monkeypatch: pytest.MonkeyPatch, capability: int = 80) -> None:
@@ -125,5 +191,6 @@ def simulated(monkeypatch: pytest.MonkeyPatch, capability: int = 80) -> None:
     monkeypatch.setattr(devices, "_device", device)
     monkeypatch.setattr(cuda_devices, "use_device", lambda name: None)
     monkeypatch.setattr(SimtGpu, "capability", capability)
+    monkeypatch.setattr(cuda_collectives, "Collectives", SimtCollectives)
     monkeypatch.setattr(cuda_device, "CudaDevice", SimtGpu)
     monkeypatch.setattr(engine, "bytes_in_use", lambda name: 0)

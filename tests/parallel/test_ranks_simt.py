@@ -16,6 +16,7 @@ from kit.simt import why_not
 from kit.simt_gpu import simulated
 
 import mlacli
+from mlacli.backends.cuda_place import Place
 from mlacli.errors import RankError, UnsupportedFeature
 from mlacli.loading.presets import PRESETS
 from mlacli.params import SamplingParams
@@ -24,10 +25,11 @@ from mlacli.sampling import Sampler
 needs_simt = pytest.mark.skipif(bool(why_not()), reason=why_not())
 # Sums in other orders, in float32: see test_cuda_models.DECODE and ACTIVATIONS.
 DECODE, MANY = 1e-8, 2e-5
-SPLITS: dict[str, dict[str, Any]] = {  # the first three always, the rest under -m slow
+SPLITS: dict[str, dict[str, Any]] = {  # the first four always, the rest under -m slow
     "2 ranks": {"device": "cuda0,cuda0", "split_mode": "graph"},
     "-ts 3,0,1": {"device": "cuda0,cuda0,cuda0", "split_mode": "graph", "tensor_split": "3,0,1"},
     "2 stages": {"device": "cuda0,cuda1", "split_mode": "layer"},
+    "3 ranks on 2 GPUs": {"device": "cuda0,cuda1,cuda0", "split_mode": "graph"},
     "3 ranks": {"device": "cuda0,cuda0,cuda0", "split_mode": "graph"},
     "experts by id": {"device": "cuda0,cuda0", "split_mode": "graph", "expert_split": "id"},
     "experts by layer": {"device": "cuda0,cuda0", "split_mode": "graph", "expert_split": "layer"},
@@ -47,7 +49,7 @@ def of_split(name: str, n: int, **flags: Any) -> tuple[np.ndarray, np.ndarray]:
 @needs_simt
 @pytest.mark.parametrize(
     "split",
-    [pytest.param(x, marks=pytest.mark.slow if i > 2 else ()) for i, x in enumerate(SPLITS)],
+    [pytest.param(x, marks=pytest.mark.slow if i > 3 else ()) for i, x in enumerate(SPLITS)],
 )
 def test_every_split_gives_the_logits(monkeypatch: pytest.MonkeyPatch, split: str) -> None:
     simulated(monkeypatch, capability=75)
@@ -77,16 +79,28 @@ def test_kernels_of_tiles(
 
 
 @needs_simt
-def test_drawing_ahead_is_drawing_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device, mode", [
+    ("cuda0,cuda0", "graph"), ("cuda0,cuda1,cuda0", "graph"), ("cuda0,cuda1", "layer"),
+])  # fmt: skip
+def test_drawing_ahead_is_drawing_step_by_step(
+    monkeypatch: pytest.MonkeyPatch, device: str, mode: str
+) -> None:
+    """Each GPU draws from logits of its own."""
     simulated(monkeypatch, capability=75)
+    seen = []
+    draw = Place.sample
+    monkeypatch.setattr(Place, "sample", lambda place, x: (seen.append((place, x)), draw(place, x)))
     sampler = Sampler(SamplingParams(seed=7, temp=0.8, top_k=40))
-    with mlacli.load(FILES["v3"], device="cuda0,cuda0", split_mode="graph", **EXACT) as engine:
+    with mlacli.load(FILES["v3"], device=device, split_mode=mode, **EXACT) as engine:
         ahead = engine.decode_ahead(3, 4, sampler)
         engine.rewind(0)
         singly = [3]
         for _ in ahead:
             singly.append(sampler.next(engine.decode(singly[-1]), engine.n_kv))
     assert len(ahead) == 4 and singly[1:] == ahead
+    for place, logits in seen:
+        arena = place.device
+        assert 0 <= logits.ptr - arena._base < arena.nbytes
 
 
 @needs_simt
