@@ -123,7 +123,7 @@ class Device(Protocol):
         """The same from the device, in the stream's order."""
         ...
 
-    def fetch(self, array: Array, source: Array) -> None:
+    def bring(self, array: Array, source: Array) -> None:
         """Copy from page-locked host memory in the stream's order; a capture takes it along."""
         ...
 
@@ -289,7 +289,7 @@ class CudaDevice:
     def send_back(self, memory: Host, array: Array) -> None:
         self._copy(memory.ctypes.data, array.ptr, memory.nbytes)
 
-    def fetch(self, array: Array, source: Array) -> None:
+    def bring(self, array: Array, source: Array) -> None:
         if not self.noting:
             self._copy(array.ptr, source.ptr, source.nbytes)
             self.kernels.follow()

@@ -120,7 +120,7 @@ def near(ops: Any, w: CudaWeight, n: int) -> Any:
     if w.block is None or n <= READ_ONCE:
         return w
     held = ops.new((w.held.nbytes,), np.uint8)
-    ops.device.fetch(held, w.held)
+    ops.device.bring(held, w.held)
     return replace(w, held=held.reshape(*w.held.shape), block=None)
 
 

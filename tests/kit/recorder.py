@@ -241,7 +241,7 @@ class Recorder:
     def send_back(self, memory: Any, array: Array) -> None:
         self.block_of(array.ptr, "the source of a copy")
 
-    def fetch(self, array: Array, source: Array) -> None:
+    def bring(self, array: Array, source: Array) -> None:
         assert array.nbytes == source.nbytes, "a copy changes no sizes"
         self.block_of(array.ptr, "the target of a copy")
         self.block_of(source.ptr, "its source")

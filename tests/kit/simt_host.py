@@ -89,7 +89,7 @@ class HostGpu(SimtGpu):
     def send_back(self, memory: np.ndarray, array: Array) -> None:
         memory[...] = self.get(array)
 
-    def fetch(self, array: Array, source: Array) -> None:
+    def bring(self, array: Array, source: Array) -> None:
         copy = partial(ctypes.memmove, array.ptr, source.ptr, source.nbytes)
         if simt_gpu._CAPTURED:
             simt_gpu._CAPTURED[-1].append(copy)

@@ -17,6 +17,7 @@ from mlacli.errors import BackendError
 from mlacli.loading.presets import PRESETS
 from mlacli.parallel import host_stream
 from mlacli.params import SamplingParams
+from mlacli.sampling import Sampler
 
 on_cpu = pytest.mark.skipif(bool(why_not()), reason=why_not() or "runs here")
 CMOE: dict[str, Any] = {"cpu_moe": True}
@@ -130,3 +131,12 @@ def test_no_choice_is_drawn_ahead_where_steps_wait(monkeypatch: pytest.MonkeyPat
             patch.setattr(Recorder, "__init__", init)
             with recorded(patch, V2LITE, ctx_size=4096, **CMOE) as engine:
                 assert engine._ranks.can_sample(SamplingParams(), ()) == mapped
+
+
+@pytest.mark.parametrize("devices", ["cuda0", "cuda0,cuda1"])
+def test_tokens_are_drawn_ahead(monkeypatch: pytest.MonkeyPatch, devices: str) -> None:
+    """Decode with experts in host memory is captured, several steps at a time too."""
+    with recorded(monkeypatch, V2LITE, ctx_size=4096, device=devices, **CMOE) as engine:
+        engine.prefill([1] * 40)
+        drawn = engine.decode_ahead(1, 4, Sampler(SamplingParams(seed=1)))
+        assert len(drawn) >= 1
