@@ -258,13 +258,15 @@ def main() -> None:
     parser.add_argument("preset", help=f"{', '.join(PRESETS)}; with :N of N layers")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1])
     parser.add_argument("--n-kv", type=int, nargs="+", default=[0])
+    parser.add_argument("--ranks", type=int, default=1, help="the first of N under -sm graph")
     args = parser.parse_args()
     import cupy as cp
 
     from mlacli.backends.cuda_arena import Arena
 
     flags = {
-        "device": "cuda0",
+        "device": ",".join(["cuda0"] * args.ranks),
+        "split_mode": "graph" if args.ranks > 1 else "none",
         "ctx_size": max(args.n_kv) + max(args.tokens) + 256,
         "ubatch_size": max(args.tokens),
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
@@ -20,6 +21,7 @@ from mlacli.devices import Device, find_devices, host_memory, main_device
 from mlacli.errors import (
     GgufError,
     MemoryBudgetError,
+    MlacliError,
     StrictDowngrade,
     UnsupportedFeature,
     UsageError,
@@ -27,10 +29,11 @@ from mlacli.errors import (
 from mlacli.loading.gguf_file import GgufFile
 from mlacli.loading.tokenizer import Tokenizer, has_tokenizer
 from mlacli.models import model_of
+from mlacli.parallel.advice import Speeds, token_us
 from mlacli.parallel.memory import active_elements
 from mlacli.parallel.placement import rules, without_effect
 from mlacli.parallel.plan import ShardPlan, check_memory, plan_shards
-from mlacli.params import ContextParams, Params, SplitParams
+from mlacli.params import ContextParams, Params, SplitMode, SplitParams
 
 _CACHED = {
     "rows": "latent rows", "columns": "their transposed values",
@@ -197,7 +200,7 @@ def _prepare(file: GgufFile, params: Params) -> Prepared:
             model, arch, hp, file.tensors, params.model, split, context, devices, host
         )
 
-    split = _settle_mode(params.split, devices, planned)
+    split = _settle_mode(arch, params, hp, devices, planned)
     plan = planned(split)
     findings += tuple(_idle_rules(params, plan))
     if context.n_ctx > hp.n_ctx_train:
@@ -256,18 +259,36 @@ def _refuse_changes(findings: Sequence[Finding]) -> None:
             raise StrictDowngrade(finding.message, finding.hint + ", or leave --strict out")
 
 
-def _settle_mode(split: SplitParams, devices: tuple[Device, ...], planned: Any) -> SplitParams:
-    """`split` with its mode decided: by the number of devices, or under auto by what fits."""
-    if split.mode is None:
-        return replace(split, mode="layer" if len(devices) > 1 else "none")
-    if split.mode != "auto":
+def _settle_mode(
+    arch: str, params: Params, hp: Any, devices: tuple[Device, ...], planned: Any
+) -> SplitParams:
+    """The split with its mode decided: by the number of devices, or under auto by what fits.
+
+    Of several modes that fit GPUs, the one that decodes fastest by the plan (parallel/advice.py).
+    """
+    split = params.split
+    if split.mode not in (None, "auto"):
         return split
-    alone = replace(split, mode="none")
-    try:
-        check_memory(planned(alone))
-    except MemoryBudgetError:
-        return replace(split, mode="layer" if len(devices) > 1 else "none")
-    return alone
+    several = replace(split, mode="layer" if len(devices) > 1 else "none")
+    if split.mode is None:
+        return several
+    modes: tuple[SplitMode, ...] = ("none",)
+    if len(devices) > 1 and all(device.kind != "cpu" for device in devices):
+        modes = ("none", "layer", "graph") if _runs_as_graph(arch, params) else ("none", "layer")
+    fitting = []
+    for mode in modes:
+        with suppress(MlacliError):  # too large, or not with the other flags
+            plan = planned(replace(split, mode=mode))
+            check_memory(plan)
+            fitting.append((token_us(plan, hp, Speeds()), mode))
+    return replace(split, mode=min(fitting, key=lambda one: one[0])[1]) if fitting else several
+
+
+def _runs_as_graph(arch: str, params: Params) -> bool:
+    """Whether the other flags would let -sm graph be."""
+    params, _ = guard(arch, replace(params, split=replace(params.split, mode="graph")))
+    errors = [f for f in check(arch, params) if f.level == "error"]
+    return params.split.mode == "graph" and not errors
 
 
 def _clipped(context: ContextParams, n_ctx: int) -> ContextParams:

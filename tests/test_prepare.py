@@ -183,21 +183,31 @@ def test_default_mode(toy):
     assert ask(toy, vram=(8 * G,)).plan.mode == "none"
 
 
-def test_auto_takes_one_device_when_it_fits(v2lite):
-    """-sm auto: alone when weights and context fit one device, else divided by layers."""
-    assert ask(v2lite, split_mode="auto", vram=(24 * G, 24 * G)).plan.mode == "none"
-    found = ask(v2lite, split_mode="auto", vram=(10 * G, 10 * G))
-    assert found.plan.mode == "layer" == found.params.split.mode
+def test_auto_takes_the_fastest_that_fits(v2lite, toy):
+    """-sm auto: on GPUs by the plan's bytes and the sums' time; a tiny model stays on one."""
+    found = ask(v2lite, split_mode="auto", vram=(24 * G, 24 * G))
+    assert found.plan.mode == "graph" == found.params.split.mode
     assert len(found.plan.ranks) == 2
+    assert ask(v2lite, split_mode="auto", vram=(24 * G,)).plan.mode == "none"
+    assert ask(toy, split_mode="auto", vram=(24 * G, 24 * G)).plan.mode == "none"
+    assert ask(toy, split_mode="auto", **TWO).plan.mode == "none"
     with pytest.raises(MemoryBudgetError):
         ask(v2lite, split_mode="auto", vram=(6 * G,))
 
 
+def test_auto_takes_no_mode_that_other_flags_forbid(v2lite):
+    """Neither -sm graph's guard nor its checks speak up: another mode is taken."""
+    for flags in ({"mla_use": 0}, {"flash_attn": False}, {"gpu_layers": 5}):
+        found = ask(v2lite, split_mode="auto", vram=(32 * G, 32 * G), ctx_size=4096, **flags)
+        assert found.plan.mode == "none"
+        assert not [f for f in found.findings if "-sm" in f.message]
+
+
 def test_auto_minds_the_context(v2lite):
     """What fits alone with a short context may need two devices with a long one."""
-    vram = (14 * G, 14 * G)
-    assert ask(v2lite, split_mode="auto", vram=vram, ctx_size=4096).plan.mode == "none"
-    assert ask(v2lite, split_mode="auto", vram=vram, ctx_size=163840).plan.mode == "layer"
+    wanted = {"split_mode": "auto", "vram": (14 * G, 14 * G), "flash_attn": False}
+    assert ask(v2lite, **wanted, ctx_size=4096).plan.mode == "none"
+    assert ask(v2lite, **wanted, ctx_size=163840).plan.mode == "layer"
 
 
 @pytest.mark.parametrize("mode", ["none", "layer", "graph"])
