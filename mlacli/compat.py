@@ -12,6 +12,7 @@ from typing import Literal
 
 from mlacli.attention_forms import LEAST_SCORES_MIB, has_values, is_blockwise
 from mlacli.errors import UsageError
+from mlacli.parallel.placement import rules
 from mlacli.params import ContextParams, Params
 
 MLA_ARCHS = ("deepseek2", "glm-dsa", "mistral4")
@@ -126,11 +127,16 @@ def _refused(params: Params) -> Iterable[Finding]:
         if context.mla == 0:
             yield no("mla_use", "{flag} 0 " + rest, "leave it out, or run on -dev cpu")
     if not _on_cpu(params):
-        for flag in offenders(params):
-            yield Finding(
-                "error", flag, "refused", f"{flag} is not supported on GPUs by this version",
-                "leave it out, or run on -dev cpu",
-            )  # fmt: skip
+        names = params.split.devices
+        if params.split.vram:
+            names = tuple(f"gpu{i}" for i in range(len(params.split.vram)))
+        try:
+            rules(params.model.override_tensor, names)
+        except UsageError as e:
+            yield no("override_tensor", e.message.replace("{", "{{").replace("}", "}}"), e.hint)
+    if params.model.cpu_moe and params.model.n_cpu_moe and not _on_cpu(params):
+        few = f"{params.spelled('n_cpu_moe')} {params.model.n_cpu_moe}"
+        yield no("cpu_moe", f"{{flag}} and {few} contradict each other", "keep one of them")
 
 
 def _changed(params: Params) -> Iterable[Finding]:
@@ -184,6 +190,9 @@ def _idle(params: Params) -> Iterable[Finding]:
     v_type = "the latent row holds V too: -ctk is the type of both"
     if context.mla > 1 and not context.flash_attn:
         v_type += ", where ik_llama.cpp takes -ctv without flash attention"
+    repacked = "weights are repacked for the GPU whenever they are loaded"
+    if on_cpu:
+        repacked = "nothing is repacked on the CPU"
     rules = (
         ("cache_type_v", not has_values(context), v_type),
         ("mla_use", context.mla != params.context.mla, f"it runs as -mla {context.mla} here"),
@@ -196,7 +205,7 @@ def _idle(params: Params) -> Iterable[Finding]:
         ("gpu_layers", on_cpu, "all layers are on the CPU"),
         ("n_cpu_moe", on_cpu, "all layers are on the CPU"),
         ("cpu_moe", on_cpu, "all layers are on the CPU"),
-        ("run_time_repack", on_cpu, "nothing is repacked on the CPU"),
+        ("run_time_repack", True, repacked),
         ("override_tensor", on_cpu, "all layers are on the CPU"),
     )
     for key, idle, why in rules:

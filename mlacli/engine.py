@@ -156,6 +156,12 @@ class Engine(Generation):
         file, plan, hp = self.prepared.gguf, self.prepared.plan, self.prepared.hparams
         return check_tensors(file, plan, hp, download)
 
+    @property
+    def load_problems(self) -> list[str]:
+        """What came out worse than planned when weights were placed."""
+        found = (ops.load_problem() for ops in self._ranks.ops)
+        return [problem for problem in found if problem is not None]
+
     def _ops(self, rank: int) -> Ops:
         return self._ranks.ops[rank]
 

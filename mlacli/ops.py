@@ -99,6 +99,10 @@ class Ops(Protocol):
         """The last weight has been handed over: wait until all are in place."""
         return
 
+    def load_problem(self) -> str | None:
+        """What came out worse than planned when weights were placed, for people."""
+        return None
+
     def download(self, w: Weight) -> Any:
         """The shard's bytes again, as they lie in this rank's memory: the inverse of upload."""
         ...

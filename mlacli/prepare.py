@@ -31,6 +31,7 @@ from mlacli.loading.tokenizer import Tokenizer, has_tokenizer
 from mlacli.models import model_of
 from mlacli.parallel.advice import Speeds, token_us
 from mlacli.parallel.memory import active_elements
+from mlacli.parallel.placement import rules, without_effect
 from mlacli.parallel.plan import ShardPlan, check_memory, plan_shards
 from mlacli.params import ContextParams, Params, SplitMode, SplitParams
 
@@ -117,6 +118,7 @@ class Prepared:
             *self._sparse_row(),
             ("reduce type", context.graph_reduce_type if graph else "-", ""),
             *self._thread_row(),
+            *self._host_row(),
         ]  # fmt: skip
         rows += [(f.flag, f.verdict, f.message) for f in self.findings if f.level == "note"]
         return tuple(rows)
@@ -125,6 +127,12 @@ class Prepared:
         """CPU threads, where a rank computes on the CPU."""
         if any(rank.kind == "cpu" for rank in self.plan.ranks):
             yield "threads", str(self.n_threads), f"{self.n_threads // len(self.plan.ranks)} a rank"
+
+    def _host_row(self) -> Iterator[tuple[str, str, str]]:
+        """What GPUs keep in host memory, where they do."""
+        if on_host := sum(rank.host for rank in self.plan.ranks):
+            how = "weights that GPUs read over the link; experts are copied ahead for many tokens"
+            yield "host memory", f"{on_host / 2**30:.2f} GiB", how
 
     def _sparse_row(self) -> Iterator[tuple[str, str, str]]:
         """How cache rows are chosen; nothing for a file without indexer."""
@@ -194,6 +202,7 @@ def _prepare(file: GgufFile, params: Params) -> Prepared:
 
     split = _settle_mode(arch, params, hp, devices, planned)
     plan = planned(split)
+    findings += tuple(_idle_rules(params, plan))
     if context.n_ctx > hp.n_ctx_train:
         findings += (_beyond_training(params, plan),)
     context = _clipped(context, plan.n_ctx)
@@ -285,6 +294,18 @@ def _runs_as_graph(arch: str, params: Params) -> bool:
 def _clipped(context: ContextParams, n_ctx: int) -> ContextParams:
     n_batch = min(context.n_batch, n_ctx)
     return replace(context, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=min(context.n_ubatch, n_batch))
+
+
+def _idle_rules(params: Params, plan: ShardPlan) -> Iterator[Finding]:
+    """A warning for each rule of -ot that places nothing; on CPUs none places anything."""
+    if all(rank.kind == "cpu" for rank in plan.ranks):
+        return
+    flag = params.spelled("override_tensor")
+    for rule, why in without_effect(rules(params.model.override_tensor), plan.shards):
+        yield Finding(
+            "warning", flag, "warned", f"{flag} {rule} places nothing: {why}",
+            "mlacli plan -v lists the tensors",
+        )  # fmt: skip
 
 
 def _beyond_training(params: Params, plan: ShardPlan) -> Finding:

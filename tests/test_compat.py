@@ -165,9 +165,29 @@ def test_flags_that_mean_nothing_on_cpu_say_so() -> None:
 
 
 @pytest.mark.parametrize("where", [{"vram": (1 << 36,)}, {"device": ("cuda0",)}])
-def test_offenders_are_refused_on_gpus_and_not_ignored(where: dict[str, object]) -> None:
-    findings = check("deepseek2", params("-ot", mode="layer", **where))
-    assert ("error", "-ot") in [(f.level, f.flag) for f in findings]
+def test_placement_runs_on_gpus(where: dict[str, object]) -> None:
+    """Only repacking is a note: a GPU's weights always are."""
+    given = [flag for flag in OFFENDERS if flag != "-cmoe"]
+    (note,) = check("deepseek2", params(*given, mode="layer", **where))
+    assert (note.flag, note.verdict) == ("-rtr", "no effect") and "for the GPU" in note.message
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [("exps=CUDA1", "-ot exps=CUDA1: the run has no device CUDA1"),
+     (r"a{2}\.b=CPU,a{2}\.b=CUDA0", "contradict each other")],
+)  # fmt: skip
+def test_rules_that_can_t_be_obeyed(rules: str, message: str) -> None:
+    for where in ({"vram": (1 << 36,)}, {"device": ("cuda0",)}):
+        found = check("deepseek2", params(mode="layer", override_tensor=(rules,), **where))
+        (error,) = [f for f in found if f.level == "error"]
+        assert message in error.message and error.flag == "-ot"
+
+
+def test_all_layers_and_some_layers_contradict_each_other() -> None:
+    found = check("deepseek2", params("-cmoe", "-ncmoe", mode="layer", device=("cuda0",)))
+    (error,) = [f for f in found if f.level == "error"]
+    assert error.message == "-cmoe and -ncmoe 3 contradict each other"
 
 
 def test_graph_on_one_device_warns() -> None:

@@ -5,19 +5,41 @@ Ops see the `Device` protocol alone, so that they also run on a recorder that ha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlacli.backends.cuda_array import Array
 
+if TYPE_CHECKING:
+    from mlacli.backends.cuda_weights import HostBlock
+
 Host = NDArray[Any]
 _PAGE = 4 << 20  # bytes of page-locked memory for copies
 _INPUT, _N_INPUTS = 64 << 10, 4  # bytes of a step's inputs; steps that may be under way
 _OUTPUT, _N_OUTPUTS = 2 << 20, 2  # likewise, of what is fetched from them
+
+
+class Link(Protocol):
+    """Copies on a stream of their own into numbered slots of device memory; nothing while noting.
+
+    A slot's copies start when what was launched before its last `release` is done.
+    """
+
+    def copy(self, slot: int, copies: Sequence[tuple[int, int, int]]) -> None:
+        """Start copies (to, from, bytes) into the slot."""
+        ...
+
+    def wait(self, slot: int) -> None:
+        """Launches from here on find the slot's copies made."""
+        ...
+
+    def release(self, slot: int) -> None:
+        """Launches up to here were the last to read the slot."""
+        ...
 
 
 class Device(Protocol):
@@ -82,6 +104,37 @@ class Device(Protocol):
 
     def end_sends(self) -> None:
         """Wait for what was sent, and free the buffers that it went through."""
+        ...
+
+    def take_host(self, shape: tuple[int, ...]) -> HostBlock:
+        """Bytes of host memory, page-locked where the system allows it."""
+        ...
+
+    @property
+    def host_problem(self) -> str | None:
+        """What of it could not be page-locked, and why; None where all was."""
+        ...
+
+    def keep(self, memory: Host, host: Host) -> None:
+        """Fill bytes of host memory of take_host() from `host`."""
+        ...
+
+    def send_back(self, memory: Host, array: Array) -> None:
+        """The same from the device, in the stream's order."""
+        ...
+
+    def bring(self, array: Array, source: Array) -> None:
+        """Copy from page-locked host memory in the stream's order; a capture takes it along."""
+        ...
+
+    @property
+    def link(self) -> Link:
+        """Copies beside the stream, made ahead of the launches that need them."""
+        ...
+
+    @property
+    def noting(self) -> bool:
+        """Whether launches are only noted now."""
         ...
 
     def synchronize(self) -> None:
@@ -150,6 +203,8 @@ class CudaDevice:
         self.take, self.mark, self.rewind = self.arena.take, self.arena.mark, self.arena.rewind
         self.spare = self.arena.spare
         self._staging: Any = None
+        self._host_memory: Any = None
+        self._link: Link | None = None
         self.launch, self.prepared = self.kernels.launch, self.kernels.prepared
         self.n_sm = int(device.attributes["MultiProcessorCount"])
         self.capability = self.kernels.capability
@@ -218,6 +273,42 @@ class CudaDevice:
         if self._staging is not None:
             self._staging.close()
             self._staging = None
+
+    def take_host(self, shape: tuple[int, ...]) -> HostBlock:
+        if self._host_memory is None:
+            from mlacli.backends.cuda_host import HostMemory
+
+            self._host_memory = HostMemory()
+        block: HostBlock = self._host_memory.take(shape)
+        return block
+
+    @property
+    def host_problem(self) -> str | None:
+        memory = self._host_memory
+        return None if memory is None else memory.problem
+
+    def keep(self, memory: Host, host: Host) -> None:
+        np.copyto(memory, host)
+
+    def send_back(self, memory: Host, array: Array) -> None:
+        self._copy(memory.ctypes.data, array.ptr, memory.nbytes)
+
+    def bring(self, array: Array, source: Array) -> None:
+        if not self.noting:
+            self._copy(array.ptr, source.ptr, source.nbytes)
+            self.kernels.follow()
+
+    @property
+    def link(self) -> Link:
+        if self._link is None:
+            from mlacli.backends.cuda_host import CopyLink
+
+            self._link = CopyLink(self)
+        return self._link
+
+    @property
+    def noting(self) -> bool:
+        return self.kernels.noting
 
     def synchronize(self) -> None:
         self.stream.synchronize()

@@ -200,6 +200,24 @@ def experts(
 
     `up` None: gate holds the rows of gate and up. Experts that aren't held add nothing.
     """
+    h, part = expert_rows(ops, chosen, gate, up, down)
+    expert_products(ops, x16, chosen, gate, up, down, h, part)
+    combine(ops, part, chosen, gate.first, gate.shape[0], y, add)
+
+
+def expert_rows(
+    ops: Any, chosen: Chosen, gate: CudaWeight, up: CudaWeight | None, down: CudaWeight
+) -> tuple[Array, Array]:
+    """Room for what expert_products() makes: h, and the part of each slot."""
+    n_slots, f = chosen.ids.size, gate.shape[1] // (2 if up is None else 1)
+    return rows16(ops, n_slots, f), rows16(ops, n_slots, down.shape[1])
+
+
+def expert_products(
+    ops: Any, x16: Array, chosen: Chosen, gate: CudaWeight, up: CudaWeight | None,
+    down: CudaWeight, h: Array, part: Array,
+) -> None:  # fmt: skip
+    """part[slot] = down silu(gate x) * up x, of slots whose experts these weights hold."""
     (n, n_used), (held, rows, d), shape = chosen.ids.shape, gate.shape, gate.layout
     f, other = (rows, up) if up is not None else (rows // 2, gate)
     assert shape is not None and other.layout is not None and down.layout is not None
@@ -207,23 +225,28 @@ def experts(
     assert up is not None or f % 16 == 0, "merged gate and up rows share a tile"
     order = sort(ops, chosen.ids, gate.first, held)
     most_tiles = min(n * n_used, len(order.tiles))
-    h = rows16(ops, n * n_used, f)
     _launch(
         ops, "gemm_experts_up", most_tiles * -(-f // (_ROWS // 2)), (gate, other), h, gate.tiles,
         other.tiles, x16, order.slots, order.tiles, order.ends, n_used, f, shape.n_row_tiles,
         0 if up is not None else f // 16, shape.n_col_tiles, held, d, gate.skip, h.stride(0),
         x16.stride(0), Q0=gate.qtype.id, Q1=other.qtype.id, GATED=1,
     )  # fmt: skip
-    part = rows16(ops, n * n_used, down.shape[1])
     _launch(
         ops, "gemm_experts_down", most_tiles * -(-down.shape[1] // _ROWS), (down,), part,
         down.tiles, h, order.slots, order.tiles, order.ends, down.shape[1],
         down.layout.n_row_tiles, down.layout.n_col_tiles, held, f, down.skip, part.stride(0),
         h.stride(0), Q0=down.qtype.id, Q1=-1,
     )  # fmt: skip
+
+
+def combine(
+    ops: Any, part: Array, chosen: Chosen, first: int, held: int, y: Array, add: bool
+) -> None:
+    """y [n, d] (+)= sum over a token's slots, of experts first .. first + held - 1."""
+    n, n_used = chosen.ids.shape
     ops.run(
-        "moe_combine", (n,), 256, y, part, chosen.ids, chosen.weights, n_used, down.shape[1],
-        gate.first, held, int(add), part.stride(0),
+        "moe_combine", (n,), 256, y, part, chosen.ids, chosen.weights, n_used, part.shape[1],
+        first, held, int(add), part.stride(0),
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from mlacli.backends import cuda_sparse as sparse
 from mlacli.backends.cuda_acts import Act
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_attention import CacheRows
+from mlacli.backends.cuda_weights import near
 
 if TYPE_CHECKING:
     from mlacli.backends.cuda_ops import CudaOps
@@ -63,7 +64,8 @@ class Attention:
         chosen: Array | None,
     ) -> Act:  # fmt: skip
         """[n, h * v], once the step's latent rows are in the cache."""
-        hp, ops, k_b, v_b = self.hp, self.ops, w.attn_k_b, w.attn_v_b
+        hp, ops = self.hp, self.ops
+        k_b, v_b = (near(ops, weight, step.n) for weight in (w.attn_k_b, w.attn_v_b))
         h, norm, half = k_b.shape[0], w.attn_kv_a_norm.raw, not self._exact
         q = q.reshape(step.n, h, hp.k + hp.p)
         if self._expands(h) and chosen is None:

@@ -18,12 +18,15 @@ from mlacli.backends import cuda_rows, cuda_weights
 from mlacli.backends.cuda_acts import Act, Chosen
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_device import Device, Host
+from mlacli.backends.cuda_host_experts import HostExperts, Routed
 from mlacli.backends.cuda_mla import Attention
 from mlacli.backends.cuda_together import Brought, Peers
 from mlacli.backends.cuda_weights import CudaWeight
+from mlacli.errors import BackendError
 from mlacli.ops import LayerCache, LayerWeights, Ops, Step
 from mlacli.parallel.comm import SoloComm
-from mlacli.parallel.cuda_sizes import FEW
+from mlacli.parallel.cuda_sizes import FEW, bucket
+from mlacli.parallel.host_stream import is_routed
 from mlacli.params import ContextParams
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ class CudaOps(Ops):
         self.comm = SoloComm()  # what leaves this rank goes through peers, send and receive
         self.forms = set()
         self.attention = Attention(self, hp)
+        self.host_experts = HostExperts(self)
         self._counter: Any = None  # of route's last CTA, see cuda_matvec.route
         self.stream: Any = None  # the residual stream of a step [n, d]
         self.sent: list[Array] = []  # to the next pipeline stage, which pulls it
@@ -61,11 +65,17 @@ class CudaOps(Ops):
         self._counter = self.put(np.zeros(1, np.int32))
         self.stream = self.device.take((n_ubatch, self.hp.d), np.float32)
         self.attention.take_buffers(n_ubatch)
+        self.host_experts.take_buffers()
+
+    def makes_copies(self, n: int) -> bool:
+        """Whether a step of `n` tokens can't be captured, for copies out of host memory."""
+        return self.host_experts.copies_in(n)
 
     def begin_step(self, n: int, pos: Array) -> None:
         """A step of `n` real tokens at `pos` follows."""
         self._pos, self.sent, self._n_received = pos, [], 0
         self.attention.begin_step(n)
+        self.host_experts.begin(bucket(n, self.context.n_ubatch))
 
     def step_kind(self, n: int, n_kv: int) -> tuple[Any, ...]:
         """What a captured step depends on beside its size."""
@@ -80,7 +90,18 @@ class CudaOps(Ops):
         cuda_weights.begin(self.device, shards)
 
     def upload(self, pieces: Any, shard: Shard) -> CudaWeight:
-        return cuda_weights.upload(self.device, pieces, shard, tiled=self.capability >= 80)
+        w = cuda_weights.upload(self.device, pieces, shard, tiled=self.capability >= 80)
+        if is_routed(shard.tensor):
+            self.host_experts.add(shard.layer, w)
+        elif not w.reachable:
+            raise BackendError(
+                f"{shard.tensor} can't stay in host memory: {self.load_problem()}",
+                "only routed experts do without page-locked memory: leave the others on the GPU",
+            )
+        return w
+
+    def load_problem(self) -> str | None:
+        return self.device.host_problem
 
     def end_upload(self) -> None:
         self.device.end_sends()
@@ -191,6 +212,7 @@ class CudaOps(Ops):
         """out = x w^T for each (w, out [n, rows]); `add`: added to it."""
         if not len(x):  # a ubatch whose logits nobody wants
             return
+        pairs = [(cuda_weights.near(self, w, len(x)), out) for w, out in pairs]
         tiled = [(w, out) for w, out in pairs if w.tiles is not None]
         if tiled and len(x) <= FEW:
             values, norm = self._unnormed(x)
@@ -211,6 +233,7 @@ class CudaOps(Ops):
             self.products(x, list(zip((gate, up), both, strict=True)))
             return _held(plain.silu_mul(self, *both))
         if n > FEW:
+            gate, up = (cuda_weights.near(self, w, n) for w in (gate, up))
             return Act((n, f), f16=gemm.gated(self, gate, up, self.f16(x)))
         h = self.new((n, f))
         values, norm = self._unnormed(x)
@@ -278,33 +301,52 @@ class CudaOps(Ops):
 
     def _experts(self, x: Act, chosen: Chosen | None, w: LayerWeights, y: Array, add: bool) -> None:
         """y [n, d] (+)= routed and shared experts."""
-        merged, down = w.ffn_gate_up_exps, w.ffn_down_exps
+        merged, down, n = w.ffn_gate_up_exps, w.ffn_down_exps, len(x)
         gate, up = (w.ffn_gate_exps, w.ffn_up_exps) if merged is None else (merged, None)
-        shared = None if w.ffn_down_shexp is None else (w.ffn_gate_shexp, w.ffn_up_shexp)
-        if chosen is not None and not matvec.takes(gate, up, down):
-            h = plain.experts_up(self, self.f32(x), chosen, gate, up)
-            plain.experts_down(self, h, chosen, down, y, add)
-        elif chosen is not None and len(x) > FEW:
-            gemm.experts(self, self.f16(x), chosen, gate, up, down, y, add)
+        shared = (w.ffn_gate_shexp, w.ffn_up_shexp, w.ffn_down_shexp)
+        fetched = chosen is not None and self.host_experts.are_fetched(n, (gate, up, down))
+        beside = n <= FEW and not fetched and chosen is not None and w.ffn_down_shexp is not None
+        beside = beside and matvec.takes(gate, up, down, *shared)
+        late = w.ffn_down_shexp is not None and not beside  # shared ones follow
+        if fetched or (late and (n <= FEW or not matvec.takes(*shared))):
+            self.f32(x)  # before y, which may be the stream that its norm would be taken of
+        if chosen is not None and self.host_experts.arrive(n, (gate, up, down)):
+            self.host_experts.many(x, chosen, (gate, up, down), y, add)
+        elif chosen is not None and fetched:
+            if not add:
+                self.device.copy_in(y, np.zeros(y.shape, np.float32))
+            for here, weights in self.host_experts.fetched(chosen, (gate, up, down)):
+                self._held_experts(x, here, weights, None, y, True)
         elif chosen is not None:
-            beside = shared is not None and matvec.takes(*shared, w.ffn_down_shexp)
-            self._few_experts(x, chosen, w, (gate, up), shared if beside else None, y, add)
-            if beside:
-                return
-        if shared is not None:
-            gated = self.gated(x, *shared)
+            both = shared if beside else None
+            self._held_experts(x, chosen, (gate, up, down), both, y, add)
+        if late:
+            gated = self.gated(x, *shared[:2])
             self.products(gated, [(w.ffn_down_shexp, y)], add=add or chosen is not None)
 
+    def _held_experts(
+        self, x: Act, chosen: Chosen, routed: Routed, shared: Routed | None, y: Array, add: bool
+    ) -> None:
+        """y [n, d] (+)= routed experts that kernels can read; few tokens may take shared ones."""
+        gate, up, down = routed
+        if not matvec.takes(gate, up, down):
+            h = plain.experts_up(self, self.f32(x), chosen, gate, up)
+            plain.experts_down(self, h, chosen, down, y, add)
+        elif len(x) > FEW:
+            gemm.experts(self, self.f16(x), chosen, gate, up, down, y, add)
+        else:
+            self._few_experts(x, chosen, routed, shared, y, add)
+
     def _few_experts(
-        self, x: Act, chosen: Chosen, w: LayerWeights, routed: tuple[CudaWeight, CudaWeight | None],
-        shared: tuple[CudaWeight, CudaWeight] | None, y: Array, add: bool,
-    ) -> None:  # fmt: skip
-        (gate, up), (n, n_used), down = routed, chosen.ids.shape, w.ffn_down_exps
+        self, x: Act, chosen: Chosen, routed: Routed, shared: Routed | None, y: Array, add: bool
+    ) -> None:
+        (gate, up, down), (n, n_used) = routed, chosen.ids.shape
         width = n_used * down.shape[2] + (0 if shared is None else shared[0].shape[0])
         h = self.new((n, width))
         values, norm = self._unnormed(x)
-        matvec.experts_up(self, h, chosen.ids, values, gate, up, shared, norm)
-        last = None if shared is None else w.ffn_down_shexp
+        first = None if shared is None else shared[:2]
+        matvec.experts_up(self, h, chosen.ids, values, gate, up, first, norm)
+        last = None if shared is None else shared[2]
         matvec.experts_down(
             self, y, h, chosen.ids, chosen.weights, down, last, add=add, after_up=True
         )

@@ -39,8 +39,8 @@ class CudaRanks(Ranks):
     def __init__(self, plan: ShardPlan, context: ContextParams, hp: Any) -> None:
         if any(rank.kind != "cuda" for rank in plan.ranks):
             raise UnsupportedFeature(
-                "this version runs no layers on the host beside a GPU's",
-                "leave -ngl out, or name no cpu beside GPUs in -dev",
+                "the CPU computes no layers beside a GPU",
+                "name no cpu beside GPUs in -dev; -ngl and -ot keep weights in host memory",
             )
         self._context, self._hp, self._steps = context, hp, None
         n, self._together = len(plan.ranks), None
@@ -100,7 +100,9 @@ class CudaRanks(Ranks):
         return 0 if self._steps is None else self._steps.n_captured
 
     def can_sample(self, sampling: SamplingParams, banned: Iterable[int]) -> bool:
-        return cuda_sampling.can_run(sampling, len(list(banned))) and not self._compares
+        if self._compares or any(ops.makes_copies(1) for ops in self.ops):
+            return False
+        return cuda_sampling.can_run(sampling, len(list(banned)))
 
     def execute_ahead(
         self, token: int, n_past: int, n_steps: int, frequencies: Sequence[float],

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Forward = Callable[[Step], "Act | None"]
 # Runs a function of the rank number on the ranks of a stage, in lockstep if there are several.
 Runner = Callable[[Callable[[int], Any]], list[Any]]
+_AHEAD = "ahead"  # steps of one token, by what begins their keys; of others it is their size
 FEW_SIZES = (1, FEW, 4 * FEW)  # tokens of steps whose kernels are compiled ahead, beside the most
 
 
@@ -51,6 +52,7 @@ class Stage:
     places: Sequence[Place]
     run: Runner
     graphs: dict[tuple[Any, ...], _Graph] = field(default_factory=dict)
+    compiled: set[tuple[Any, ...]] = field(default_factory=set)  # kinds that run without a graph
     logits: Array | None = None  # of the last step
     sent: list[Array] = field(default_factory=list)
 
@@ -81,10 +83,16 @@ class Stage:
     def launch(
         self, key: tuple[Any, ...], launches: Callable[[], list[Array | None]], capture: bool = True
     ) -> None:
-        """Run `launches`, as a graph if they may be captured."""
-        if not capture:
-            with self.prepared():
-                launches()
+        """Run `launches`, as a graph if they may be captured.
+
+        Copies out of host memory can't be: they are made beside the launches that need them.
+        """
+        size = 1 if key[0] == _AHEAD else key[0]
+        if not capture or any(ops.makes_copies(size) for ops in self.ops):
+            if key not in self.compiled:
+                with self.prepared():
+                    launches()
+                self.compiled.add(key)
             self.logits, self.sent = launches()[0], self._sent
             return
         graph = self.graphs.get(key)
@@ -229,7 +237,7 @@ class Steps:
         kind, n_kv = kinds.pop(), n_past + n_steps
         if len(self.stages) == 1:
             launches = partial(self._drawn, self.stages[0], forwards, n_kv, n_steps)
-            self.stages[0].launch(("ahead", n_steps, *kind), launches)
+            self.stages[0].launch((_AHEAD, n_steps, *kind), launches)
         else:
             for _ in range(n_steps):
                 self._through_stages(forwards, n_kv, kind)
@@ -259,7 +267,7 @@ class Steps:
             if before is not None:
                 _hand_over(before, stage, 1)
             if stage is last:
-                stage.launch(("ahead", 1, *kind), partial(self._drawn, stage, forwards, n_kv, 1))
+                stage.launch((_AHEAD, 1, *kind), partial(self._drawn, stage, forwards, n_kv, 1))
             else:
                 stage.launch((1, 1, *kind), partial(stage.forward, forwards, 1, n_kv, 1))
             before = stage

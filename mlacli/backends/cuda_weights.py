@@ -2,13 +2,14 @@
 
 A weight travels in pieces of whole row tiles: into page-locked memory, to a staging area on the
 device, and from there repacked to its place, so that its GGUF bytes are never there as a whole.
+One that stays in host memory is repacked on the device too, piece by piece, and comes back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from mlacli.backends.cuda_array import Array
 from mlacli.loading.quant_types import QType
 from mlacli.loading.tiles import HEADER, ROWS, TiledShape, tiled_shape
 from mlacli.loading.untile import edge_blocks, has_foreign_groups, untile
+from mlacli.parallel.host_stream import READ_ONCE
 
 if TYPE_CHECKING:
     from mlacli.backends.cuda_device import Device
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 Bytes = NDArray[np.uint8]
 PIECE = 32 << 20  # most bytes that travel at once
+_ROOM = 60 << 20  # on the device for a piece and its tiles
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,6 +41,12 @@ class CudaWeight:
     skip: int = 0  # columns of the first block that are another rank's
     first: int = 0  # of its indices along the leading axis, where that is cut
     edges: Bytes | None = None  # blocks shared with other ranks, as the file has them
+    block: HostBlock | None = None  # of host memory, where `held` lies; None = on the device
+
+    @property
+    def reachable(self) -> bool:
+        """Whether kernels can read it where it lies."""
+        return self.block is None or self.block.mapped
 
     @property
     def tiles(self) -> Array | None:
@@ -51,6 +60,18 @@ class CudaWeight:
     @property
     def row_bytes(self) -> int:
         return self.qtype.row_bytes(self.skip + self.shape[-1])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HostBlock:
+    """Host memory for one weight: as the device knows it (page-locked and mapped), as NumPy does.
+
+    `mapped` False: it could not be page-locked, only copies reach it.
+    """
+
+    array: Array
+    memory: Bytes
+    mapped: bool
 
 
 def begin(device: Device, shards: Sequence[Shard]) -> None:
@@ -67,6 +88,8 @@ def upload(device: Device, raw: Bytes, shard: Shard, tiled: bool = True) -> Cuda
     Launches on the device's stream find it. With `tiled` false nothing is repacked.
     """
     skip, first = shard.skip, shard.start if shard.axis == 0 else 0
+    if shard.host:
+        return _keep(device, raw, shard, tiled and shard.tiled)
     if not (tiled and shard.tiled):
         held = device.take(raw.shape, np.uint8)
         at = 0
@@ -84,8 +107,21 @@ def upload(device: Device, raw: Bytes, shard: Shard, tiled: bool = True) -> Cuda
 
 def download(device: Device, w: CudaWeight) -> Bytes:
     """The bytes that were uploaded, out of what the device holds."""
-    held: Bytes = device.get(w.held)
+    if w.block is None:
+        held: Bytes = device.get(w.held)
+    else:
+        device.synchronize()
+        held = w.block.memory.reshape(w.held.shape).copy()
     return held if w.layout is None else untile(held, w.shape, w.qtype, w.skip, w.edges)
+
+
+def near(ops: Any, w: CudaWeight, n: int) -> Any:
+    """`w`, or a copy in scratch where `n` tokens would read it over the link several times."""
+    if w.block is None or n <= READ_ONCE:
+        return w
+    held = ops.new((w.held.nbytes,), np.uint8)
+    ops.device.bring(held, w.held)
+    return replace(w, held=held.reshape(*w.held.shape), block=None)
 
 
 def _repack(
@@ -102,6 +138,56 @@ def _repack(
             first, raw.shape[1], layout.all_row_tiles, shard.shape[-1], skip, layout.n_col_tiles,
             raw.shape[2], WTYPE=shard.qtype.id,
         )  # fmt: skip
+
+
+def _keep(device: Device, raw: Bytes, shard: Shard, tiled: bool) -> CudaWeight:
+    """The weight in host memory, in the bytes that it would have on the device."""
+    skip, first = shard.skip, shard.start if shard.axis == 0 else 0
+    if not tiled:
+        block = device.take_host(raw.shape)
+        device.keep(block.memory, raw)
+        return CudaWeight(
+            shard.tensor, shard.shape, shard.qtype, block.array, None, skip, first, None, block
+        )
+    layout = tiled_shape(shard.shape, shard.qtype, skip)
+    block = device.take_host((layout.nbytes,))
+    _repack_back(device, block.memory, _three_axes(raw), layout, shard)
+    foreign = has_foreign_groups(shard.shape[-1], shard.qtype, skip)
+    edges = edge_blocks(raw, shard.qtype) if foreign else None
+    return CudaWeight(
+        shard.tensor, shard.shape, shard.qtype, block.array, layout, skip, first, edges, block
+    )
+
+
+def _repack_back(
+    device: Device, out: Bytes, raw: Bytes, layout: TiledShape, shard: Shard
+) -> None:  # fmt: skip
+    """Tiles of `raw` [leading, rows, bytes] into `out`, through the device.
+
+    Each piece becomes a small weight of its own there, whose planes are copied to their places; the
+    header, raised by all pieces, comes last.
+    """
+    spare = device.spare(_ROOM)
+    part = raw.nbytes / (raw.nbytes + layout.nbytes)
+    most = min(PIECE, int((spare.nbytes - 6 * HEADER) * part)) // HEADER * HEADER
+    staging, tiles = spare[:most], spare[most:]
+    device.send(tiles[:HEADER], np.zeros(HEADER, np.uint8))
+    for piece in _pieces(raw, most):
+        lead, rows, _ = piece.raw.shape
+        own = tiled_shape((lead, rows, shard.shape[-1]), shard.qtype, shard.skip)
+        assert own.nbytes <= tiles.nbytes, "a piece has room on the device"
+        device.send(staging[: piece.raw.nbytes], piece.raw)
+        device.launch(
+            "repack_tiles", (own.all_row_tiles * -(-layout.n_col_tiles // 4),), 128, tiles, staging,
+            0, rows, own.all_row_tiles, shard.shape[-1], shard.skip, layout.n_col_tiles,
+            raw.shape[2], WTYPE=shard.qtype.id,
+        )  # fmt: skip
+        before = piece.lead * layout.n_row_tiles + piece.row // ROWS
+        for name, (at, nbytes) in own.planes.items():
+            start, whole = layout.planes[name]
+            to = start + before * (whole // layout.all_row_tiles)
+            device.send_back(out[to : to + nbytes], tiles[at : at + nbytes])
+    device.send_back(out[:HEADER], tiles[:HEADER])
 
 
 @dataclass(frozen=True, slots=True)

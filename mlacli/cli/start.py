@@ -50,7 +50,7 @@ def _synthetic(line: CommandLine, preset: Preset, params: Params) -> SyntheticFi
 
     if line["model"] is not None:
         raise UsageError("--synthetic takes the place of a model file", "leave -m out")
-    on_gpus = "cpu" not in params.split.devices and params.split.n_gpu_layers is None
+    on_gpus = "cpu" not in params.split.devices
     return SyntheticFile(preset, override_kv=params.model.override_kv, copied=on_gpus)
 
 
@@ -94,6 +94,8 @@ def open_engines(
             console.log(f"compiled {engine.n_compiled} kernels in {engine.compile_s:.1f} s")
         if engine.sums:
             console.log(f"sums between GPUs: {engine.sums}")
+        for problem in engine.load_problems:
+            console.warning(problem)
         engines.append(engine)
         if engines[-1].checked is not None:
             console.checked(engines[-1].checked)

@@ -24,6 +24,7 @@ from mlacli.parallel.cuda_sizes import (
     on_tensor_cores,
     slot_bytes,
 )
+from mlacli.parallel.host_stream import READ_ONCE, SLOTS, Stored, is_routed, ring_slot_bytes
 from mlacli.parallel.memory import most_logit_rows
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Weight:
     shape: tuple[int, ...]
     tiled: bool
     f32: bool
+    nbytes: int = 0  # in host memory
 
     @property
     def rows(self) -> int:
@@ -66,10 +68,19 @@ class CudaScratch:
         self.hp, self.context, self.capability = hp, context, capability
         self.n_ranks, self.n_gpus = n_ranks, n_gpus
         layers: dict[int | None, dict[str, Weight]] = {}
+        routed: dict[int | None, list[Shard]] = {}
         for shard in shards:
             tiled = capability >= 80 and shard.tiled
-            weight = Weight(shard.shape, tiled, shard.qtype.name == "F32")
+            weight = Weight(shard.shape, tiled, shard.qtype.name == "F32",
+                            shard.bytes_on("cuda") if shard.host else 0)  # fmt: skip
             layers.setdefault(shard.layer, {})[_short_name(shard.tensor)] = weight
+            if is_routed(shard.tensor):
+                routed.setdefault(shard.layer, []).append(shard)
+        travelling = [
+            [Stored(s.shape, s.qtype, capability >= 80 and s.tiled, s.skip) for s in layer]
+            for layer in routed.values() if any(s.host for s in layer)
+        ]  # fmt: skip
+        self._ring = SLOTS * ring_slot_bytes(travelling)  # cuda_host_experts
         self._output = layers.pop(None, {}).get("output")
         different = {tuple(sorted(layer.items(), key=lambda x: x[0])) for layer in layers.values()}
         self._layers = [dict(layer) for layer in different]
@@ -92,6 +103,7 @@ class CudaScratch:
         kept.take(hp.p // 2)  # cos and sin
         kept.take(hp.p // 2)
         kept.take(hp.d)  # the residual stream
+        kept.nbytes += self._ring
         if self.n_ranks > 1:
             kept.nbytes += slot_bytes(n, hp.d)
             kept.nbytes += 2 * _aligned(8 * self.n_ranks)  # where all ranks have both
@@ -131,6 +143,7 @@ class CudaScratch:
                 self._index(layer, x, q_a, chooses, n_ctx)
             taken.take(layer["attn_q_b"].rows)
             q_a.products(layer["attn_q_b"])
+        taken.near(layer["attn_k_b"], layer["attn_v_b"])
         o = Values(taken, sizes.h * sizes.v)
         if expands:
             taken.nbytes += expanded_sizes.scratch_bytes(sizes, n, n_ctx)
@@ -206,6 +219,7 @@ class CudaScratch:
             x.products(gate, up)
             h.has32 = True
         elif taken.n > FEW:
+            taken.near(gate, up)
             x.f16()
             taken.half(f)
             h.has16 = True
@@ -238,10 +252,18 @@ class CudaScratch:
             else:
                 both = [layer.get(f"ffn_{x}_shexp") for x in ("gate", "up", "down")]
                 beside = all(w is not None and w.tiled for w in both)
+                if down.nbytes or gate.nbytes or up.nbytes:  # perhaps fetched: HostExperts.fetched
+                    beside = False
+                    taken.take(n_used)
                 taken.take(n_used * f + (both[0].rows if beside and both[0] else 0))
         if shared is not None and not beside:
+            if taken.n <= FEW or not self._shared_tiled(layer):
+                x.f32()
             h = self._gated(x, layer["ffn_gate_shexp"], layer["ffn_up_shexp"])
             h.products(shared, add=True)
+
+    def _shared_tiled(self, layer: Layer) -> bool:
+        return all(layer[f"ffn_{x}_shexp"].tiled for x in ("gate", "up", "down"))
 
     def _route(self, gate: Weight, x: Values) -> None:
         taken = x.taken
@@ -288,6 +310,11 @@ class Taken:
         """A buffer of `width` values of `size` bytes for each token."""
         self.nbytes += _aligned(self.n * width * size)
 
+    def near(self, *weights: Weight) -> None:
+        """CudaOps.near."""
+        if self.n > READ_ONCE:
+            self.nbytes += sum(_aligned(w.nbytes) for w in weights)
+
     def for_a_moment(self, nbytes: int) -> None:
         """A buffer that is given back before the half layer ends."""
         self._most = max(self._most, self.nbytes + _aligned(nbytes))
@@ -327,6 +354,7 @@ class Values:
 
     def products(self, *weights: Weight, add: bool = False) -> None:
         """CudaOps.products, the results aside; `add`: what is not in tiles needs one beside."""
+        self.taken.near(*weights)
         if self.taken.n > FEW and any(w.tiled for w in weights):
             self.f16()
         for w in weights:

@@ -21,6 +21,7 @@ from mlacli.loading.quant_types import F32
 from mlacli.parallel.cuda_scratch import CudaScratch
 from mlacli.parallel.cuts import Range, cut
 from mlacli.parallel.memory import cache_row_bytes, index_row_bytes, scratch_bytes
+from mlacli.parallel.placement import Placement, placed
 from mlacli.parallel.shards import Cutter, Part, Shard, keep_raw
 from mlacli.parallel.tensor_uses import tensor_uses
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from mlacli.params import ContextParams, ModelParams, SplitParams
 
 Scratch = Callable[[int], int]  # bytes at most in a context of so many tokens
+HOST = "host"  # the name of its memory in tables and errors
 CTX_STEP = 256  # context sizes are rounded up to it, as llama.cpp does with flash attention
 
 
@@ -53,6 +55,8 @@ class RankPlan:
     scratch: int
     dequant: int  # bound of NumPy's float32 copies; 0 on other backends
     capacity: int  # what the device may use, the margin taken off
+    host: int = 0  # weights of a GPU's rank in host memory; not in `weights`
+    host_capacity: int = 0  # of the host's memory, the margin taken off
 
     @property
     def total(self) -> int:
@@ -96,13 +100,18 @@ def plan_shards(
 ) -> ShardPlan:  # fmt: skip
     """The plan of a run in `split.mode` (settled) on `devices`; `context.n_ctx` 0 = what fits.
 
-    Layers that -ngl keeps off the GPUs are a first pipeline stage on `host`.
+    Layers that -ngl keeps off the GPUs belong to the first one, which reads their weights in the
+    memory of `host`.
     """
     uses = tensor_uses(model, hp, tensors, params.merge_up_gate_experts)
-    parts = _parts(split, devices, host, hp.n_layer)
+    n_off = _layers_off(split, devices, hp.n_layer)
+    parts = _parts(split, devices, n_off, hp.n_layer)
     cutter = Cutter(hp, split.mode or "none", split.expert_split, [p.share for p in parts])
     shards = keep_raw([s for part in parts for use in uses for s in cutter.shards(use, part)])
-    ranks = _rank_plans(hp, parts, cutter, shards, split.margin, context)
+    if any(device.kind != "cpu" for device in devices):
+        placement = Placement(params, n_off, [device.name for device in devices])
+        shards = placed(shards, parts, placement)
+    ranks = _rank_plans(hp, parts, cutter, shards, split.margin, context, host)
     scratch = _scratch(ranks, parts, hp, context, shards)
     fits = _largest_context(ranks, scratch, hp, context)
     wanted = context.n_ctx or min(hp.n_ctx_train, fits) or CTX_STEP
@@ -123,7 +132,9 @@ def check_memory(plan: ShardPlan) -> None:
             if plan.ranks[0].kind == "cpu":  # a host's free memory moves from one look to the next
                 fits = int(fits * 0.95) // CTX_STEP * CTX_STEP
             hint = "use more or larger devices, a smaller quantisation, or a smaller -ub"
-            if fits:
+            if device == HOST:
+                hint = "keep fewer experts in host memory: a smaller -ncmoe, or fewer by -ot"
+            elif fits:
                 hint = f"the largest context that fits is {fits}: use -c {fits}"
             elif not have:
                 hint = "the margin is all that the device has: give a smaller --margin"
@@ -137,6 +148,8 @@ def _needs(ranks: Sequence[RankPlan]) -> Iterator[tuple[str, int, int]]:
         by_device.setdefault(rank.device, []).append(rank)
     for device, on_device in by_device.items():
         yield device, sum(rank.resident for rank in on_device), on_device[0].capacity
+    if on_host := sum(rank.host for rank in ranks):
+        yield HOST, on_host, ranks[0].host_capacity
 
 
 def _token_bytes(hp: Any, context: ContextParams, rank: RankPlan) -> int:
@@ -190,7 +203,7 @@ def _largest_context(
 
     def is_too_much(steps: int) -> bool:
         priced = _priced(ranks, scratch, hp, context, steps * CTX_STEP)
-        return any(need > have for _, need, have in _needs(priced))
+        return any(need > have for device, need, have in _needs(priced) if device != HOST)
 
     # One layer's cache alone fills the largest device at `most`.
     most = max(rank.capacity for rank in ranks) // cache_row_bytes(hp, context) // CTX_STEP + 1
@@ -214,11 +227,18 @@ def _shares(split: SplitParams, devices: Sequence[Device]) -> list[float]:
     return [t / sum(totals) for t in totals]
 
 
-def _parts(split: SplitParams, devices: Sequence[Device], host: Device, n_layer: int) -> list[Part]:
-    """Who computes which layers; devices with share 0 (or no layer) take no part."""
-    n_host = 0
-    if split.n_gpu_layers is not None and any(d.kind != "cpu" for d in devices):
-        n_host = max(0, n_layer - split.n_gpu_layers)
+def _layers_off(split: SplitParams, devices: Sequence[Device], n_layer: int) -> int:
+    """How many layers, from the first on, -ngl keeps off the GPUs."""
+    if split.n_gpu_layers is None or all(d.kind == "cpu" for d in devices):
+        return 0
+    return max(0, n_layer - split.n_gpu_layers)
+
+
+def _parts(split: SplitParams, devices: Sequence[Device], n_host: int, n_layer: int) -> list[Part]:
+    """Who computes which layers; devices with share 0 (or no layer) take no part.
+
+    Shares deal out the layers after `n_host`, those before it go with the first of them.
+    """
     if split.mode == "graph":
         if n_host:
             raise UsageError(
@@ -233,12 +253,12 @@ def _parts(split: SplitParams, devices: Sequence[Device], host: Device, n_layer:
         ]
     if split.mode == "layer":
         shares = _shares(split, devices)
+        n_host = min(n_host, n_layer - 1)  # one layer is dealt out, to find the first device
         stages = list(zip(devices, shares, cut(n_layer - n_host, shares), strict=True))
     else:
-        stages = [(devices[split.main_gpu], 1.0, (0, n_layer - n_host))]
-    stages = [(d, s, (a + n_host, b + n_host)) for d, s, (a, b) in stages if a < b]
-    if n_host:
-        stages.insert(0, (host, 0.0, (0, n_host)))
+        n_host, stages = 0, [(devices[split.main_gpu], 1.0, (0, n_layer))]
+    stages = [(d, s, (a + n_host if i else 0, b + n_host)) for i, (d, s, (a, b)) in
+              enumerate(stage for stage in stages if stage[2][0] < stage[2][1])]  # fmt: skip
     return [
         Part(i, device, share, layers, i == 0, i == len(stages) - 1, 1, 0)
         for i, (device, share, layers) in enumerate(stages)
@@ -247,19 +267,22 @@ def _parts(split: SplitParams, devices: Sequence[Device], host: Device, n_layer:
 
 def _rank_plans(
     hp: Any, parts: list[Part], cutter: Cutter, shards: Sequence[Shard],
-    margin: int, context: ContextParams,
+    margin: int, context: ContextParams, host: Device,
 ) -> list[RankPlan]:  # fmt: skip
     """Every rank's plan, cache and scratch still unpriced: they need the context size."""
-    weights, mirrored, derived, float32 = ([0] * len(parts) for _ in range(4))
+    weights, mirrored, derived, float32, on_host = ([0] * len(parts) for _ in range(5))
     holders = Counter(shard.tensor for shard in shards)
     for shard in shards:
         nbytes = shard.bytes_on(parts[shard.rank].device.kind)
+        if shard.host:
+            on_host[shard.rank] += nbytes
+            continue
         weights[shard.rank] += nbytes
         derived[shard.rank] += nbytes if shard.is_copy else 0
         float32[shard.rank] += 4 * math.prod(shard.shape) if shard.qtype != F32 else 0
         if shard.axis is None and holders[shard.tensor] > 1:
             mirrored[shard.rank] += nbytes
-    cut_bytes = [w - m for w, m in zip(weights, mirrored, strict=True)]
+    cut_bytes = [w + h - m for w, h, m in zip(weights, on_host, mirrored, strict=True)]
     out = []
     for part in parts:
         i, device, on_cpu = part.rank, part.device, part.device.kind == "cpu"
@@ -284,6 +307,8 @@ def _rank_plans(
                 scratch=0,
                 dequant=min(float32[i], capacity // 2 // sharing) if on_cpu else 0,
                 capacity=capacity,
+                host=on_host[i],
+                host_capacity=max(0, host.free - margin),
             )
         )
     if not out:

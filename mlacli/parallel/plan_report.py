@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlacli.attention_forms import CachePart
-from mlacli.parallel.plan import RankPlan, ShardPlan
+from mlacli.parallel.plan import HOST, RankPlan, ShardPlan
 from mlacli.parallel.shards import Shard
 
 if TYPE_CHECKING:
@@ -16,12 +16,21 @@ Rows = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
 def plan_rows(plan: ShardPlan) -> Rows:
-    """(columns, one row per rank): what it computes and what it holds."""
-    columns = (
+    """(columns, one row per rank): what it computes and what it holds.
+
+    What lies in host memory comes last, where anything does.
+    """
+    columns: tuple[str, ...] = (
         "rank", "device", "layers", "heads", "experts", "vocab", "share asked > got", "weights",
         "mirrored", "cache", "scratch", "f32 copies", "total", "of",
     )  # fmt: skip
-    return columns, [_rank_row(rank) for rank in plan.ranks]
+    rows = [_rank_row(rank) for rank in plan.ranks]
+    if any(rank.host for rank in plan.ranks):
+        columns += ("in host memory", "of ")
+        have = _bytes(plan.ranks[0].host_capacity)
+        rows = [(*row, _bytes(rank.host), have)
+                for row, rank in zip(rows, plan.ranks, strict=True)]  # fmt: skip
+    return columns, rows
 
 
 def _rank_row(r: RankPlan) -> tuple[str, ...]:
@@ -64,6 +73,8 @@ def memory_rows(plan: ShardPlan, gpus: Sequence[Device]) -> Rows:
             _mebibytes(gpu.total), _mebibytes(gpu.free), _mebibytes(gpu.total - gpu.free - own)
         )  # fmt: skip
         rows.append((name, *ends[:2], *map(_mebibytes, parts), ends[2]))
+    if on_host := sum(rank.host for rank in plan.ranks):
+        rows.append((HOST, "-", "-", *map(_mebibytes, (on_host, on_host, 0, 0)), "-"))
     return columns, rows
 
 
@@ -82,6 +93,7 @@ def _shard_row(s: Shard, plan: ShardPlan) -> tuple[str, ...]:
     cut = "whole" if s.axis is None else f"axis {s.axis}: " + ", ".join(map(_span, s.ranges))
     if s.tensor.endswith(("attn_k_b.weight", "attn_v_b.weight")):
         cut = f"heads {_span(plan.ranks[s.rank].heads)}"
+    cut += ", in host memory" if s.host else ""
     return (
         str(s.rank), s.tensor, "x".join(map(str, s.shape)), s.qtype.name, str(s.nbytes), cut,
         derived,
@@ -135,5 +147,6 @@ def _rank_dict(r: RankPlan) -> dict[str, Any]:
             "float32_copies": r.dequant,
             "total": r.total,
             "capacity": r.capacity,
+            **({"host": r.host, "host_capacity": r.host_capacity} if r.host else {}),
         },
     }

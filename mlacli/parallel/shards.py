@@ -37,6 +37,7 @@ class Shard:
     nbytes: int
     sources: tuple[str, ...]
     raw: bool = False  # GGUF bytes on a GPU, whatever the type: see keep_raw()
+    host: bool = False  # of a GPU's rank, in host memory, as it would lie on the GPU
 
     @property
     def tiled(self) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlacli.errors import BadTensorShape, MissingTensor, PlanError
 from mlacli.loading.quant_types import BF16, F16, F32, Q8_0, QType
+from mlacli.loading.tiles import ROWS
 from mlacli.models.tensor_table import Split, TensorSpec
 
 if TYPE_CHECKING:
@@ -58,9 +59,12 @@ def tensor_uses(
 def _merged(
     specs: Sequence[TensorSpec], prefix: str, tensors: Mapping[str, TensorInfo]
 ) -> list[TensorSpec]:
-    """-muge: expert gate and up of one type become one tensor, gate rows first."""
+    """-muge: expert gate and up of one type become one tensor, gate rows first.
+
+    Not where a tile of 16 rows would hold some of both: GPUs multiply many tokens by whole tiles.
+    """
     gate, up = (tensors.get(f"{prefix}ffn_{x}_exps.weight") for x in ("gate", "up"))
-    if gate is None or up is None or gate.qtype != up.qtype:
+    if gate is None or up is None or gate.qtype != up.qtype or gate.shape[-2] % ROWS:
         return list(specs)
     out = []
     for spec in specs:

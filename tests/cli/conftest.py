@@ -101,6 +101,7 @@ class FakeModel:
     metadata: dict = field(default_factory=dict)
     saved: dict = field(default_factory=dict)  # path -> what save_session was called at
     kernels: int = 0  # that a load compiles
+    load_problems: list[str] = field(default_factory=list)
 
     @property
     def engine_class(self):
@@ -148,6 +149,7 @@ class FakeEngine:
         self.page_lock = SimpleNamespace(problem=None)
         self.on_ubatch = None
         self.n_compiled, self.n_captured, self.compile_s, self.sums = 0, 0, 1.25, ""
+        self.load_problems = model.load_problems
 
     def __enter__(self):
         return self

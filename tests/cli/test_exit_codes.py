@@ -19,6 +19,7 @@ class Engine:
     n_ctx, checked, n_compiled, sums = 64, None, 0, ""
     context_full = False
     timings, page_lock = Timings(1, 1, 1, 1, 1, 1), SimpleNamespace(problem=None)
+    load_problems = ()
     on_ubatch = None
     def __init__(self, prepared, progress, compiling): self.prepared = prepared
     def __enter__(self): return self

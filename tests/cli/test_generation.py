@@ -172,7 +172,8 @@ def test_the_memory_table_of_gpus_adds_up():
     from mlacli.devices import Device
     from mlacli.parallel.plan_report import memory_rows
 
-    rank = Of(device="cuda0", weights=3 << 30, cache=1 << 30, scratch=0, dequant=0, total=4 << 30)
+    rank = Of(device="cuda0", weights=3 << 30, cache=1 << 30, scratch=0, dequant=0, total=4 << 30,
+              host=0)  # fmt: skip
     plan = Of(ranks=[rank, rank])
     columns, rows = memory_rows(plan, [Device("cuda0", "cuda", 80 << 30, 70 << 30)])
     row = dict(zip(columns[1:], map(float, rows[0][1:]), strict=True))

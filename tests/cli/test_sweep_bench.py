@@ -305,3 +305,9 @@ def test_compiling_is_shown_apart_from_loading(mlacli, fake_model):
     assert "compiled" not in mlacli(*FLAGS).err
     fake_model.kernels = 21
     assert "compiled 21 kernels in 1.2 s\n" in mlacli(*FLAGS).err
+
+
+def test_what_came_out_worse_when_loading_is_a_warning(mlacli, fake_model):
+    fake_model.load_problems = ["5 of 9 MiB of host memory could not be page-locked"]
+    done = mlacli(*FLAGS)
+    assert done.code == 0 and "warning: 5 of 9 MiB of host memory could not" in done.err

@@ -20,6 +20,7 @@ from mlacli import devices, engine
 from mlacli.backends import cuda_device, cuda_devices, cuda_ops, cuda_ranks
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_sources import signatures
+from mlacli.backends.cuda_weights import HostBlock
 from mlacli.devices import Device
 from mlacli.engine import Engine
 from mlacli.errors import MemoryBudgetError
@@ -80,6 +81,9 @@ class Recorder:
     n_compiled: int = 0
     peak: int = 0
     loaded: int = 0  # bytes of weights and cache
+    host_bytes: int = 0
+    copied: int = 0  # over the link
+    mapped: bool = True  # what is in host memory
 
     def __post_init__(self) -> None:
         self._on_gpu: list[Recorder] = [] if self.beside is None else self.beside._on_gpu
@@ -220,6 +224,51 @@ class Recorder:
 
     def synchronize(self) -> None:
         assert not self._capturing, "a step waits for the device"
+
+    @property
+    def noting(self) -> bool:
+        return self._quiet
+
+    def take_host(self, shape: tuple[int, ...]) -> HostBlock:
+        array = self._new(shape, np.uint8)
+        self.host_bytes += array.nbytes
+        return HostBlock(array, np.zeros(1, np.uint8), self.mapped)
+
+    @property
+    def host_problem(self) -> str | None:
+        return None if self.mapped else "nothing is page-locked"
+
+    def keep(self, memory: Any, host: Any) -> None:
+        """No content."""
+
+    def send_back(self, memory: Any, array: Array) -> None:
+        self.block_of(array.ptr, "the source of a copy")
+
+    def bring(self, array: Array, source: Array) -> None:
+        assert array.nbytes == source.nbytes, "a copy changes no sizes"
+        self.block_of(array.ptr, "the target of a copy")
+        self.block_of(source.ptr, "its source")
+        self.copied += 0 if self._quiet else source.nbytes
+
+    @property
+    def link(self) -> Recorder:
+        return self
+
+    def copy(self, slot: int, copies: Sequence[tuple[int, int, int]]) -> None:
+        if self._quiet:
+            return
+        assert not self._capturing, "a captured step makes copies"
+        for target, source, nbytes in copies:
+            for ptr, what in ((target, "the target of a copy"), (source, "its source")):
+                block = self.block_of(ptr, what)
+                assert ptr + nbytes <= block.ptr + block.nbytes, f"{what} is too short"
+        self.copied += sum(nbytes for *_, nbytes in copies)
+
+    def wait(self, slot: int) -> None:
+        assert not self._capturing, "a captured step waits for copies"
+
+    def release(self, slot: int) -> None:
+        """Nothing is overwritten here."""
 
 
 class Header(SyntheticFile):

@@ -38,6 +38,8 @@ MODES: dict[str, dict[str, Any]] = {
     "bf16 rows": {"cache_type_k": "bf16", "indexer_cache_type_k": "bf16"},
     "f32 rows": {"cache_type_k": "f32"},
     "no dsa": {"no_dsa": True},
+    "experts on the host": {"cpu_moe": True},
+    "all on the host": {"gpu_layers": 0},
 }
 
 

@@ -388,15 +388,18 @@ def test_none_uses_the_main_device(model):
 @pytest.mark.parametrize(
     ("ngl", "host"), [(99, 0), (27, 0), (26, 1), (20, 7), (1, 26), (0, 27), (None, 0)]
 )
-def test_layers_off_the_gpus_are_a_stage_on_the_host(model, mode, ngl, host):
-    """-ngl counts from the last layer; what it leaves out comes first, on the CPU."""
+def test_layers_off_the_gpus_stay_in_host_memory(model, mode, ngl, host):
+    """-ngl counts from the last layer; what it leaves out, the first GPU reads over the link."""
     plan = plan_of(model("v2lite"), gpus(80, 80), mode, n_gpu_layers=ngl)
-    on_host = [r for r in plan.ranks if r.kind == "cpu"]
-    assert [r.layers for r in on_host] == ([(0, host)] if host else [])
+    assert {s.layer for s in plan.shards if s.host} == set(range(host))
+    assert all(s.host for s in plan.shards if s.layer is not None and s.layer < host)
+    assert all(s.rank == 0 for s in plan.shards if s.host)
     assert sum(b - a for a, b in (r.layers for r in plan.ranks)) == 27
     assert plan.ranks[0].layers[0] == 0 and plan.ranks[-1].layers[1] == 27
     tops = {s.tensor: s.rank for s in plan.shards if s.layer is None}
     assert tops["token_embd.weight"] == 0 and tops["output.weight"] == len(plan.ranks) - 1
+    if mode == "layer" and 0 < host < 26:  # the layers on GPUs are shared evenly
+        assert plan.ranks[0].layers[1] - host == -(-(27 - host) // 2)
 
 
 def test_graph_with_layers_off_the_gpus_is_refused(model):

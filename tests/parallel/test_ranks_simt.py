@@ -198,7 +198,7 @@ def test_scratch_stays_within_the_plan(monkeypatch: pytest.MonkeyPatch, name: st
             assert used <= rank.scratch
 
 
-def test_layers_on_the_host_beside_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_beside_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     simulated(monkeypatch)
-    with pytest.raises(UnsupportedFeature, match="no layers on the host"):
+    with pytest.raises(UnsupportedFeature, match="computes no layers beside a GPU"):
         mlacli.load(FILES["v3"], device="cpu,cuda0", split_mode="layer")
