@@ -21,6 +21,7 @@ from mlacli.parallel.cuda_sizes import (
     bucket,
     most_score_bytes,
     on_tensor_cores,
+    slot_tile,
 )
 from mlacli.parallel.memory import most_logit_rows
 
@@ -223,7 +224,8 @@ class CudaScratch:
                 x.f16()
                 n_slots = taken.n * n_used
                 taken.take(n_used)
-                taken.nbytes += _aligned(16 * (n_slots // 128 + held)) + _ALIGN
+                tile = slot_tile(n_slots, held)
+                taken.nbytes += _aligned(16 * (n_slots // tile + held)) + _ALIGN
                 taken.half(f, n_used)
                 taken.half(d, n_used)
             else:

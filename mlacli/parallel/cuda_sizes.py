@@ -21,6 +21,17 @@ def bucket(n: int, most: int) -> int:
     return min(size, most)
 
 
+# ---- routed experts -------------------------------------------------------------------------
+
+
+def slot_tile(n_slots: int, held: int) -> int:
+    """Slots of one expert that its grouped product takes at a time: kernels/moe_sort.cu.
+
+    A tile's width is a quarter of it, two, three or four; few slots an expert need narrow ones.
+    """
+    return 32 if n_slots <= 16 * held else 128
+
+
 # ---- absorbed attention ---------------------------------------------------------------------
 
 PLAIN_SPLITS = 32

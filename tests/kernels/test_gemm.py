@@ -42,16 +42,27 @@ def test_gated(ops) -> None:
     held(cases.swiglu(ops, ("Q4_K", "Q6_K"), 136, 256, 40, 3), rounded=1e-8)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_forms_that_share_columns(ops, monkeypatch, parts) -> None:
+    """Alone, as clusters need a GPU: one CTA has all columns."""
+    form = cases.gemm.Form(32, 32, parts, 1, cluster=1)
+    monkeypatch.setattr(cases.gemm, "_form", lambda *_: form)
+    held(cases.dense(ops, ("Q6_K", "Q8_0"), (140, 22), 256, 41, 0, 8))
+    held(cases.swiglu(ops, ("Q4_K", "Q6_K"), 70, 256, 40, 9), rounded=1e-8)
+
+
 @pytest.mark.parametrize(("held_experts", "merged"), [(None, False), ((1, 2), True)])
-def test_experts(ops, held_experts, merged) -> None:
+@pytest.mark.parametrize("n", [40, 27])  # wide tiles, narrow ones
+def test_experts(ops, held_experts, merged, n) -> None:
     types = ("Q4_0", "Q4_0" if merged else "IQ4_NL", "Q8_0")
-    held(cases.routed(ops, types, 40, 2, 4, 64, 32, 4, held_experts, merged), rounded=1e-8)
+    held(cases.routed(ops, types, n, 2, 4, 64, 32, 4, held_experts, merged), rounded=1e-8)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_sorting(ops, seed) -> None:
     cases.sorting(ops, 300, 6, 20, 3, 11, seed)
     cases.sorting(ops, 7, 1, 64, 0, 64, seed)
+    cases.sorting(ops, 100, 2, 20, 3, 11, seed, tile=32)
 
 
 def test_rows(ops) -> None:

@@ -183,14 +183,15 @@ def routed(
 
 
 def sorting(
-    ops: Any, n: int, n_used: int, n_experts: int, first: int, held: int, seed: int
-) -> None:
+    ops: Any, n: int, n_used: int, n_experts: int, first: int, held: int, seed: int,
+    tile: int = 128,
+) -> None:  # fmt: skip
     """Slots in order of their expert; tiles cover each held slot once, wide ones first."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(-1, n_experts, (n, n_used)).astype(np.int32)
     if seed % 2:
         ids[:, 0] = first  # an expert that everybody wants
-    order = gemm.sort(ops, ops.put(ids), first, held)
+    order = gemm.sort(ops, ops.put(ids), first, held, tile)
     local = ids.ravel() - first
     here = np.flatnonzero((local >= 0) & (local < held))
     want = here[np.argsort(local[here], kind="stable")]
@@ -200,7 +201,7 @@ def sorting(
     ends = ops.get(order.ends)
     tiles = ops.get(order.tiles)[: ends[3]]
     assert (np.diff(ends) >= 0).all()
-    widths = np.searchsorted(-np.array([96, 64, 32, 0]), -tiles[:, 2], side="right")
+    widths = np.searchsorted(-tile // 4 * np.array([3, 2, 1, 0]), -tiles[:, 2], side="right")
     wanted = np.searchsorted(ends, np.arange(ends[3]), side="right")
     assert (widths == wanted).all(), (tiles, ends)
     covered = np.concatenate([np.arange(s, s + c) for _, s, c, _ in tiles] or [[]])
