@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from kit import gemm_cases as cases
-from kit.simt_device import Launcher
+from kit.launcher import Launcher
 from kit.tiled import TILED
 
 from mlacli.backends import cuda_gemm as gemm
@@ -66,22 +66,19 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def device():
-    """With all kernels of the cases compiled, at once."""
-    from mlacli.backends.cuda_device import CudaDevice
-
-    device = CudaDevice("cuda0", 1 << 30)
-    mark, choose = device.mark(), gemm._form
+@pytest.fixture(scope="module", autouse=True)
+def compiled(launcher: Launcher) -> None:
+    """All kernels of the cases, at once."""
+    device, choose = launcher.device, gemm._form
+    mark = device.mark()
     with device.prepared(), np.errstate(all="ignore"):
         for form, _, check, arguments in CASES.values():
             if not possible(device, form):
                 continue
             gemm._form = forced(form)
-            list(check(Launcher(device), *arguments))
+            list(check(launcher, *arguments))
             device.rewind(mark)
     gemm._form = choose
-    return device
 
 
 def possible(device: Any, form: int | gemm.Form) -> bool:
@@ -92,13 +89,6 @@ def possible(device: Any, form: int | gemm.Form) -> bool:
 def forced(form: int | gemm.Form) -> Callable[..., gemm.Form]:
     """A _form() that says so; a number is the tokens of an item of one CTA."""
     return lambda *_: gemm.Form(form) if isinstance(form, int) else form
-
-
-@pytest.fixture
-def ops(device):
-    mark = device.mark()
-    yield Launcher(device)
-    device.rewind(mark)
 
 
 @pytest.mark.parametrize("name", CASES)
