@@ -16,7 +16,7 @@
 // Sources   see include/gemm.cuh
 // Variants  GATED=1 Q0=12 Q1=12 STAGES=4; Q0=6 Q1=-1 STAGES=4; GATED=1 Q0=12 Q1=14 STAGES=4;
 //           Q0=14 Q1=-1 STAGES=4; GATED=1 Q0=12 Q1=12 MOST=32 CTAS=2 STAGES=7;
-//           GATED=1 Q0=12 Q1=14 MOST=32 CTAS=2 STAGES=6; Q0=6 Q1=-1 MOST=32 CTAS=2 STAGES=7
+//           GATED=1 Q0=12 Q1=14 MOST=32 STAGES=8; Q0=6 Q1=-1 MOST=32 CTAS=2 STAGES=7
 // Needs     8.0
 // Tested by tests/gpu/test_gemm.py, tests/kernels/test_gemm.py
 #include "gemm.cuh"

@@ -3,8 +3,7 @@
 //           moe_combine: y[t] (+)= sum_k weights[t][k] * 16 part[t n_used + k], in the order of k
 // Shapes    slots [n_slots], tiles [most, 4]: (held expert, first place in slots, slots, 0), most =
 //           n_slots / tile + held; ends [4]: tiles of over 3/4, over half, over a quarter of `tile`
-//           slots, all; ids and weights
-//           [n, n_used], y [n, d], part [n n_used, d] at row stride ldp
+//           slots, all; ids and weights [n, n_used], y [n, d], part [n n_used, d] at row stride ldp
 // Dtypes    int32, float32; part float16 of value / 16
 // Grid      moe_sort (1), 1024 threads, shared bytes 132 held + 4 n_slots (`staged`: 8 n_slots);
 //           moe_combine (n), 256 threads

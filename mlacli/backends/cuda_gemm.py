@@ -294,7 +294,7 @@ def _grouped(ops: Any, tile: int, *weights: CudaWeight) -> Form:
 def _fills(ops: Any, n_items: int, cluster: int, ctas: int = 1) -> bool:
     """Whether clusters for so many items are on the device all at once.
 
-    They lie within groups of SMs of uneven sizes: of an H200's 132 SMs clusters of four get 124.
+    They lie within groups of SMs of uneven sizes: on an H200's 132 SMs 128 CTAs don't fit by fours.
     """
     sms: int = ops.device.n_sm * 10 // 11 if cluster > 2 else ops.device.n_sm
     return bool(ops.device.capability == 90) and n_items * cluster <= sms * ctas

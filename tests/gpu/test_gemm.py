@@ -124,3 +124,9 @@ def test_two_runs_give_the_same_bits(ops, monkeypatch, form) -> None:
         gemm.products(ops, [(w.held, y)], x16)
         runs.append(ops.get(y))
     assert (runs[0] == runs[1]).all()
+
+
+def test_places_among_an_experts_slots_change_nothing(ops) -> None:
+    first, *others = cases.crowded(ops, 64, 35)
+    assert np.abs(first).max() > 0
+    assert all((first == other).all() for other in others)

@@ -9,6 +9,10 @@ from kit import gemm_cases as cases
 from kit.launcher import Launcher
 from kit.simt import why_not
 from kit.simt_device import SimtDevice
+from kit.tiled import qtype_of
+
+from mlacli.backends.cuda_weights import CudaWeight
+from mlacli.loading.tiles import tiled_shape
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
@@ -74,6 +78,34 @@ def test_rows(ops) -> None:
 
 def test_scores(ops) -> None:
     held(cases.scores(ops, 19, 70, 132, 6), rounded=1e-12)
+
+
+@pytest.mark.parametrize("n", [9, 64, 100, 257, 512, 2048])
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "F16"])
+@pytest.mark.parametrize(("rows", "cols"), [((3072, 576), 2048), ((515,), 256), ((2048,), 11008)])
+def test_forms_fit_the_device(n, name, rows, cols) -> None:
+    """Clusters wait for their CTAs: all must have room at once, on the device and in an SM."""
+    gemm, device = cases.gemm, SimtDevice(132, 90)
+    weights = [weight_of(name, (r, cols)) for r in rows]
+    steps = cols // 64
+    form = gemm._form(Launcher(device), weights, n, rows, steps, steps)
+    items = sum(-(-r // (128 * form.parts)) for r in rows) * -(-n // form.tokens)
+    stages = gemm._stages(Launcher(device), weights, form)
+    if form.cluster:
+        assert form.cluster <= steps and form.most == form.tokens
+        assert items * form.cluster <= 132 * form.ctas
+    else:
+        assert form.most == 128
+    shared = 1024 + stages * (gemm._stage_bytes(weights, form) + 16)
+    assert form.ctas * (shared + 1024 + 512) <= 228 << 10, "as an SM of Hopper has"
+    device.capability = 80
+    assert not gemm._form(Launcher(device), weights, n, rows, steps, steps).cluster
+
+
+def weight_of(name: str, shape: tuple[int, int]) -> CudaWeight:
+    """Its sizes alone."""
+    q = qtype_of(name)
+    return CudaWeight("w", shape, q, None, tiled_shape(shape, q, 0), 0, 0)
 
 
 def test_a_changed_weight_is_seen(ops) -> None:

@@ -182,6 +182,25 @@ def routed(
     yield report(case, ops.get(y), *sums)
 
 
+def crowded(ops: Any, n: int, seed: int) -> list[np.ndarray]:
+    """experts() of the same tokens again and again, most of which one expert has.
+
+    Which of its slots share a tile, and how wide that is, may change from run to run.
+    """
+    rng = np.random.default_rng(seed)
+    gate, up = (Weight(ops, "Q4_K", (8, 96, 256), rng).held for _ in range(2))
+    down = Weight(ops, "Q8_0", (8, 256, 96), rng).held
+    x16 = put16(ops, rng.standard_normal((n, 256), np.float32))
+    ids = np.stack([rng.integers(0, 2, n), rng.integers(2, 8, n)], axis=1).astype(np.int32)
+    chosen = Chosen(ops.put(ids), ops.put(rng.random((n, 2), np.float32)))
+    runs = []
+    for _ in range(4):
+        y = ops.put(np.zeros((n, 256), np.float32))
+        gemm.experts(ops, x16, chosen, gate, up, down, y, add=False)
+        runs.append(ops.get(y))
+    return runs
+
+
 def sorting(
     ops: Any, n: int, n_used: int, n_experts: int, first: int, held: int, seed: int,
     tile: int = 128,
