@@ -18,65 +18,10 @@
 //           Q0=30 Q1=30 Q2=30 OUT=0 TOKENS=32 STAGES=4; Q0=39 Q1=20 Q2=39 OUT=0 TOKENS=32 STAGES=4
 // Needs     8.0
 // Tested by tests/gpu/test_gemm.py, tests/kernels/test_gemm.py
-#include "gemm.cuh"
+#include "gemm_dense.cuh"
 #include "gemm_store.cuh"
-#include "pdl.cuh"
 
 // ---------------------------------------------------------------- device helpers ------------
-constexpr int TILE_BYTES = max_of(StagedTile<Q0>::end, max_of(StagedTile<Q1>::end, StagedTile<Q2>::end));
-
-// One weight and where its product goes.
-struct Segment {
-    void* y;
-    const unsigned char* w;
-    int rows, row_tiles, col_tiles, skip;  // row tiles of a batch
-    long long ldy, yb;
-    __device__ __forceinline__ int items() const { return (rows + GEMM_ROWS - 1) / GEMM_ROWS; }
-};
-
-// Absent segments count as the first one's type.
-constexpr int T0 = Q0, T1 = Q1 >= 0 ? Q1 : Q0, T2 = Q2 >= 0 ? Q2 : Q0;
-
-// The order of work items: weight rows fastest, then tokens, then batches.
-struct Items {
-    Segment s0, s1, s2;
-    const unsigned short* x;
-    long long ldx, xb;
-    int n_tokens, cols, batches, n_row_items, n_token_items, n;
-
-    __device__ __forceinline__ Segment segment(int i) const {
-        if (Q2 >= 0 && i == 2) return s2;
-        return Q1 >= 0 && i == 1 ? s1 : s0;
-    }
-    // The segment of an item, its number of 256 rows there, its tokens' first, its batch.
-    __device__ __forceinline__ int where(int item, int& rows, int& token, int& batch) const {
-        rows = item % n_row_items, item /= n_row_items;
-        token = item % n_token_items * TOKENS, batch = item / n_token_items;
-        if (Q1 < 0 || rows < s0.items()) return 0;
-        rows -= s0.items();
-        if (Q2 < 0 || rows < s1.items()) return 1;
-        rows -= s1.items();
-        return 2;
-    }
-    template <int QTYPE>
-    __device__ __forceinline__ void set_tiles(
-            GemmSource& from, const Segment& s, int rows, int batch) const {
-        const int row_tile = rows * 16 + 8 * gemm_own_part() + gemm_own_tile();
-        from.set_tiles<QTYPE>(s.w, batches * s.row_tiles, s.col_tiles,
-                              batch * s.row_tiles + row_tile, s.row_tiles - row_tile);
-    }
-    __device__ __forceinline__ void open(int item, GemmSource& from) const {
-        int rows, token, batch;
-        const int i = where(item, rows, token, batch);
-        const Segment s = segment(i);
-        if (T1 != T0 && i == 1) set_tiles<T1>(from, s, rows, batch);
-        else if (T2 != T0 && i == 2) set_tiles<T2>(from, s, rows, batch);
-        else set_tiles<T0>(from, s, rows, batch);
-        from.set_x(x + batch * xb + token * ldx, min(n_tokens - token, TOKENS), s.col_tiles, s.skip,
-                   cols, [&](int t) { return t * ldx; });
-    }
-};
-
 // d0, d1 of one item; gives what the sums are to be divided by.
 template <int QTYPE, class Ring>
 __device__ __forceinline__ float multiply(
@@ -100,12 +45,7 @@ gemm(void* y0, const unsigned char* w0, int rows0, int row_tiles0, int col_tiles
     items.s0 = {y0, w0, rows0, row_tiles0, col_tiles0, skip0, ldy0, yb0};
     items.s1 = {y1, w1, rows1, row_tiles1, col_tiles1, skip1, ldy1, yb1};
     items.s2 = {y2, w2, rows2, row_tiles2, col_tiles2, skip2, ldy2, yb2};
-    items.x = x, items.ldx = ldx, items.xb = xb;
-    items.n_tokens = n, items.cols = cols, items.batches = batches;
-    items.n_row_items = items.s0.items() + (Q1 >= 0 ? items.s1.items() : 0) +
-                        (Q2 >= 0 ? items.s2.items() : 0);
-    items.n_token_items = (n + TOKENS - 1) / TOKENS;
-    items.n = items.n_row_items * items.n_token_items * batches;
+    items.set(x, n, cols, batches, ldx, xb);
     __syncthreads();  // every thread wrote the same
     Gemm<Items, TILE_BYTES> ring(items, shared);
     if (ring.copies()) return;

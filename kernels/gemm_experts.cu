@@ -7,15 +7,16 @@
 //           slots, tiles, ends: moe_sort
 // Dtypes    weights any tiled type (Q0, and Q1 for up) as float16 times their boost; x, h and y float16
 //           of value / 16, h and y saturating; sums float32
-// Grid      any number of CTAs (one fits an SM), which share the work items: (tile of tokens, 256
+// Grid      any number of CTAs (CTAS fit an SM), which share the work items: (tile of tokens, 256
 //           rows; up: 128 of gate and of up); threads and shared bytes as gemm
-// Assumes   as gemm; gate and up with the same number of column tiles; y of slots whose expert is not
+// Assumes   tiles of MOST tokens at most, 128 or 32: as gemm; gate and up with the same number of column tiles; y of slots whose expert is not
 //           held is not written
 // Numerics  as gemm; a token's result does not depend on its place in the list
 // Bound by  tensor cores: 6 n n_used f d operations; few tokens: bytes of the chosen experts
 // Sources   see include/gemm.cuh
 // Variants  GATED=1 Q0=12 Q1=12 STAGES=4; Q0=6 Q1=-1 STAGES=4; GATED=1 Q0=12 Q1=14 STAGES=4;
-//           Q0=14 Q1=-1 STAGES=4
+//           Q0=14 Q1=-1 STAGES=4; GATED=1 Q0=12 Q1=12 MOST=32 CTAS=2 STAGES=7;
+//           GATED=1 Q0=12 Q1=14 MOST=32 STAGES=8; Q0=6 Q1=-1 MOST=32 CTAS=2 STAGES=7
 // Needs     8.0
 // Tested by tests/gpu/test_gemm.py, tests/kernels/test_gemm.py
 #include "gemm.cuh"
@@ -23,7 +24,7 @@
 #include "pdl.cuh"
 
 // ---------------------------------------------------------------- device helpers ------------
-// What moe_sort made: tiles of up to 128 neighbours in the list with the same expert.
+// What moe_sort made: tiles of up to MOST neighbours in the list with the same expert.
 struct Tokens {
     const int *slots, *tiles;
     // Expert of a tile, its first place in the list, its tokens.
@@ -65,11 +66,11 @@ struct Items {
 };
 
 // Items of one width after the other: tiles are in order of their width, `ends` counts those so far.
-#define FOR_EACH_WIDTH(RUN) RUN(128, 0) RUN(96, 1) RUN(64, 2) RUN(32, 3)
+#define FOR_EACH_WIDTH(RUN) RUN(MOST, 0) RUN(MOST / 4 * 3, 1) RUN(MOST / 2, 2) RUN(MOST / 4, 3)
 
 // ---------------------------------------------------------------- kernels -------------------
 #ifdef GATED
-extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 1)
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS, CTAS)
 gemm_experts_up(unsigned short* h, const unsigned char* gate, const unsigned char* up,
                 const unsigned short* x, const int* slots, const int* tiles, const int* ends,
                 int n_used, int f, int row_tiles, int up_tile, int col_tiles, int held, int cols,
@@ -109,7 +110,7 @@ struct SlotRows {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(GEMM_THREADS, 1)
+extern "C" __global__ void __launch_bounds__(GEMM_THREADS, CTAS)
 gemm_experts_down(unsigned short* y, const unsigned char* down, const unsigned short* h,
                   const int* slots, const int* tiles, const int* ends, int d, int row_tiles,
                   int col_tiles, int held, int cols, int skip, long long ldy, long long ldh) {

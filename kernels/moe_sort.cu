@@ -1,9 +1,9 @@
 // Op        moe_sort: the slots (token t's choice k is slot t n_used + k) in order of their expert, and
-//           tiles of up to 128 of them, wide ones first, for the grouped products
+//           tiles of up to `tile` (128 or 32) of them, wide ones first, for the grouped products
 //           moe_combine: y[t] (+)= sum_k weights[t][k] * 16 part[t n_used + k], in the order of k
 // Shapes    slots [n_slots], tiles [most, 4]: (held expert, first place in slots, slots, 0), most =
-//           n_slots / 128 + held; ends [4]: tiles over 96, over 64, over 32, all; ids and weights
-//           [n, n_used], y [n, d], part [n n_used, d] at row stride ldp
+//           n_slots / tile + held; ends [4]: tiles of over 3/4, over half, over a quarter of `tile`
+//           slots, all; ids and weights [n, n_used], y [n, d], part [n n_used, d] at row stride ldp
 // Dtypes    int32, float32; part float16 of value / 16
 // Grid      moe_sort (1), 1024 threads, shared bytes 132 held + 4 n_slots (`staged`: 8 n_slots);
 //           moe_combine (n), 256 threads
@@ -45,7 +45,7 @@ __device__ __forceinline__ T sum_before(T v, T* warps, T& total) {
 // ---------------------------------------------------------------- kernels -------------------
 extern "C" __global__ void __launch_bounds__(1024)
 moe_sort(int* slots, int* tiles, int* ends, const int* ids, int n_slots, int first, int held,
-         int staged) {
+         int tile, int staged) {
     extern __shared__ uint4 shared[];
     __shared__ int warp_slots[32];
     __shared__ unsigned long long warp_tiles[32];
@@ -81,7 +81,7 @@ moe_sort(int* slots, int* tiles, int* ends, const int* ids, int n_slots, int fir
     int all;
     const int start = sum_before(n, warp_slots, all);
     // Tiles of this expert by width: four numbers of 16 bits.
-    const int full = n >> 7, rest = n & 127, width = rest > 96 ? 0 : rest > 64 ? 1 : rest > 32 ? 2 : 3;
+    const int full = n / tile, rest = n % tile, width = 3 - max(4 * rest - 1, 0) / tile;
     unsigned long long before, total;
     before = sum_before((unsigned long long)full + ((unsigned long long)(rest > 0) << 16 * width),
                         warp_tiles, total);
@@ -90,10 +90,10 @@ moe_sort(int* slots, int* tiles, int* ends, const int* ids, int n_slots, int fir
     if (threadIdx.x < 4) ends[threadIdx.x] = end[threadIdx.x];
     int at = (int)(before & 0xFFFF);
     for (int i = 0; i <= full; i++, at++) {
-        const int count = i < full ? 128 : rest;
+        const int count = i < full ? tile : rest;
         if (count == 0) break;
         if (i == full && width > 0) at = end[width - 1] + (int)(before >> 16 * width & 0xFFFF);
-        tiles[4 * at] = e, tiles[4 * at + 1] = start + 128 * i, tiles[4 * at + 2] = count;
+        tiles[4 * at] = e, tiles[4 * at + 1] = start + tile * i, tiles[4 * at + 2] = count;
         tiles[4 * at + 3] = 0;
     }
     if (e < held) place[32 * held + e] = start;

@@ -73,6 +73,9 @@ __device__ __forceinline__ void wgmma_hold(float (&d)[N]) {
 
 #define WGMMA_OUT4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define WGMMA_OUT16(i) WGMMA_OUT4(i), WGMMA_OUT4(i + 4), WGMMA_OUT4(i + 8), WGMMA_OUT4(i + 12)
+#define WGMMA_D8 "%0, %1, %2, %3"
+#define WGMMA_D16 WGMMA_D8 ", %4, %5, %6, %7"
+#define WGMMA_D24 WGMMA_D16 ", %8, %9, %10, %11"
 #define WGMMA_D0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define WGMMA_D1 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define WGMMA_D2 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
@@ -86,7 +89,15 @@ __device__ __forceinline__ void wgmma_hold(float (&d)[N]) {
 template <int N>
 __device__ __forceinline__ void wgmma_f16(
         float (&d)[N / 2], const unsigned (&a)[4], unsigned long long b, int accumulate) {
-    static_assert(N == 32 || N == 64 || N == 96 || N == 128, "no such width");
+    static_assert(N <= 128 && N % (N < 32 ? 8 : 32) == 0, "no such width");
+    if constexpr (N == 8)
+        asm volatile(WGMMA_TEXT("8", WGMMA_D8, "%4, %5, %6, %7", "%8", "%9") : WGMMA_OUT4(0) : WGMMA_IN);
+    if constexpr (N == 16)
+        asm volatile(WGMMA_TEXT("16", WGMMA_D16, "%8, %9, %10, %11", "%12", "%13")
+                     : WGMMA_OUT4(0), WGMMA_OUT4(4) : WGMMA_IN);
+    if constexpr (N == 24)
+        asm volatile(WGMMA_TEXT("24", WGMMA_D24, "%12, %13, %14, %15", "%16", "%17")
+                     : WGMMA_OUT4(0), WGMMA_OUT4(4), WGMMA_OUT4(8) : WGMMA_IN);
     if constexpr (N == 32)
         asm volatile(WGMMA_TEXT("32", WGMMA_D0, "%16, %17, %18, %19", "%20", "%21")
                      : WGMMA_OUT16(0) : WGMMA_IN);

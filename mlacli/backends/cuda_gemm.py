@@ -7,6 +7,7 @@ float32. Each function launches kernels and returns; counts stay on the device.
 - products: up to three weights with one input, stored, or added to float32 rows
 - heads: one product per head; gated: SwiGLU; route_scores: the router's product
 - sort, experts: routed experts, grouped by expert
+- _form: how a dense product's work is cut, among few CTAs or, of few tokens, clusters of them
 - fits: whether a weight's type and the device allow it; else use the plain kernels
 """
 
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlacli.backends.cuda_array import Array
+from mlacli.parallel.cuda_sizes import slot_tile
 
 if TYPE_CHECKING:
     from mlacli.backends.cuda_acts import Chosen
@@ -27,12 +29,30 @@ if TYPE_CHECKING:
 _THREADS = 256
 _ROWS = 256  # weight rows of a work item; half of them when gated
 _WIDTHS = (32, 64, 96, 128)  # tokens of a work item
-_X_BYTES = 128 * 128  # of a stage: activations
 _LEAST_STAGES, _MOST_STAGES = 2, 8
+_STAGES_OF_TWO = 4  # that each of two CTAs of an SM needs
 # Bytes of shared memory that a CTA may have, by compute capability.
 _SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 _STORE, _ADD, _HALF = range(3)  # OUT of gemm.cu
 SIXTEENTH = 16.0  # what a product of such activations is to be multiplied with
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a product runs: include/gemm.cuh's PARTS, CTAS and MOST, and what its kernels take.
+
+    An item is 128 * parts rows and `tokens` tokens; `cluster` CTAs share its columns, 0: it has one
+    CTA, which takes further items.
+    """
+
+    tokens: int
+    most: int = 128  # tokens that a stage has room for
+    parts: int = 2
+    ctas: int = 1  # that fit an SM
+    cluster: int = 0
+
+
+_WHOLE = Form(128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +145,7 @@ def _dense(
     assert all(w.shape[-1] == cols for w in weights), "weights and input differ in columns"
     assert len({y.dtype for _, y, *_ in pairs}) == 1 <= len(pairs) <= 3
     args: list[Any] = []
-    row_items = 0
+    all_rows, steps = [], []
     for w, y, lead, yb in pairs:
         shape = w.layout
         assert shape is not None
@@ -133,16 +153,18 @@ def _dense(
         assert lead > 1 or len(w.shape) == 2 or w.shape[-2] % 16 == 0, "heads are padded"
         tiles = shape.all_row_tiles // lead
         args += [y, w.tiles, rows, tiles, shape.n_col_tiles, w.skip, y.stride(0), yb]
-        row_items += -(-rows // _ROWS)
+        all_rows.append(rows)
+        steps.append(shape.n_col_tiles)
     for _ in range(3 - len(pairs)):
         args += [None, None, 0, 1, 1, 0, 0, 0]
     types = [w.qtype.id for w in weights] + [-1] * (3 - len(weights))
     out = _HALF if pairs[0][1].dtype == np.float16 else _ADD if add else _STORE
-    tokens = _width(ops, n, row_items * batches)
-    n_items = row_items * batches * -(-n // tokens)
+    form = _form(ops, weights, n, all_rows * batches, min(steps), max(steps))
+    n_items = batches * sum(-(-rows // (128 * form.parts)) for rows in all_rows)
     _launch(
-        ops, "gemm", n_items, weights, *args, x16, n, cols, batches, x16.stride(0), xb, scale,
-        Q0=types[0], Q1=types[1], Q2=types[2], OUT=out, TOKENS=tokens,
+        ops, "gemm_split" if form.cluster else "gemm", form, n_items * -(-n // form.tokens),
+        weights, *args, x16, n, cols, batches, x16.stride(0), xb, scale,
+        Q0=types[0], Q1=types[1], Q2=types[2], OUT=out, TOKENS=form.tokens,
     )  # fmt: skip
 
 
@@ -151,12 +173,14 @@ def gated(ops: Any, gate: CudaWeight, up: CudaWeight, x16: Array) -> Array:
     (n, cols), rows, shape = x16.shape, gate.shape[0], gate.layout
     assert shape is not None and up.layout is not None and gate.shape == up.shape
     assert shape.n_col_tiles == up.layout.n_col_tiles, "gate and up are cut alike"
-    h, row_items = rows16(ops, n, rows), -(-rows // (_ROWS // 2))
-    tokens = _width(ops, n, row_items)
+    h, steps = rows16(ops, n, rows), shape.n_col_tiles
+    form = _form(ops, (gate, up), n, [2 * rows], steps, steps)
+    how = {"GATED": 1} if form.cluster else {}
     _launch(
-        ops, "gemm_gated", row_items * -(-n // tokens), (gate, up), h, gate.tiles, up.tiles, x16,
-        n, rows, shape.n_row_tiles, shape.n_col_tiles, cols, gate.skip, h.stride(0),
-        x16.stride(0), Q0=gate.qtype.id, Q1=up.qtype.id, TOKENS=tokens,
+        ops, "gemm_gated_split" if form.cluster else "gemm_gated", form,
+        -(-rows // (64 * form.parts)) * -(-n // form.tokens), (gate, up), h, gate.tiles, up.tiles,
+        x16, n, rows, shape.n_row_tiles, steps, cols, gate.skip, h.stride(0), x16.stride(0),
+        Q0=gate.qtype.id, Q1=up.qtype.id, TOKENS=form.tokens, **how,
     )  # fmt: skip
     return h
 
@@ -168,26 +192,30 @@ def route_scores(ops: Any, x: Array, gate: CudaWeight) -> Array:
     """The router's product x gate^T [n, E] in float32; gate a float32 weight [E, d]."""
     (n, d), n_experts = x.shape, gate.shape[0]
     y: Array = ops.new((n, n_experts))
-    ring = 3 if _shared(ops) > 128 << 10 else 2
+    ctas, cluster = (-(-n // 16), -(-n_experts // 64)), 1
+    while cluster < 8 and 2 * cluster * 128 <= d and _fills(ops, ctas[0] * ctas[1], 2 * cluster):
+        cluster *= 2
+    ring = 3 if cluster == 1 and _shared(ops) > 128 << 10 else 2
+    how = {"CLUSTER": cluster} if cluster > 1 else {}
     ops.run(
-        "route_scores_f32", (-(-n // 16), -(-n_experts // 64)), 512, y, gate.raw, x, n, n_experts,
-        d, x.stride(0), shared=4 * ring * (16 + 64) * 132, RING=ring,
+        "route_scores_f32", (*ctas, cluster), 512, y, gate.raw, x, n, n_experts, d, x.stride(0),
+        shared=4 * ring * (16 + 64) * 132, RING=ring, **how,
     )  # fmt: skip
     return y
 
 
-def sort(ops: Any, ids: Array, first: int, held: int) -> Sorted:
+def sort(ops: Any, ids: Array, first: int, held: int, tile: int = 128) -> Sorted:
     """Where each chosen slot stands among its expert's; experts first .. first + held - 1."""
     n_slots = ids.size
-    most = n_slots // 128 + held
+    most = n_slots // tile + held
     slots, tiles = ops.new((n_slots,), "i4"), ops.new((most, 4), "i4")
     ends = ops.new((4,), "i4")
     shared = 132 * held + 4 * n_slots
     staged = shared + 4 * n_slots <= _shared(ops) - 1024
     assert staged or shared <= _shared(ops) - 1024, "too many tokens for one sort"
     ops.run(
-        "moe_sort", (1,), 1024, slots, tiles, ends, ids, n_slots, first, held, int(staged),
-        shared=shared + 4 * n_slots * staged,
+        "moe_sort", (1,), 1024, slots, tiles, ends, ids, n_slots, first, held, tile,
+        int(staged), shared=shared + 4 * n_slots * staged,
     )  # fmt: skip
     return Sorted(slots, tiles, ends, first, held)
 
@@ -223,16 +251,18 @@ def expert_products(
     assert shape is not None and other.layout is not None and down.layout is not None
     assert shape.n_col_tiles == other.layout.n_col_tiles, "gate and up are cut alike"
     assert up is not None or f % 16 == 0, "merged gate and up rows share a tile"
-    order = sort(ops, chosen.ids, gate.first, held)
+    tile = slot_tile(n * n_used, held)
+    order = sort(ops, chosen.ids, gate.first, held, tile)
     most_tiles = min(n * n_used, len(order.tiles))
+    up_form, down_form = (_grouped(ops, tile, *ws) for ws in ((gate, other), (down,)))
     _launch(
-        ops, "gemm_experts_up", most_tiles * -(-f // (_ROWS // 2)), (gate, other), h, gate.tiles,
-        other.tiles, x16, order.slots, order.tiles, order.ends, n_used, f, shape.n_row_tiles,
-        0 if up is not None else f // 16, shape.n_col_tiles, held, d, gate.skip, h.stride(0),
-        x16.stride(0), Q0=gate.qtype.id, Q1=other.qtype.id, GATED=1,
+        ops, "gemm_experts_up", up_form, most_tiles * -(-f // (_ROWS // 2)), (gate, other), h,
+        gate.tiles, other.tiles, x16, order.slots, order.tiles, order.ends, n_used, f,
+        shape.n_row_tiles, 0 if up is not None else f // 16, shape.n_col_tiles, held, d,
+        gate.skip, h.stride(0), x16.stride(0), Q0=gate.qtype.id, Q1=other.qtype.id, GATED=1,
     )  # fmt: skip
     _launch(
-        ops, "gemm_experts_down", most_tiles * -(-down.shape[1] // _ROWS), (down,), part,
+        ops, "gemm_experts_down", down_form, most_tiles * -(-down.shape[1] // _ROWS), (down,), part,
         down.tiles, h, order.slots, order.tiles, order.ends, down.shape[1],
         down.layout.n_row_tiles, down.layout.n_col_tiles, held, f, down.skip, part.stride(0),
         h.stride(0), Q0=down.qtype.id, Q1=-1,
@@ -266,29 +296,86 @@ def _shared(ops: Any) -> int:
     return _SHARED.get(ops.device.capability, 99) << 10
 
 
-def _stages(ops: Any, weights: Sequence[CudaWeight]) -> int:
-    room = _shared(ops) - 2048  # alignment and more
-    return min(_MOST_STAGES, room // (_X_BYTES + 16 * max(_tile_bytes(w) for w in weights)))
+def _stages(ops: Any, weights: Sequence[CudaWeight], form: Form = _WHOLE) -> int:
+    # of a CTA: two of an SM need a kilobyte each beside it, and alignment and more
+    room = _shared(ops) // form.ctas - (2048 if form.ctas == 1 else 3072)
+    return min(_MOST_STAGES, room // _stage_bytes(weights, form))
 
 
-def _width(ops: Any, n: int, row_items: int) -> int:
-    """Tokens of a work item: the width with the least time, in cycles for 64 columns."""
+def _stage_bytes(weights: Sequence[CudaWeight], form: Form) -> int:
+    return 128 * form.most + 8 * form.parts * max(_tile_bytes(w) for w in weights)
 
-    def cycles(width: int) -> float:  # unpacking the weights, and per token; an H200, 2026-11-22
-        waves: int = -(-row_items * -(-n // width) // ops.device.n_sm)
-        return waves * (480 + 4.5 * width)
 
-    return min(_WIDTHS, key=cycles)
+def _grouped(ops: Any, tile: int, *weights: CudaWeight) -> Form:
+    """The form of routed experts' products by tiles of so many slots."""
+    two = Form(tile, tile, ctas=2)
+    one_type = len({w.qtype.id for w in weights}) == 1  # two would spill
+    fit = ops.device.capability == 90 and tile == 32 and one_type
+    return two if fit and _stages(ops, weights, two) >= _STAGES_OF_TWO else Form(tile, tile)
+
+
+def _fills(ops: Any, n_items: int, cluster: int, ctas: int = 1) -> bool:
+    """Whether clusters for so many items are on the device all at once.
+
+    They lie within groups of SMs of uneven sizes: on an H200's 132 SMs 128 CTAs don't fit by fours.
+    """
+    sms: int = ops.device.n_sm * 10 // 11 if cluster > 2 else ops.device.n_sm
+    return bool(ops.device.capability == 90) and n_items * cluster <= sms * ctas
+
+
+def _form(
+    ops: Any, weights: Sequence[CudaWeight], n: int, rows: Sequence[int], least: int, steps: int
+) -> Form:
+    """How a dense product of weights with so many `rows` is cut: what takes the least time.
+
+    Its stages are `steps`, of the shortest weight `least`.
+    """
+
+    def items(form: Form) -> int:
+        return sum(-(-r // (128 * form.parts)) for r in rows) * -(-n // form.tokens)
+
+    def cost(form: Form) -> float:  # microseconds; an H200, 2026-11-22, in graphs
+        if not form.cluster:
+            waves: int = -(-items(form) // ops.device.n_sm)
+            return 2 + waves * steps * (0.43 + 0.00375 * form.tokens)
+        alone, share = items(form) * form.cluster / ops.device.n_sm, -(-steps // form.cluster)
+        if form.parts == 2:
+            return 3.8 + share * (0.33 + 0.0066 * form.tokens) * (1.2 if alone > 0.7 else 1)
+        crowd = 1 if alone < 0.7 else 1.75 if alone < 1 else 2
+        return 3.7 + share * (0.2 + 0.0028 * form.tokens) * crowd
+
+    forms = [Form(tokens) for tokens in _WIDTHS]
+    forms += [Form(w, w, 1, 2, cluster) for w in (32, 64) for cluster in (2, 4)]
+    forms += [Form(w, w, 2, 1, cluster) for w in _WIDTHS for cluster in (2, 4)]
+    forms = [form for form in forms if _allowed(ops, weights, form, items(form), least)]
+    return min(forms, key=cost)
+
+
+def _allowed(ops: Any, weights: Sequence[CudaWeight], form: Form, n_items: int, steps: int) -> bool:
+    if not form.cluster:
+        return True
+    few = _STAGES_OF_TWO if form.ctas == 2 else _LEAST_STAGES
+    fits = _stages(ops, weights, form) >= min(few, -(-steps // form.cluster))
+    return fits and steps >= form.cluster and _fills(ops, n_items, form.cluster, form.ctas)
 
 
 def _launch(
-    ops: Any, name: str, n_items: int, weights: Sequence[CudaWeight], *args: Any, **defines: int
-) -> None:
-    stages = _stages(ops, weights)
+    ops: Any, name: str, form: Form, n_items: int, weights: Sequence[CudaWeight], *args: Any,
+    **defines: int,
+) -> None:  # fmt: skip
+    stages = _stages(ops, weights, form)
     assert stages >= _LEAST_STAGES, "see fits()"
+    if form.cluster:  # enough to have all of a CTA's under way
+        longest = max(w.layout.n_col_tiles for w in weights if w.layout is not None)
+        stages = min(stages, -(-longest // form.cluster) + 3)
     threads = _THREADS + (128 if ops.device.capability == 90 else 0)  # that copy, for wgmma
-    ops.run(
-        name, (min(ops.device.n_sm, n_items),), threads, *args,
-        shared=1024 + 16 * stages + stages * (_X_BYTES + 16 * max(_tile_bytes(w) for w in weights)),
-        STAGES=stages, **defines,
-    )  # fmt: skip
+    shared = 16 * stages + stages * _stage_bytes(weights, form)
+    ctas = min(ops.device.n_sm * form.ctas, n_items)
+    for key, value, usual in (("MOST", form.most, 128), ("CTAS", form.ctas, 1)):
+        if value != usual:
+            defines[key] = value
+    if form.cluster:
+        ctas = n_items * form.cluster
+        shared = max(shared, 4 * form.tokens * (128 * form.parts + 4))
+        defines |= {"CLUSTER": form.cluster, "PARTS": form.parts}
+    ops.run(name, (ctas,), threads, *args, shared=1024 + shared, STAGES=stages, **defines)

@@ -23,6 +23,7 @@ from mlacli.parallel.cuda_sizes import (
     most_score_bytes,
     on_tensor_cores,
     slot_bytes,
+    slot_tile,
 )
 from mlacli.parallel.host_stream import READ_ONCE, SLOTS, Stored, is_routed, ring_slot_bytes
 from mlacli.parallel.memory import most_logit_rows
@@ -246,7 +247,8 @@ class CudaScratch:
                 x.f16()
                 n_slots = taken.n * n_used
                 taken.take(n_used)
-                taken.nbytes += _aligned(16 * (n_slots // 128 + held)) + _ALIGN
+                tile = slot_tile(n_slots, held)
+                taken.nbytes += _aligned(16 * (n_slots // tile + held)) + _ALIGN
                 taken.half(f, n_used)
                 taken.half(d, n_used)
             else:

@@ -34,6 +34,17 @@ def mail_bytes(n_ranks: int) -> int:
     return 2 * 16 * 128 * 4 + 2 * n_ranks * (128 << 10) * 8 + 1024
 
 
+# ---- routed experts -------------------------------------------------------------------------
+
+
+def slot_tile(n_slots: int, held: int) -> int:
+    """Slots of one expert that its grouped product takes at a time: kernels/moe_sort.cu.
+
+    A tile's width is a quarter of it, two, three or four; few slots an expert need narrow ones.
+    """
+    return 32 if n_slots <= 16 * held else 128
+
+
 # ---- absorbed attention ---------------------------------------------------------------------
 
 PLAIN_SPLITS = 32

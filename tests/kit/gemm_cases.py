@@ -182,15 +182,35 @@ def routed(
     yield report(case, ops.get(y), *sums)
 
 
+def crowded(ops: Any, n: int, seed: int) -> list[np.ndarray]:
+    """experts() of the same tokens again and again, most of which one expert has.
+
+    Which of its slots share a tile, and how wide that is, may change from run to run.
+    """
+    rng = np.random.default_rng(seed)
+    gate, up = (Weight(ops, "Q4_K", (8, 96, 256), rng).held for _ in range(2))
+    down = Weight(ops, "Q8_0", (8, 256, 96), rng).held
+    x16 = put16(ops, rng.standard_normal((n, 256), np.float32))
+    ids = np.stack([rng.integers(0, 2, n), rng.integers(2, 8, n)], axis=1).astype(np.int32)
+    chosen = Chosen(ops.put(ids), ops.put(rng.random((n, 2), np.float32)))
+    runs = []
+    for _ in range(4):
+        y = ops.put(np.zeros((n, 256), np.float32))
+        gemm.experts(ops, x16, chosen, gate, up, down, y, add=False)
+        runs.append(ops.get(y))
+    return runs
+
+
 def sorting(
-    ops: Any, n: int, n_used: int, n_experts: int, first: int, held: int, seed: int
-) -> None:
+    ops: Any, n: int, n_used: int, n_experts: int, first: int, held: int, seed: int,
+    tile: int = 128,
+) -> None:  # fmt: skip
     """Slots in order of their expert; tiles cover each held slot once, wide ones first."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(-1, n_experts, (n, n_used)).astype(np.int32)
     if seed % 2:
         ids[:, 0] = first  # an expert that everybody wants
-    order = gemm.sort(ops, ops.put(ids), first, held)
+    order = gemm.sort(ops, ops.put(ids), first, held, tile)
     local = ids.ravel() - first
     here = np.flatnonzero((local >= 0) & (local < held))
     want = here[np.argsort(local[here], kind="stable")]
@@ -200,7 +220,7 @@ def sorting(
     ends = ops.get(order.ends)
     tiles = ops.get(order.tiles)[: ends[3]]
     assert (np.diff(ends) >= 0).all()
-    widths = np.searchsorted(-np.array([96, 64, 32, 0]), -tiles[:, 2], side="right")
+    widths = np.searchsorted(-tile // 4 * np.array([3, 2, 1, 0]), -tiles[:, 2], side="right")
     wanted = np.searchsorted(ends, np.arange(ends[3]), side="right")
     assert (widths == wanted).all(), (tiles, ends)
     covered = np.concatenate([np.arange(s, s + c) for _, s, c, _ in tiles] or [[]])
