@@ -170,14 +170,15 @@ class CudaRanks(Ranks):
             self._together.collectives.check()
 
     def close(self) -> None:
-        if self._steps is not None:
-            for stage in self._steps.stages:
-                stage.graphs.clear()
-            if self._together is not None:
-                self._together.collectives.close()
         super().close()
-        for ops in self.ops:
-            ops.device.close()
+        for stage in self._steps.stages if self._steps is not None else ():
+            stage.graphs.clear()
+        try:
+            if self._steps is not None and self._together is not None:
+                self._together.collectives.close()
+        finally:  # also after a GPU failed
+            for ops in self.ops:
+                ops.device.close()
 
 
 def _alone(place: Place) -> Callable[[Callable[[int], Any]], list[Any]]:

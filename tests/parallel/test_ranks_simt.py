@@ -17,7 +17,7 @@ from kit.simt_gpu import simulated
 
 import mlacli
 from mlacli.backends.cuda_place import Place
-from mlacli.errors import RankError, UnsupportedFeature
+from mlacli.errors import MlacliError, RankError, UnsupportedFeature
 from mlacli.loading.presets import PRESETS
 from mlacli.params import SamplingParams
 from mlacli.sampling import Sampler
@@ -115,6 +115,24 @@ def test_replays_run_in_the_caller_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 
         monkeypatch.setattr(engine._ranks.group, "run", refuse)
         assert np.array_equal(engine.decode(1), first)
+
+
+@needs_simt
+@pytest.mark.parametrize("mode, device", [("graph", "cuda0,cuda1,cuda0"), ("layer", "cuda0,cuda1")])
+def test_tensors_come_back_as_they_are_in_the_file(
+    monkeypatch: pytest.MonkeyPatch, mode: str, device: str
+) -> None:
+    simulated(monkeypatch, capability=75)
+    flags = {"device": device, "split_mode": mode}
+    with mlacli.load(FILES["v3_kv_b"], **EXACT, **flags) as engine:
+        shards = engine.prepared.plan.shards
+        assert engine.check_tensors().n_tensors == len({shard.tensor for shard in shards})
+        held = engine._weights[1].layers[1].ffn_gate_inp.raw
+        spoiled = engine._ops(1).device.get(held)
+        spoiled.reshape(-1)[3] ^= 1
+        engine._ops(1).device.copy_in(held, spoiled)
+        with pytest.raises(MlacliError, match="ffn_gate_inp"):
+            engine.check_tensors()
 
 
 @needs_simt
