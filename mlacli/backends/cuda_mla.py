@@ -121,4 +121,3 @@ class Attention:
         into = self.chosen[: step.n]
         imposed = ops.imposed.get(w.indexer_attn_k.name)
         return sparse.select(ops, queries, rows, step, indexer.top_k, imposed, into)
-
