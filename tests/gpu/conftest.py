@@ -1,6 +1,7 @@
-"""GPU tests run where CuPy sees a device; a whole run without failure writes report.json."""
+"""GPU tests run where CuPy sees a device; files whose tests all pass get into report.json."""
 
 import datetime
+import fcntl
 import json
 import os
 import subprocess
@@ -25,6 +26,7 @@ class Run:
     skipped: dict[str, str] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
     deselected: list[str] = field(default_factory=list)
+    selected: list[str] = field(default_factory=list)
     written: str = ""
 
 
@@ -101,41 +103,63 @@ def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Iterator[None]:
         run.seconds[item.nodeid] = round(report.duration, 3)
 
 
-def why_unwritten(config: pytest.Config, run: Run) -> str:
-    """Why this session proves less than a report claims; empty when it proves it."""
-    asked = [Path(config.invocation_params.dir, arg.partition("::")[0]) for arg in config.args]
-    if not any(path.resolve() in (HERE, *HERE.parents) for path in asked):
-        return "only part of tests/gpu was asked for"
-    if run.deselected:
-        return f"{len(run.deselected)} tests were deselected"
-    return f"{len(run.failed)} tests failed" if run.failed else ""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    run_of(session.config).selected = [item.nodeid for item in session.items if is_ours(item)]
+
+
+def whole_files(config: pytest.Config, run: Run) -> dict[str, list[str]]:
+    """Tests by file, of the files whose every test passed, or was skipped for a reason."""
+    files: dict[str, list[str]] = {}
+    for test in run.selected:
+        files.setdefault(_file(test), []).append(test)
+    parts = {Path(config.invocation_params.dir, arg.partition("::")[0]).resolve()
+             for arg in config.args if "::" in arg}  # fmt: skip
+    bad = {_file(test) for test in (*run.deselected, *run.failed)}
+    bad |= {file for file in files if (gpu_proof.ROOT / file) in parts}
+    done = run.seconds.keys() | run.skipped.keys()
+    return {file: all_ for file, all_ in files.items() if file not in bad and done >= set(all_)}
+
+
+def _file(test: str) -> str:
+    return test.partition("::")[0]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     run = run_of(session.config)
     if not run.seconds:
         return
-    if reason := why_unwritten(session.config, run):
-        run.written = f"tests/gpu/report.json is left as it was: {reason}"
+    if not (files := whole_files(session.config, run)):
+        run.written = "tests/gpu/report.json is left as it was: no file's tests all passed"
         return
     import cupy
     from cupy.cuda import nvrtc, runtime
 
+    hashes, n_devices = gpu_proof.tests(), runtime.getDeviceCount()
     report = {
         "device": runtime.getDeviceProperties(0)["name"].decode(),
-        "n_devices": runtime.getDeviceCount(),
         "driver": runtime.driverGetVersion(),
         "nvrtc": ".".join(map(str, nvrtc.getVersion())),
         "cupy": cupy.__version__,
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
-        "passed": len(run.seconds),
-        "skipped": run.skipped,
-        "seconds": dict(sorted(run.seconds.items())),
+        "passed": sum(test in run.seconds for tests in files.values() for test in tests),
+        "tests": {
+            file: {
+                "hash": hashes[file],
+                "n_devices": n_devices,
+                "seconds": {test: run.seconds[test] for test in tests if test in run.seconds},
+                "skipped": {test: run.skipped[test] for test in tests if test in run.skipped},
+            }
+            for file, tests in sorted(files.items())
+        },
         "files": gpu_proof.hashes(),
     }
-    gpu_proof.REPORT.write_text(json.dumps(report, indent=1) + "\n")
-    run.written = f"tests/gpu/report.json: {len(run.seconds)} tests passed"
+    path = gpu_proof.REPORT
+    with path.with_suffix(".lock").open("w") as lock:  # runs side by side on several GPUs
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = json.loads(path.read_text()) if path.exists() else None
+        path.write_text(json.dumps(gpu_proof.merged(before, report), indent=1) + "\n")
+    run.written = f"tests/gpu/report.json: {report['passed']} tests of {len(files)} files passed"
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
