@@ -1,5 +1,6 @@
 """The line that says whether a GPU run has seen the sources as they are."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ RUN = {"device": "NVIDIA H200", "date": "2026-11-22", "passed": 57}
 
 def report_of(root: Path, *names: str) -> dict[str, Any]:
     """Of a run that passed one test of each of these files."""
-    found = {f"tests/gpu/{name}": {"seconds": {name: 1.0}, "skipped": {}} for name in names}
+    found = {
+        f"tests/gpu/{name}": {"n_tests": 1, "seconds": {name: 1.0}, "skipped": {}} for name in names
+    }
     for path, of in found.items():
         of["hash"] = gpu_proof.tests(root)[path]
     return RUN | {"files": gpu_proof.hashes(root), "tests": found, "passed": len(names)}
@@ -53,6 +56,14 @@ def test_runs_on_the_same_sources_add_up(root: Path) -> None:
     assert "no since tests/gpu/test_b.py (" in gpu_proof.verdict(first, root)
     both = gpu_proof.merged(first, second)
     assert gpu_proof.verdict(both, root) == "GPU-proven: yes (NVIDIA H200, 2026-11-22, 2 tests)"
+    (part := report_of(root, "test_a.py"))["tests"]["tests/gpu/test_a.py"]["n_tests"] = 2
+    partial = gpu_proof.merged(both, part)
+    assert "no since tests/gpu/test_a.py (" in gpu_proof.verdict(partial, root)
+    rest = json.loads(json.dumps(part))
+    rest["tests"]["tests/gpu/test_a.py"]["skipped"] = {"other": "needs two GPUs"}
+    assert gpu_proof.verdict(gpu_proof.merged(partial, rest), root) == (
+        "GPU-proven: yes (NVIDIA H200, 2026-11-22, 2 tests)"
+    )
     (root / "tests" / "gpu" / "test_a.py").write_text("another test")
     assert "no since tests/gpu/test_a.py (" in gpu_proof.verdict(both, root)
     assert gpu_proof.merged(first | {"device": "another"}, second) == second

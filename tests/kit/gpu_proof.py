@@ -1,7 +1,7 @@
 """Which sources GPU runs proved: prints `GPU-proven: yes`, or `no since <files>`.
 
 CI has no GPU. The tests in tests/gpu write report.json with a hash of every file that they prove,
-and of every test file that ran whole; this compares it with the files as they are now.
+and of every file of tests; this compares it with the files as they are now.
 """
 
 from __future__ import annotations
@@ -35,16 +35,29 @@ def tests(root: Path = ROOT) -> dict[str, str]:
 
 
 def merged(report: dict[str, Any] | None, run: dict[str, Any]) -> dict[str, Any]:
-    """The report after `run`: test files of runs on the same sources and device add up."""
-    if report is None or any(report.get(x) != run[x] for x in ("files", "device")):
-        return run
-    found = report["tests"] | run["tests"]
-    return run | {"tests": dict(sorted(found.items())), "passed": _passed(found)}
+    """The report after `run`: tests of runs on the same sources and kind of device add up.
+
+    A test that was skipped once and passed another time, with more GPUs, has passed.
+    """
+    found = {path: dict(of) for path, of in run["tests"].items()}
+    if report is not None and all(report.get(x) == run[x] for x in ("files", "device")):
+        for path, of in report["tests"].items():
+            new = found.setdefault(path, of)
+            if new["hash"] == of["hash"]:
+                new["seconds"] = of["seconds"] | new["seconds"]
+                skipped = of["skipped"] | new["skipped"]
+                new["skipped"] = {x: why for x, why in skipped.items() if x not in new["seconds"]}
+    n_passed = sum(len(of["seconds"]) for of in found.values())
+    return run | {"tests": dict(sorted(found.items())), "passed": n_passed}
 
 
 def changed(report: dict[str, Any], root: Path = ROOT) -> list[str]:
-    """Files that are new, gone or other than when the report was written, tests included."""
-    ran = {path: of["hash"] for path, of in report.get("tests", {}).items()}
+    """Files that are new, gone or other than when the report was written, or not run whole."""
+    ran = {
+        path: of["hash"]
+        for path, of in report.get("tests", {}).items()
+        if len(of["seconds"]) + len(of["skipped"]) == of["n_tests"]
+    }
     then, now = report.get("files", {}) | ran, hashes(root) | tests(root)
     return sorted(path for path in then.keys() | now.keys() if then.get(path) != now.get(path))
 
@@ -59,10 +72,6 @@ def verdict(report: dict[str, Any] | None, root: Path = ROOT) -> str:
         return f"GPU-proven: yes ({run})"
     more = f" and {len(files) - _NAMED} more" if len(files) > _NAMED else ""
     return f"GPU-proven: no since {', '.join(files[:_NAMED])}{more} (last run: {run})"
-
-
-def _passed(found: dict[str, Any]) -> int:
-    return sum(len(of["seconds"]) for of in found.values())
 
 
 def _hash(file: Path) -> str:
