@@ -1,7 +1,6 @@
 """The ops of one CUDA rank: which kernels compute each op, in which form, on which memory.
 
-Few tokens take cuda_matvec, which folds norms into products and products into the residual stream;
-many take cuda_gemm on float16 activations; what neither takes, cuda_plain. Knows no CuPy.
+Few tokens take cuda_matvec, many cuda_gemm, what neither takes cuda_plain. Knows no CuPy.
 """
 
 from __future__ import annotations
