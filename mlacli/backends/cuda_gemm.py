@@ -200,31 +200,54 @@ def experts(
 
     `up` None: gate holds the rows of gate and up. Experts that aren't held add nothing.
     """
-    (n, n_used), (held, rows, d), shape = chosen.ids.shape, gate.shape, gate.layout
+    (n, n_used), (_, d, f) = chosen.ids.shape, down.shape
+    order = sort(ops, chosen.ids, gate.first, gate.shape[0])
+    h, part = rows16(ops, n * n_used, f), rows16(ops, n * n_used, d)
+    experts_up(ops, x16, order, n_used, gate, up, h)
+    experts_down(ops, h, order, down, part)
+    combine(ops, part, chosen, down, y, add)
+
+
+def experts_up(
+    ops: Any, x16: Array, order: Sorted, n_used: int, gate: CudaWeight, up: CudaWeight | None,
+    h: Array,
+) -> None:  # fmt: skip
+    """h, in the order of `order`: silu(gate x) * up x of the experts that it is of."""
+    (held, rows, d), shape = gate.shape, gate.layout
     f, other = (rows, up) if up is not None else (rows // 2, gate)
-    assert shape is not None and other.layout is not None and down.layout is not None
+    assert shape is not None and other.layout is not None
     assert shape.n_col_tiles == other.layout.n_col_tiles, "gate and up are cut alike"
     assert up is not None or f % 16 == 0, "merged gate and up rows share a tile"
-    order = sort(ops, chosen.ids, gate.first, held)
-    most_tiles = min(n * n_used, len(order.tiles))
-    h = rows16(ops, n * n_used, f)
     _launch(
-        ops, "gemm_experts_up", most_tiles * -(-f // (_ROWS // 2)), (gate, other), h, gate.tiles,
-        other.tiles, x16, order.slots, order.tiles, order.ends, n_used, f, shape.n_row_tiles,
-        0 if up is not None else f // 16, shape.n_col_tiles, held, d, gate.skip, h.stride(0),
-        x16.stride(0), Q0=gate.qtype.id, Q1=other.qtype.id, GATED=1,
+        ops, "gemm_experts_up", _most_tiles(order) * -(-f // (_ROWS // 2)), (gate, other), h,
+        gate.tiles, other.tiles, x16, order.slots, order.tiles, order.ends, n_used, f,
+        shape.n_row_tiles, 0 if up is not None else f // 16, shape.n_col_tiles, held, d, gate.skip,
+        h.stride(0), x16.stride(0), Q0=gate.qtype.id, Q1=other.qtype.id, GATED=1,
     )  # fmt: skip
-    part = rows16(ops, n * n_used, down.shape[1])
+
+
+def experts_down(ops: Any, h: Array, order: Sorted, down: CudaWeight, part: Array) -> None:
+    """part, by slot: down h of the experts that `order` is of."""
+    (held, d, f), shape = down.shape, down.layout
+    assert shape is not None
     _launch(
-        ops, "gemm_experts_down", most_tiles * -(-down.shape[1] // _ROWS), (down,), part,
-        down.tiles, h, order.slots, order.tiles, order.ends, down.shape[1],
-        down.layout.n_row_tiles, down.layout.n_col_tiles, held, f, down.skip, part.stride(0),
-        h.stride(0), Q0=down.qtype.id, Q1=-1,
+        ops, "gemm_experts_down", _most_tiles(order) * -(-d // _ROWS), (down,), part, down.tiles,
+        h, order.slots, order.tiles, order.ends, d, shape.n_row_tiles, shape.n_col_tiles, held, f,
+        down.skip, part.stride(0), h.stride(0), Q0=down.qtype.id, Q1=-1,
     )  # fmt: skip
+
+
+def combine(ops: Any, part: Array, chosen: Chosen, down: CudaWeight, y: Array, add: bool) -> None:
+    """y (+)= each token's slots of `part` whose expert is held here, weighted."""
+    (n, n_used), (held, d, _) = chosen.ids.shape, down.shape
     ops.run(
-        "moe_combine", (n,), 256, y, part, chosen.ids, chosen.weights, n_used, down.shape[1],
-        gate.first, held, int(add), part.stride(0),
+        "moe_combine", (n,), 256, y, part, chosen.ids, chosen.weights, n_used, d, down.first, held,
+        int(add), part.stride(0),
     )  # fmt: skip
+
+
+def _most_tiles(order: Sorted) -> int:
+    return min(order.slots.size, len(order.tiles))
 
 
 # ---- launches -------------------------------------------------------------------------------

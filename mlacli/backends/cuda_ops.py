@@ -14,6 +14,7 @@ import numpy as np
 from mlacli.backends import cuda_gemm as gemm
 from mlacli.backends import cuda_matvec as matvec
 from mlacli.backends import cuda_plain as plain
+from mlacli.backends import cuda_raw as raw
 from mlacli.backends import cuda_rows, cuda_sampling, cuda_weights
 from mlacli.backends.cuda_acts import Act, Chosen
 from mlacli.backends.cuda_array import Array
@@ -193,7 +194,7 @@ class CudaOps(Ops):
                 gemm.products(self, [pair], self.f16(x), add=add)
         for w, out in pairs:
             if w.tiles is None:
-                plain.product(self, self.f32(x), w, out, add)
+                raw.product(self, x, w, out, add)
 
     def gated(self, x: Act, gate: CudaWeight, up: CudaWeight) -> Act:
         n, f = len(x), gate.shape[0]
@@ -269,8 +270,7 @@ class CudaOps(Ops):
         gate, up = (w.ffn_gate_exps, w.ffn_up_exps) if merged is None else (merged, None)
         shared = None if w.ffn_down_shexp is None else (w.ffn_gate_shexp, w.ffn_up_shexp)
         if chosen is not None and not matvec.takes(gate, up, down):
-            h = plain.experts_up(self, self.f32(x), chosen, gate, up)
-            plain.experts_down(self, h, chosen, down, y, add)
+            raw.experts(self, x, chosen, gate, up, down, y, add)
         elif chosen is not None and len(x) > FEW:
             gemm.experts(self, self.f16(x), chosen, gate, up, down, y, add)
         elif chosen is not None:

@@ -21,6 +21,10 @@ from mlacli.parallel.cuda_sizes import (
     bucket,
     most_score_bytes,
     on_tensor_cores,
+    stays_plain,
+    unpacked_bytes,
+    unpacked_experts,
+    unpacked_product_bytes,
 )
 from mlacli.parallel.memory import most_logit_rows
 
@@ -41,6 +45,7 @@ class Weight:
     shape: tuple[int, ...]
     tiled: bool
     f32: bool
+    unpacks: bool  # in parts, for many tokens: backends/cuda_raw.py
 
     @property
     def rows(self) -> int:
@@ -62,7 +67,8 @@ class CudaScratch:
         layers: dict[int | None, dict[str, Weight]] = {}
         for shard in shards:
             tiled = capability >= 80 and shard.tiled
-            weight = Weight(shard.shape, tiled, shard.qtype.name == "F32")
+            unpacks = capability >= 80 and not (tiled or stays_plain(shard.tensor, shard.qtype))
+            weight = Weight(shard.shape, tiled, shard.qtype.name == "F32", unpacks)
             layers.setdefault(shard.layer, {})[_short_name(shard.tensor)] = weight
         self._output = layers.pop(None, {}).get("output")
         different = {tuple(sorted(layer.items(), key=lambda x: x[0])) for layer in layers.values()}
@@ -183,7 +189,7 @@ class CudaScratch:
             self._into_stream(h, layer["ffn_down"])
         elif "ffn_down_exps" in layer or "ffn_down_shexp" in layer:
             self._experts(layer, x)
-        return taken.nbytes
+        return taken.peak
 
     def _gated(self, x: Values, gate: Weight, up: Weight) -> Values:
         """CudaOps.gated."""
@@ -215,24 +221,36 @@ class CudaScratch:
             self._route(layer["ffn_gate_inp"], x)
             gate = layer["ffn_gate_exps"] if merged is None else merged
             up, (held, _, f) = layer["ffn_up_exps"] if merged is None else gate, down.shape
-            if not (gate.tiled and up.tiled and down.tiled):
-                x.f32()
-                taken.take(n_used * f)
-                taken.take(d)
-            elif taken.n > FEW:
+            tiled = gate.tiled and up.tiled and down.tiled
+            unpacks = gate.unpacks and up.unpacks and down.unpacks
+            if taken.n > FEW and (tiled or unpacks):
                 x.f16()
-                n_slots = taken.n * n_used
-                taken.take(n_used)
-                taken.nbytes += _aligned(16 * (n_slots // 128 + held)) + _ALIGN
                 taken.half(f, n_used)
                 taken.half(d, n_used)
+                at_once, parts = held, 0
+                if unpacks:
+                    both = [gate.shape[1]] if merged is not None else [gate.rows, up.rows]
+                    at_once = unpacked_experts(held, sum(both), d, f)
+                    parts = max(
+                        sum(unpacked_bytes(rows, d, at_once) for rows in both),
+                        unpacked_bytes(d, f, at_once),
+                    )
+                n_slots = taken.n * n_used
+                sort = _aligned(4 * n_slots) + _aligned(16 * (n_slots // 128 + at_once)) + _ALIGN
+                if unpacks:
+                    taken.for_a_moment(sort + parts)
+                else:
+                    taken.nbytes += sort
+            elif not tiled:
+                x.f32()
+                taken.take(n_used * f)
             else:
                 both = [layer.get(f"ffn_{x}_shexp") for x in ("gate", "up", "down")]
                 beside = all(w is not None and w.tiled for w in both)
                 taken.take(n_used * f + (both[0].rows if beside and both[0] else 0))
         if shared is not None and not beside:
             h = self._gated(x, layer["ffn_gate_shexp"], layer["ffn_up_shexp"])
-            h.products(shared, add=True)
+            h.products(shared)
 
     def _route(self, gate: Weight, x: Values) -> None:
         taken = x.taken
@@ -258,7 +276,7 @@ class CudaScratch:
         if self.n_ranks > 1:
             taken.take(self.hp.n_vocab)
         x.products(self._output)
-        return taken.nbytes
+        return taken.peak
 
     def _normed(self, taken: Taken, width: int) -> Values:
         return Values(taken, width, halves=self.capability >= 80)
@@ -267,7 +285,7 @@ class CudaScratch:
         """A product that adds into the residual stream; or a partial for the other ranks."""
         if self.n_ranks > 1:
             x.taken.take(w.rows)
-        x.products(w, add=self.n_ranks == 1)
+        x.products(w)
 
 
 class Taken:
@@ -317,15 +335,17 @@ class Values:
             self.taken.half(self.width)
             self.has16 = True
 
-    def products(self, *weights: Weight, add: bool = False) -> None:
-        """CudaOps.products, the results aside; `add`: what is not in tiles needs one beside."""
-        if self.taken.n > FEW and any(w.tiled for w in weights):
+    def products(self, *weights: Weight) -> None:
+        """CudaOps.products, the results aside."""
+        many = self.taken.n > FEW
+        if many and any(w.tiled for w in weights):
             self.f16()
         for w in weights:
-            if not w.tiled:
+            if w.unpacks and many:
+                self.f16()
+                self.taken.for_a_moment(unpacked_product_bytes(*w.shape))
+            elif not w.tiled:
                 self.f32()
-                if add:
-                    self.taken.take(w.rows)
 
 
 def _short_name(tensor: str) -> str:
