@@ -125,7 +125,7 @@ def _unpacked(
     ops: CudaOps, w: CudaWeight, sizes: tuple[int, ...], first: int,
     order: gemm.Sorted | None = None,
 ) -> CudaWeight:  # fmt: skip
-    """`sizes` leading indices of w from `first` on in float16 tiles; of experts those in `order`."""
+    """`sizes` leading indices of w from `first` on in float16 tiles; experts: those in `order`."""
     shape = (*sizes, *w.shape[len(sizes) :])
     layout = tiled_shape(shape, F16)
     tiles, (rows, n_in) = ops.new((layout.nbytes,), np.uint8), shape[-2:]

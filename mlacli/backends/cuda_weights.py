@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlacli.backends.cuda_array import Array
+from mlacli.loading.drawn import NUMBERS, Drawn
 from mlacli.loading.quant_types import QType
 from mlacli.loading.tiles import HEADER, ROWS, TiledShape, tiled_shape
 from mlacli.loading.untile import edge_blocks, has_foreign_groups, untile
@@ -71,7 +72,7 @@ def upload(device: Device, raw: Bytes, shard: Shard, tiled: bool = True) -> Cuda
         held = device.take(raw.shape, np.uint8)
         at = 0
         for piece in _pieces(_three_axes(raw), PIECE):
-            device.send(_bytes_at(held.ptr + at, piece.raw.nbytes), piece.raw)
+            _send(device, _bytes_at(held.ptr + at, piece.raw.nbytes), piece.raw)
             at += piece.raw.nbytes
         return CudaWeight(shard.tensor, shard.shape, shard.qtype, held, None, skip, first)
     layout = tiled_shape(shard.shape, shard.qtype, skip)
@@ -94,7 +95,7 @@ def _repack(
     device.send(tiles[:HEADER], np.zeros(HEADER, np.uint8))
     staging = device.spare(PIECE)
     for piece in _pieces(raw, staging.nbytes):
-        device.send(staging[: piece.raw.nbytes], piece.raw)
+        _send(device, staging[: piece.raw.nbytes], piece.raw)
         first = piece.lead * layout.n_row_tiles + piece.row // ROWS
         n_row_tiles = piece.raw.shape[0] * -(-piece.raw.shape[1] // ROWS)
         device.launch(
@@ -102,6 +103,26 @@ def _repack(
             first, raw.shape[1], layout.all_row_tiles, shard.shape[-1], skip, layout.n_col_tiles,
             raw.shape[2], WTYPE=shard.qtype.id,
         )  # fmt: skip
+
+
+def _send(device: Device, target: Array, raw: Any) -> None:
+    """What the device draws itself is not sent: kernels/draw.cu."""
+    if not isinstance(raw, Drawn) or target.ptr % 4:
+        device.send(target, np.asarray(raw))
+        return
+    (lead, rows, width), kind = raw.shape, raw.source
+    fields = [place | mask << 16 | rest << 24 for place, mask, rest in kind.fields]
+    device.launch(
+        "draw_bytes", (min(1 << 16, -(-raw.nbytes // 1024)),), 256, target, lead, rows, width,
+        raw.first, *raw.strides[:2], _signed(kind.key), kind.scale, kind.qtype.nbytes,
+        *map(_signed, [*fields, *[0xFFFF] * (4 - len(fields))]),
+        DRAW=NUMBERS.get(kind.qtype.name, 3),
+    )  # fmt: skip
+
+
+def _signed(word: int) -> int:
+    """32 bits as an int parameter."""
+    return word - (word >> 31 << 32)
 
 
 @dataclass(frozen=True, slots=True)

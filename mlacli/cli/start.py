@@ -51,7 +51,7 @@ def _synthetic(line: CommandLine, preset: Preset, params: Params) -> SyntheticFi
     if line["model"] is not None:
         raise UsageError("--synthetic takes the place of a model file", "leave -m out")
     on_gpus = "cpu" not in params.split.devices and params.split.n_gpu_layers is None
-    return SyntheticFile(preset, override_kv=params.model.override_kv, copied=on_gpus)
+    return SyntheticFile(preset, override_kv=params.model.override_kv, on_gpus=on_gpus)
 
 
 def prepared_modes(line: CommandLine, modes: Sequence[str], **settled: Any) -> list[Prepared]:

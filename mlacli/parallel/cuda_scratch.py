@@ -229,10 +229,10 @@ class CudaScratch:
                 taken.half(d, n_used)
                 at_once, parts = held, 0
                 if unpacks:
-                    both = [gate.shape[1]] if merged is not None else [gate.rows, up.rows]
-                    at_once = unpacked_experts(held, sum(both), d, f)
+                    rows_of = [gate.rows] if merged is not None else [gate.rows, up.rows]
+                    at_once = unpacked_experts(held, sum(rows_of), d, f)
                     parts = max(
-                        sum(unpacked_bytes(rows, d, at_once) for rows in both),
+                        sum(unpacked_bytes(rows, d, at_once) for rows in rows_of),
                         unpacked_bytes(d, f, at_once),
                     )
                 n_slots = taken.n * n_used
