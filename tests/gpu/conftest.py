@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from kit import gpu_proof
+from kit.launcher import Launcher
 
 HERE = Path(__file__).parent
 LEFT_OUT = {"slow"}  # marks of tests that a whole run needn't have
@@ -28,6 +29,29 @@ class Run:
 
 
 RUN = pytest.StashKey[Run]()
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Launcher:
+    """A device with an arena of its own, opened once."""
+    from mlacli.backends.cuda_device import CudaDevice
+
+    return Launcher(CudaDevice("cuda0", 4 << 30))
+
+
+@pytest.fixture
+def ops(launcher: Launcher) -> Iterator[Launcher]:
+    """That device for one test, whose memory begins as NaN."""
+    import cupy
+
+    device = launcher.device
+    mark = device.mark()
+    whole = device.take(((4 << 30) - mark,), "u1")
+    device.rewind(mark)
+    cupy.cuda.runtime.memset(whole.ptr, 255, whole.nbytes)
+    cupy.cuda.runtime.deviceSynchronize()
+    yield launcher
+    device.rewind(mark)
 
 
 def why_not() -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from kit.compare import nmse
+from kit.launcher import Launcher
 from kit.tiled import tile_weight
 
 from mlacli.backends import cuda_attention as attention
@@ -20,30 +21,6 @@ from mlacli.loading.weights import from_float32, to_float32
 Host = np.ndarray[Any, Any]
 PROBABILITIES = 1e-7  # NMSE of rounding them to float16: about 4e-8 where the softmax is flat
 MANY = 3e-7  # a product with float16 weights and activations: 4e-8 each, and another rounding
-
-
-class Ops:
-    """What the host functions need of CudaOps."""
-
-    def __init__(self) -> None:
-        from mlacli.backends.cuda_device import CudaDevice
-
-        self.device = CudaDevice("cuda0", 1 << 30)
-        self.n_sm, self.capability = self.device.n_sm, self.device.capability
-
-    def new(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Any:
-        return self.device.take(shape, np.dtype(dtype))
-
-    def run(self, name: str, grid: tuple[int, ...], block: int, *args: Any, **how: Any) -> None:
-        self.device.launch(name, grid, block, *args, **how)
-
-    def put(self, host: Host) -> Any:
-        array = self.device.take(host.shape, host.dtype)
-        self.device.copy_in(array, host)
-        return array
-
-    def get(self, array: Any) -> Host:
-        return self.device.get(array)
 
 
 @dataclass
@@ -61,29 +38,24 @@ class Weight:
     values: Host
 
 
-@pytest.fixture
-def ops() -> Ops:
-    return Ops()
-
-
 def half(x: Host) -> Host:
     return x.astype(np.float16).astype(np.float32)
 
 
-def step_of(ops: Ops, pos: list[int], p: int) -> tuple[Step, Host, Host]:
+def step_of(ops: Launcher, pos: list[int], p: int) -> tuple[Step, Host, Host]:
     angles = np.maximum(pos, 0)[:, None] * 1e4 ** (-2 * np.arange(p // 2) / p)
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
     return Step(ops.put(np.array(pos, np.int32)), ops.put(cos), ops.put(sin)), cos, sin
 
 
-def weight(ops: Ops, shape: tuple[int, ...], qtype: QType, rng: np.random.Generator) -> Weight:
+def weight(ops: Launcher, shape: tuple[int, ...], qtype: QType, rng: np.random.Generator) -> Weight:
     values = rng.standard_normal(shape) / np.sqrt(shape[-1])
     raw = from_float32(values.astype(np.float32), qtype)
     tiles = ops.put(tile_weight(raw, qtype.name, shape))
     return Weight(shape, qtype, tiles, to_float32(raw, qtype).astype(np.float64))
 
 
-def cached(ops: Ops, rows: Host, n_ctx: int, cache_type: str) -> tuple[CacheRows, LatentRows]:
+def cached(ops: Launcher, rows: Host, n_ctx: int, cache_type: str) -> tuple[CacheRows, LatentRows]:
     """The first rows filled in by the NumPy cache, the others NaN; that cache beside it."""
     width, numpy = rows.shape[1], LatentRows(n_ctx, rows.shape[1], cache_type)
     numpy.poison()
@@ -112,7 +84,7 @@ def exact(q: Host, rows: Host, pos: list[int], r: int, scale: float, chosen: Any
 
 @pytest.mark.parametrize("n_kv", [1, 63, 64, 65, 1023, 1024, 16384, 32768])
 @pytest.mark.parametrize("h", [1, 3, 5, 16, 20, 64])
-def test_decode(ops: Ops, h: int, n_kv: int) -> None:
+def test_decode(ops: Launcher, h: int, n_kv: int) -> None:
     rng, r, p = np.random.default_rng(n_kv), 512, 64
     kv, numpy = cached(ops, rng.standard_normal((n_kv, r + p)).astype("f4"), n_kv + 100, "f16")
     q = half(rng.standard_normal((1, h, r + p)) * (1 if h % 2 else 6))
@@ -130,7 +102,7 @@ def test_decode(ops: Ops, h: int, n_kv: int) -> None:
 @pytest.mark.parametrize("cache_type", ["f16", "bf16", "f32", "q8_0"])
 @pytest.mark.parametrize("h, r, pos", [(16, 512, [3000]), (64, 512, [700, 701, -1]),
                                        (8, 256, [500]), (4, 32, list(range(90, 130)))])  # fmt: skip
-def test_cache_types(ops: Ops, cache_type: str, h: int, r: int, pos: list[int]) -> None:
+def test_cache_types(ops: Launcher, cache_type: str, h: int, r: int, pos: list[int]) -> None:
     rng, p, n_kv = np.random.default_rng(5), 64 if r > 32 else 8, max(pos) + 1
     kv, numpy = cached(ops, rng.standard_normal((n_kv, r + p)).astype("f4"), n_kv + 50, cache_type)
     q, step = half(rng.standard_normal((len(pos), h, r + p))), step_of(ops, pos, p)[0]
@@ -143,7 +115,7 @@ def test_cache_types(ops: Ops, cache_type: str, h: int, r: int, pos: list[int]) 
 
 
 @pytest.mark.parametrize("h, cache_type", [(64, "f16"), (8, "q8_0")])
-def test_chosen_rows(ops: Ops, h: int, cache_type: str) -> None:
+def test_chosen_rows(ops: Launcher, h: int, cache_type: str) -> None:
     rng, r, p, top_k, pos = np.random.default_rng(6), 512, 64, 2048, [4000, 4001, -1]
     kv, numpy = cached(ops, rng.standard_normal((4002, r + p)).astype("f4"), 4096, cache_type)
     chosen = np.sort([rng.permutation(4002)[:top_k] for _ in pos], 1).astype(np.int32)
@@ -167,7 +139,7 @@ WHOLE = [  # r, k, v, h, positions, weights, cache type
 
 @pytest.mark.parametrize("r, k, v, h, pos, qtype, cache_type", WHOLE)
 def test_three_launches(
-    ops: Ops, r: int, k: int, v: int, h: int, pos: list[int], qtype: QType, cache_type: str
+    ops: Launcher, r: int, k: int, v: int, h: int, pos: list[int], qtype: QType, cache_type: str
 ) -> None:
     """latent, attend and combine in a row: rows stored, queries brought over, values expanded."""
     rng, p, n, there = np.random.default_rng(7), 64, len(pos), np.array(pos) >= 0

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from kit import few_tokens as few
-from kit.kernel_ops import GpuOps
 from kit.tiled import qtype_of
 
 from mlacli.backends.cuda_matvec import Geometry
@@ -15,11 +14,6 @@ TYPES = (
     "Q6_K", "IQ4_XS",
 )  # fmt: skip
 V2L, V3 = Routing(6, False), Routing(8, True, 8, 4, True, 2.5)
-
-
-@pytest.fixture
-def ops() -> GpuOps:
-    return GpuOps()
 
 
 @pytest.fixture

@@ -1,11 +1,10 @@
 """Expanded prefill on Hopper against float64, with and without the kernels' roundings."""
 
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
+from kit.launcher import Launcher
 from kit.prefill_cases import (
     GLM_FLASH,
     MISTRAL,
@@ -19,7 +18,6 @@ from kit.prefill_cases import (
     run,
 )
 
-from mlacli.backends.cuda_array import Array
 from mlacli.models.parts import Temperature
 
 V2_CASE = Case(few(V2_LITE, 3), 200, 1000, n_padded=5)
@@ -42,41 +40,14 @@ CASES = {
 }
 
 
-class Ops:
-    """A device as `cuda_prefill.Launcher`; memory starts as NaN."""
-
-    def __init__(self, nbytes: int) -> None:
-        from mlacli.backends.cuda_device import CudaDevice
-
-        self._device = CudaDevice("cuda0", nbytes)
-        self.n_sm, self.capability = self._device.n_sm, self._device.capability
-        self.run = self._device.launch
-        self.get, self.copy_in = self._device.get, self._device.copy_in
-        self.capture = self._device.capture
-        self._device.copy_in(
-            self.new((nbytes // 2,), np.uint8), np.full(nbytes // 2, 255, np.uint8)
-        )
-        self._device.rewind(0)
-
-    def new(self, shape: tuple[int, ...], dtype: Any = "f4") -> Array:
-        return self._device.take(shape, np.dtype(dtype))
-
-    def put(self, host: np.ndarray) -> Array:
-        array = self.new(host.shape, host.dtype)
-        self._device.copy_in(array, host)
-        return array
-
-
-@pytest.fixture
-def ops() -> Iterator[Ops]:
-    ops = Ops(1 << 30)
-    if ops.capability != 90:
+@pytest.fixture(autouse=True)
+def needs_hopper(launcher: Launcher) -> None:
+    if launcher.capability != 90:
         pytest.skip("expanded prefill is for compute capability 9.0")
-    yield ops
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_attention_is_that_of_float64(ops: Ops, name: str) -> None:
+def test_attention_is_that_of_float64(ops: Launcher, name: str) -> None:
     case = CASES[name]
     x = inputs(case)
     exact, rounded, worst = compare(case, x, run(ops, case, x), n_tokens=40)
@@ -86,7 +57,7 @@ def test_attention_is_that_of_float64(ops: Ops, name: str) -> None:
     assert rounded <= (5e-7 if case.tiled else 1e-7), worst
 
 
-def test_one_percent_of_a_key_weight_shows(ops: Ops) -> None:
+def test_one_percent_of_a_key_weight_shows(ops: Launcher) -> None:
     case = CASES["sharp"]
     x = inputs(case)
     got = run(ops, case, x)
@@ -94,7 +65,7 @@ def test_one_percent_of_a_key_weight_shows(ops: Ops) -> None:
     assert compare(case, x, got, n_tokens=40)[0] > 1e-5
 
 
-def test_a_captured_step_serves_other_depths_bit_for_bit(ops: Ops) -> None:
+def test_a_captured_step_serves_other_depths_bit_for_bit(ops: Launcher) -> None:
     """The graph of one n_kv, replayed with the positions and rows of another."""
     deep, flat = Case(few(V2_LITE, 3), 256, 3000), Case(few(V2_LITE, 3), 256, 100, n_padded=50)
     flat = replace(flat, n_free=deep.n_kv + deep.n_free - flat.n_kv)
@@ -103,7 +74,7 @@ def test_a_captured_step_serves_other_depths_bit_for_bit(ops: Ops) -> None:
     attention = Attention(ops, deep, x)
     o = attention()
     once, outs = ops.get(o), []
-    replay = ops.capture(lambda: outs.append(attention()))
+    replay = ops.device.capture(lambda: outs.append(attention()))
     replay()
     assert np.array_equal(once, ops.get(outs[0]))
     attention.refill(y)

@@ -1,25 +1,9 @@
 """The sampler on a GPU draws the tokens that the Sampler draws."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from kit import sampling_cases
-from kit.simt_device import Launcher
-
-
-@pytest.fixture(scope="module")
-def launcher() -> Any:
-    from mlacli.backends.cuda_device import CudaDevice
-
-    return Launcher(CudaDevice("cuda0", 1 << 30))
-
-
-@pytest.fixture
-def ops(launcher: Any) -> Iterator[Any]:
-    mark = launcher.device.mark()
-    yield launcher
-    launcher.device.rewind(mark)
 
 
 @pytest.mark.parametrize("n_vocab", [300, 32003, 102400, 154880, 200001])

@@ -1,28 +1,12 @@
 """The lightning indexer's kernels on a GPU: keys stored, rows chosen, against NumPy."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from kit.simt_device import Launcher
 from kit.sparse_cases import SparseCase, device_step, host_step
 
 from mlacli.backends import cuda_sparse
-
-
-@pytest.fixture(scope="module")
-def launcher() -> Any:
-    from mlacli.backends.cuda_device import CudaDevice
-
-    return Launcher(CudaDevice("cuda0", 2 << 30))
-
-
-@pytest.fixture
-def ops(launcher: Any) -> Iterator[Any]:
-    mark = launcher.device.mark()
-    yield launcher
-    launcher.device.rewind(mark)
 
 
 @pytest.mark.parametrize("n_kv", [2049, 16384, 131072])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from kit import gemm_cases as cases
-from kit.simt_device import Launcher
+from kit.launcher import Launcher
 from kit.tiled import TILED
 
 from mlacli.backends import cuda_gemm as gemm
@@ -40,27 +40,17 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def device():
-    """With all kernels of the cases compiled, at once."""
-    from mlacli.backends.cuda_device import CudaDevice
-
-    device = CudaDevice("cuda0", 1 << 30)
-    mark, choose = device.mark(), gemm._width
+@pytest.fixture(scope="module", autouse=True)
+def compiled(launcher: Launcher) -> None:
+    """All kernels of the cases, at once."""
+    device, choose = launcher.device, gemm._width
+    mark = device.mark()
     with device.prepared(), np.errstate(all="ignore"):
         for width, _, check, arguments in CASES.values():
             gemm._width = lambda *_, width=width: width
-            list(check(Launcher(device), *arguments))
+            list(check(launcher, *arguments))
             device.rewind(mark)
     gemm._width = choose
-    return device
-
-
-@pytest.fixture
-def ops(device):
-    mark = device.mark()
-    yield Launcher(device)
-    device.rewind(mark)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -7,14 +7,15 @@ import pytest
 
 pytest.importorskip("cupy", reason="needs CuPy to read kernels")
 
-from kit import simt_device
-from kit.simt_device import Launcher, SimtDevice
+from kit.launcher import Launcher
+from kit.simt import why_not
+from kit.simt_device import SimtDevice
 from kit.sparse_cases import SparseCase, device_step, host_step
 
 from mlacli.backends import cuda_sparse
 from mlacli.parallel import cuda_sizes
 
-pytestmark = pytest.mark.skipif(bool(simt_device.why_not()), reason=simt_device.why_not())
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
 
 @pytest.fixture

@@ -6,7 +6,9 @@ Weakest link: kit/tiled.py's rounding, which test_tiles.py holds against the unp
 import numpy as np
 import pytest
 from kit import gemm_cases as cases
-from kit.simt_device import Launcher, SimtDevice, why_not
+from kit.launcher import Launcher
+from kit.simt import why_not
+from kit.simt_device import SimtDevice
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 

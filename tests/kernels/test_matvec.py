@@ -4,24 +4,24 @@ Weakest link: simt.h's mma, which sums in float64. Small shapes; tests/gpu/test_
 every type and real sizes.
 """
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from kit import few_tokens as few
-from kit.kernel_ops import SimtOps
+from kit.launcher import Launcher
+from kit.simt import why_not
+from kit.simt_device import SimtDevice
 
 from mlacli.backends.cuda_matvec import DownGeometry, Geometry
 from mlacli.models.parts import Routing
+
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
 BAR = 1e-9  # x keeps 16 bits of its mantissa, everything else 24
 
 
 @pytest.fixture(scope="module")
-def ops(tmp_path_factory: pytest.TempPathFactory) -> SimtOps:
-    if reason := SimtOps.why_not():
-        pytest.skip(reason)
-    return SimtOps(Path(tmp_path_factory.mktemp("simt")))
+def ops() -> Launcher:
+    return Launcher(SimtDevice(n_sm=2, capability=90))
 
 
 @pytest.fixture

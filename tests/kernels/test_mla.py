@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from kit.compare import nmse
-from kit.simt import SimtOps, include_path
+from kit.launcher import Launcher
+from kit.simt import why_not
+from kit.simt_device import SimtDevice
 from kit.tiled import tile_weight
 
 from mlacli.backends import cuda_attention as attention
@@ -21,9 +23,7 @@ from mlacli.loading.quant_types import BF16, F16, F32, Q8_0, QType
 from mlacli.loading.weights import from_float32, to_float32
 from mlacli.models.parts import Temperature
 
-pytestmark = pytest.mark.skipif(
-    include_path() is None, reason="needs a CUDA toolkit's headers (nvcc), beside g++"
-)
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 Host = np.ndarray[Any, Any]
 PROBABILITIES = 1e-7  # NMSE of rounding them to float16: about 4e-8 where the softmax is flat
 MANY = 3e-7  # a product with float16 weights and activations: 4e-8 each, and another rounding
@@ -45,7 +45,7 @@ class Weight:
     values: Host
 
     @classmethod
-    def of(cls, ops: SimtOps, values: Host, qtype: QType) -> "Weight":
+    def of(cls, ops: Launcher, values: Host, qtype: QType) -> "Weight":
         raw = from_float32(values.astype(np.float32), qtype)
         tiles = ops.put(tile_weight(raw, qtype.name, values.shape))
         return cls("w", values.shape, qtype, tiles, to_float32(raw, qtype))
@@ -55,13 +55,13 @@ def half(x: Host) -> Host:
     return x.astype(np.float16).astype(np.float32)
 
 
-def step_of(ops: SimtOps, pos: list[int], p: int) -> Step:
+def step_of(ops: Launcher, pos: list[int], p: int) -> Step:
     angles = np.maximum(pos, 0)[:, None] * 1e4 ** (-2 * np.arange(p // 2) / p)
     tables = (ops.put(f(angles).astype(np.float32)) for f in (np.cos, np.sin))
     return Step(ops.put(np.array(pos, np.int32)), *tables)
 
 
-def cached(ops: SimtOps, rows: Host, n_ctx: int, cache_type: str) -> tuple[CacheRows, LatentRows]:
+def cached(ops: Launcher, rows: Host, n_ctx: int, cache_type: str) -> tuple[CacheRows, LatentRows]:
     """The first rows filled in by the NumPy cache, the others NaN; that cache beside it."""
     width = rows.shape[1]
     numpy = LatentRows(n_ctx, width, cache_type)
@@ -101,18 +101,19 @@ CASES = [  # h, r, p, positions, cache type, sharpness
 
 @pytest.mark.parametrize("h, r, p, pos, cache_type, sharp", CASES)
 def test_attention(h: int, r: int, p: int, pos: list[int], cache_type: str, sharp: float) -> None:
-    attended(SimtOps(), h, r, p, pos, cache_type, sharp)
+    attended(Launcher(SimtDevice()), h, r, p, pos, cache_type, sharp)
 
 
 @pytest.mark.parametrize("h, r, p, pos, cache_type, sharp", [c for c in CASES if c[4] == "f16"])
 def test_attention_with_rows_by_bulk_copies(
     h: int, r: int, p: int, pos: list[int], cache_type: str, sharp: float
 ) -> None:
-    attended(SimtOps(n_sm=2, capability=90), h, r, p, pos, cache_type, sharp, early=True)
+    ops = Launcher(SimtDevice(n_sm=2, capability=90))
+    attended(ops, h, r, p, pos, cache_type, sharp, early=True)
 
 
 def attended(
-    ops: SimtOps, h: int, r: int, p: int, pos: list[int], cache_type: str, sharp: float,
+    ops: Launcher, h: int, r: int, p: int, pos: list[int], cache_type: str, sharp: float,
     early: bool = False,
 ) -> None:  # fmt: skip
     """Runs a case and compares it."""
@@ -137,7 +138,7 @@ def attended(
 @pytest.mark.parametrize("gap", ["f16", "f32"])
 @pytest.mark.parametrize("cache_type", ["f16", "q8_0"])
 def test_attention_to_chosen_rows(cache_type: str, gap: str) -> None:
-    rng, ops, r, p, h = np.random.default_rng(1), SimtOps(), 32, 8, 5
+    rng, ops, r, p, h = np.random.default_rng(1), Launcher(SimtDevice()), 32, 8, 5
     pos, top_k = [150, 199, -1], 70
     kv, numpy = cached(ops, rng.standard_normal((200, r + p)).astype(np.float32), 230, cache_type)
     chosen = np.sort([rng.permutation(200)[:top_k] for _ in pos], 1).astype(np.int32)
@@ -154,7 +155,7 @@ def test_attention_to_chosen_rows(cache_type: str, gap: str) -> None:
 
 @pytest.mark.parametrize("cache_type", ["f16", "bf16", "f32", "q8_0"])
 def test_attention_without_rounding(cache_type: str) -> None:
-    rng, ops, r, p = np.random.default_rng(2), SimtOps(), 48, 16
+    rng, ops, r, p = np.random.default_rng(2), Launcher(SimtDevice()), 48, 16
     kv, numpy = cached(ops, rng.standard_normal((90, r + p)).astype(np.float32), 100, cache_type)
     q, pos = rng.standard_normal((2, 3, r + p)).astype(np.float32), [88, 89]
     step = step_of(ops, pos, p)
@@ -176,7 +177,7 @@ def test_latent(
     pos: list[int], qtype: QType, cache_type: str, halved: bool, temperature: Temperature | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    rng, ops, h, r, k, p = np.random.default_rng(3), SimtOps(), 3, 48, 64, 8
+    rng, ops, h, r, k, p = np.random.default_rng(3), Launcher(SimtDevice()), 3, 48, 64, 8
     n, n_ctx, eps, there = len(pos), max(pos) + 9, 1e-6, np.array(pos) >= 0
     values = rng.standard_normal((h, r, k)).astype(np.float32)
     k_b = Weight("k_b", values.shape, F32, None, values)
@@ -234,7 +235,7 @@ def test_latent(
 
 
 def test_store_writes_what_latent_writes() -> None:
-    rng, ops, r, p, pos = np.random.default_rng(5), SimtOps(), 48, 8, [4, 5, -1]
+    rng, ops, r, p, pos = np.random.default_rng(5), Launcher(SimtDevice()), 48, 8, [4, 5, -1]
     k_b = Weight.of(ops, rng.standard_normal((3, r, 32)), Q8_0)
     new, step = ops.put(rng.standard_normal((3, r + p)).astype(np.float32)), step_of(ops, pos, p)
     norm, q = (ops.put(rng.standard_normal(shape).astype("f4")) for shape in (r, (3, 3, 32 + p)))
@@ -251,7 +252,7 @@ def test_store_writes_what_latent_writes() -> None:
     "n, qtype, v", [(1, Q8_0, 40), (5, F16, 32), (17, Q8_0, 40), (33, BF16, 136)]
 )
 def test_combine(n: int, qtype: QType, v: int) -> None:
-    rng, ops, h, r, p = np.random.default_rng(4), SimtOps(), 3, 64, 8
+    rng, ops, h, r, p = np.random.default_rng(4), Launcher(SimtDevice()), 3, 64, 8
     pos = [*range(60, 60 + n - 1), -1] if n > 1 else [60]
     kv, numpy = cached(ops, rng.standard_normal((60 + n, r + p)).astype("f4"), 90 + n, "f16")
     q, step = half(rng.standard_normal((n, h, r + p))), step_of(ops, pos, p)

@@ -5,14 +5,13 @@ kit/tiled.py; test_tiles.py holds it against gguf-py through the device's unpack
 """
 
 import ctypes
-import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
-from kit.simt import include_path
+from kit.simt import headers, why_not
 from kit.tiled import TILED, cut_row, qtype_of, shapes, tile_weight
 from kit.toy_gguf import random_weight
 
@@ -27,13 +26,10 @@ KERNELS = HERE.parents[1] / "kernels"
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ to build the kernel with")
-    cuda = include_path()
-    if cuda is None:
-        pytest.skip("no CUDA toolkit: simt.h needs its headers")
+    if why_not():
+        pytest.skip(why_not())
     built = tmp_path_factory.mktemp("repack") / "repack.so"
-    folders = (HERE.parent / "kit", KERNELS, KERNELS / "include", cuda)
+    folders = (HERE.parent / "kit", KERNELS, KERNELS / "include", headers())
     flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", *(f"-I{folder}" for folder in folders)]
     source = str(HERE / "repack_harness.cpp")
     subprocess.run(["g++", *flags, source, "-o", str(built)], check=True)

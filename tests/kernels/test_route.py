@@ -5,7 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 from kit.few_tokens import choose
-from kit.simt_device import Launcher, SimtDevice, why_not
+from kit.launcher import Launcher
+from kit.simt import why_not
+from kit.simt_device import SimtDevice
 
 from mlacli.backends import cuda_plain, cuda_sparse
 from mlacli.models.parts import Routing

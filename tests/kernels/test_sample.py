@@ -6,13 +6,15 @@ import pytest
 
 pytest.importorskip("cupy", reason="needs CuPy to read kernels")
 
-from kit import sampling_cases, simt_device
-from kit.simt_device import Launcher, SimtDevice
+from kit import sampling_cases
+from kit.launcher import Launcher
+from kit.simt import why_not
+from kit.simt_device import SimtDevice
 
 from mlacli.backends import cuda_sampling
 from mlacli.params import SamplingParams
 
-pytestmark = pytest.mark.skipif(bool(simt_device.why_not()), reason=simt_device.why_not())
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
 
 @pytest.fixture

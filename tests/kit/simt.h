@@ -3,8 +3,7 @@
 // Each CUDA thread is a fiber; a CTA's fibers take turns at collectives (barriers, shuffles, mma,
 // ldmatrix), CTAs run one after another. Include this first, then the kernel's text (headers
 // inlined, as backends/cuda_sources.source() gives it); PTX goes through kernels/include/mma.cuh,
-// which calls the functions below. Compile: g++ -std=c++17 -O1 -w -I<CUDA include folder>.
-// Dynamic shared memory: define `thread_local T name[size];` after the kernel's text, alignas it.
+// which calls the functions below. kit/simt.py compiles it, and gives dynamic shared memory its size.
 // What it can't show: races between barriers, memory order, speed.
 #pragma once
 #include <math.h>
@@ -239,3 +238,22 @@ template <class T, class V> inline T atomicMax(T* p, V v) { const T old = *p; if
 inline unsigned atomicInc(unsigned* p, unsigned top) { const unsigned old = *p; *p = old >= top ? 0 : old + 1; return old; }
 template <class T> inline T atomicOr(T* p, T v) { const T old = *p; *p |= v; return old; }
 inline size_t __cvta_generic_to_shared(const void* p) { return (size_t)p; }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+    return (unsigned long long)((unsigned __int128)a * b >> 64);
+}
+inline double __longlong_as_double(long long x) { double d; memcpy(&d, &x, 8); return d; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+template <class T, class V> inline T atomicMin(T* p, V v) {
+    const T old = *p;
+    if ((T)v < old) *p = (T)v;
+    return old;
+}
+inline int __syncthreads_count(int p) {
+    static thread_local int count;
+    __syncthreads();
+    count = 0;
+    __syncthreads();
+    count += p != 0;
+    __syncthreads();
+    return count;
+}

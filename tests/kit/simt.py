@@ -1,95 +1,92 @@
-"""Kernels as functions on the CPU: a .cu file under simt.h, built by g++, given NumPy arrays."""
+"""Kernels as functions on the CPU: a .cu file under simt.h, built by g++ and kept by its hash."""
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
-import numpy as np
-
-from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_sources import signatures, source
 
 KIT = Path(__file__).parent
-_C = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_longlong, "f": ctypes.c_float}
-
-
-def include_path() -> str | None:
-    """A folder with all CUDA headers that the shim needs (wheels leave some out); None without."""
-    nvcc = shutil.which("nvcc")
-    folders = [Path(nvcc).resolve().parents[1] / "include"] if nvcc else []
-    folders += sorted(Path("/usr/local").glob("cuda*/include"))
-    whole = [f for f in folders if (f / "crt" / "host_defines.h").exists()]
-    return str(whole[0]) if whole else None
+MOST_SHARED = 227 << 10  # bytes that a block may have on an SM
+C = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_longlong, "f": ctypes.c_float}
+_TYPES = {"p": "void*", "i": "int", "l": "long long", "f": "float"}
+# Without it every use of a dynamic array calls a function of its thread.
+_FLAGS = ("-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=off",
+          "-fno-extern-tls-init")  # fmt: skip
 
 
 @cache
-def kernel(name: str, shared: int = 0, **defines: Any) -> Callable[..., None]:
-    """f(grid, block, *args): runs kernel `name` built with `defines`; writes into the arrays."""
+def why_not() -> str:
+    """Why kernels can't run on this CPU; empty when they can."""
+    if shutil.which("g++") is None:
+        return "needs g++"
+    return "" if headers() else "needs a CUDA toolkit's headers for the host (crt/host_defines.h)"
+
+
+@cache
+def headers() -> str:
+    """A toolkit's include folder, whole; CuPy's wheels leave out what a host compiler needs."""
+    roots = [os.environ.get("CUDA_PATH", ""), *sorted(map(str, Path("/usr/local").glob("cuda*")))]
+    if nvcc := shutil.which("nvcc"):
+        roots.append(str(Path(nvcc).resolve().parents[1]))
+    found = [r for r in roots if r and Path(r, "include", "crt", "host_defines.h").is_file()]
+    return f"{found[0]}/include" if found else ""
+
+
+@cache
+def kernel(name: str, defines: tuple[tuple[str, Any], ...]) -> Callable[..., None]:
+    """f(x, y, z, block, *args): runs kernel `name` built with `defines` on addresses and numbers.
+
+    BULK_SIM = the name of its dynamic array: its bulk copies are those of bulk_sim.h.
+    """
     file, kinds = signatures()[name]
-    text, folder = source(file), Path(mkdtemp(prefix="simt"))
-    dynamic = re.search(r"extern __shared__ (\w+) (\w+)\[\];", text)
-    memory = ""
-    if dynamic:
-        of, at = dynamic[1], dynamic[2]
-        memory = f"alignas(128) thread_local {of} {at}[{max(shared, 16)} / sizeof({of}) + 1];"
-    types = {"p": "void*", "i": "int", "l": "long long", "f": "float"}
-    parameters = ", ".join(f"{types[kind]} a{i}" for i, kind in enumerate(kinds))
-    match = re.search(rf"\b{name}\(([^)]*)\)", text)
-    assert match
-    casts = [p.rsplit("*", 1)[0] + "*" if "*" in p else "" for p in match[1].split(",")]
-    args = ", ".join(f"({c.strip()})a{i}" if c else f"a{i}" for i, c in enumerate(casts))
-    given = "".join(f"#define {k} {v}\n" for k, v in defines.items())
-    if "BULK_SIM" in defines:
-        given += f'#include "{KIT}/bulk_sim.h"\n'
-    (folder / "kernel.cpp").write_text(
-        f'#include "{KIT}/simt.h"\n{given}\n{text}\n{memory}\n'
-        f'extern "C" void simt_run(int x, int y, int z, int block, {parameters}) {{\n'
-        f"    simt::launch(dim3(x, y, z), dim3(block), {name}, {args});\n}}\n"
+    text = source(file)
+    found = re.search(rf"\b{name}\((.*?)\)\s*{{", text, re.S)
+    assert found is not None
+    casts = [
+        f"({' '.join(p.split()[:-1])}{'*' * p.split()[-1].count('*')})a{i}"
+        for i, p in enumerate(found[1].split(","))
+    ]
+    arrays = re.findall(r"extern __shared__ (?:\w+\(\d+\) )?(\w+(?: \w+)*) (\w+)\[\]", text)
+    shared = "".join(
+        f"alignas(128) thread_local {kind} {array}[{MOST_SHARED} / sizeof({kind})];\n"
+        for array, kind in {array: kind for kind, array in arrays}.items()
     )
-    command = ["g++", "-std=c++17", "-O2", "-w", "-shared", "-fPIC", f"-I{include_path()}",
-               "kernel.cpp", "-o", "kernel.so"]  # fmt: skip
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[:4000]
-    run = ctypes.CDLL(str(folder / "kernel.so")).simt_run
-    run.argtypes, run.restype = [ctypes.c_int] * 4 + [_C[kind] for kind in kinds], None
+    given = "".join(f"#define {key} {value}\n" for key, value in defines)
+    if "BULK_SIM" in dict(defines):
+        given += f'#include "{KIT}/bulk_sim.h"\n'
+    parameters = "".join(f", {_TYPES[kind]} a{i}" for i, kind in enumerate(kinds))
+    run = _library(
+        f'#include "{KIT}/simt.h"\n{given}\n{text}\n{shared}'
+        f'extern "C" void simt_run(int x, int y, int z, int block{parameters}) {{\n'
+        f"    simt::launch(dim3(x, y, z), dim3(block), {name}, {', '.join(casts)});\n}}\n"
+    ).simt_run
+    run.argtypes = [ctypes.c_int] * 4 + [C[kind] for kind in kinds]
+    run.restype = None
+    return run
 
-    def call(grid: tuple[int, ...], block: int, *given: Any) -> None:
-        values = [a.ctypes.data if isinstance(a, np.ndarray) else a for a in given]
-        run(*(*grid, 1, 1)[:3], block, *values)
 
-    return call
-
-
-class SimtOps:
-    """What host modules need of CudaOps, on this machine's memory; scratch begins as NaN."""
-
-    def __init__(self, n_sm: int = 4, capability: int = 80) -> None:
-        self.n_sm, self.capability = n_sm, capability
-        self._held: dict[int, np.ndarray[Any, Any]] = {}
-
-    def new(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
-        return self.put(np.full(shape, 0xFF, np.uint8).repeat(np.dtype(dtype).itemsize, -1), dtype)
-
-    def put(self, host: np.ndarray[Any, Any], dtype: Any = None) -> Array:
-        """`host` itself where it is dense, as `dtype`."""
-        host = np.ascontiguousarray(host)
-        host = host if dtype is None else host.view(dtype)
-        self._held[host.ctypes.data] = host
-        return Array.dense(host.ctypes.data, host.shape, host.dtype)
-
-    def get(self, array: Array) -> np.ndarray[Any, Any]:
-        return self._held[array.ptr].reshape(array.shape)
-
-    def run(self, name: str, grid: tuple[int, ...], block: int, *args: Any, **how: Any) -> None:
-        if name == "mla_decode_mma" and self.capability >= 90:
-            how["BULK_SIM"] = "attention_memory"
-        pointers = [a.ptr if isinstance(a, Array) else a for a in args]
-        kernel(name, **how)(grid, block, *pointers)
+def _library(unit: str) -> ctypes.CDLL:
+    flags = [*_FLAGS, f"-I{headers()}"]
+    shims = [(KIT / file).read_text() for file in ("simt.h", "bulk_sim.h")]
+    digest = hashlib.sha256(repr((unit, shims, flags)).encode()).hexdigest()[:24]
+    folder = Path(tempfile.gettempdir()) / f"mlacli-simt-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    library = folder / f"{digest}.so"
+    if not library.exists():
+        made = folder / f"{digest}.{os.getpid()}.so"  # others may build it too
+        command = ["g++", *flags, "-x", "c++", "-", "-o", str(made)]
+        done = subprocess.run(command, input=unit, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[:4000]
+        made.rename(library)
+    return ctypes.CDLL(str(library))
