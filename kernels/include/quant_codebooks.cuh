@@ -21,9 +21,14 @@ FORCE_INLINE void iq2_sizes(unsigned entry, unsigned& q0, unsigned& q1) {
     q1 = __byte_perm(MAP_IQ2_0, 0, entry >> 16);
 }
 
-// Eight sign bits from seven: the eighth makes their number even.
-FORCE_INLINE unsigned even_signs(unsigned seven) {
-    return (seven & 127) | (__popc(seven & 127) & 1) << 7;
+// Four times eight sign bits from seven each: the eighth makes their number even.
+FORCE_INLINE unsigned even_signs4(unsigned bits) {
+    const unsigned s = (bits & 0x7F) | (bits << 1 & 0x7F00) | (bits << 2 & 0x7F0000) |
+                       (bits << 3 & 0x7F000000);
+    unsigned odd = s ^ (s >> 4);  // the low bits of a byte are its own
+    odd ^= odd >> 2;
+    odd ^= odd >> 1;
+    return s | (odd << 7 & 0x80808080);
 }
 
 // Eight codebook values of IQ1, -1, 0 or 1, + or - 1/8: in eighths, + 16.
@@ -50,12 +55,10 @@ UNPACK_SIZES(QT_IQ2_XXS) {
     unsigned w[2];
     load_words<2>(b + 2 + 8 * g, w);
     d[0] = d[1] = load_half(b) * (0.5f + (float)(w[1] >> 28)) * 0.25f;
-    signs = 0;
+    signs = even_signs4(w[1]);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
+    for (int k = 0; k < 4; ++k)
         iq2_sizes(CODEBOOK(grid_iq2xxs, w[0] >> 8 * k & 255), q[2 * k], q[2 * k + 1]);
-        signs |= even_signs(w[1] >> 7 * k) << 8 * k;
-    }
 }
 
 // IQ2_XS: d 2, per 8 values (9 bits of index, 7 signs) 64, a nibble of scale per 16 values 8
@@ -64,13 +67,14 @@ UNPACK_SIZES(QT_IQ2_XS) {
     const float scale = load_half(b);
     d[0] = scale * (0.5f + (float)(s & 15)) * 0.25f;
     d[1] = scale * (0.5f + (float)(s >> 4)) * 0.25f;
-    signs = 0;
+    unsigned w[2];
+    load_words<2>(b + 2 + 8 * g, w);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-        const unsigned x = load16(b + 2 + 8 * g + 2 * k);
-        iq2_sizes(CODEBOOK(grid_iq2xs, x & 511), q[2 * k], q[2 * k + 1]);
-        signs |= even_signs(x >> 9) << 8 * k;
-    }
+    for (int k = 0; k < 4; ++k)
+        iq2_sizes(CODEBOOK(grid_iq2xs, w[k >> 1] >> 16 * (k & 1) & 511), q[2 * k], q[2 * k + 1]);
+    const unsigned low = (w[0] >> 9 & 0x7F) | (w[0] >> 18 & 0x3F80);  // twice seven bits
+    const unsigned high = (w[1] >> 9 & 0x7F) | (w[1] >> 18 & 0x3F80);
+    signs = even_signs4(low | high << 14);
 }
 
 // IQ2_S: d 2, indices' low bytes 32, signs 32, indices' top 2 bits 8, a nibble of scale per 16 8
@@ -94,12 +98,11 @@ UNPACK_SIZES(QT_IQ3_XXS) {
     load_words<2>(b + 2 + 8 * g, w);
     const unsigned s = load32<2>(b + 66 + 4 * g);
     d[0] = d[1] = load_half(b) * (0.5f + (float)(s >> 28)) * 0.5f;
-    signs = 0;
+    signs = even_signs4(s);
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
         const unsigned entry = CODEBOOK(grid_iq3xxs, w[k >> 2] >> 8 * (k & 3) & 255);
         q[k] = __byte_perm(MAP_IQ3_XXS_0, MAP_IQ3_XXS_1, entry);
-        if (k < 4) signs |= even_signs(s >> 7 * k) << 8 * k;
     }
 }
 

@@ -1,15 +1,17 @@
 // Products of few tokens with weights as GGUF stores them, on tensor cores: a CTA's loop over rows.
 //
-// Eight warps take 16 R rows and some spans of 256 columns at a time (R times spans at most 8): a warp 16
-// rows of one span. The rows' bytes come by cp.async into a ring of stages, each row at its own address
-// mod 16. Lane 4 g + t of a warp unpacks group t of four (32 columns each) of rows g and g + 8, and
-// step s of eight products takes columns 4 s .. 4 s + 3 of all four groups, so that a lane's own
-// bytes are its A fragment. Columns 2 t and 2 t + 1 of B hold group t's x as bfloat16 hi + lo, and zeros for the
-// other groups: sums of a lane's own groups come back to it, where their scales are.
+// A stage is some spans of 256 columns of 16, 32 or more rows. A warp has one chunk of 128 columns of it and
+// takes N_TILES row tiles (16 rows), one after another; warps beyond the chunks take other row tiles. The
+// rows' bytes come by cp.async into a ring of stages, each row at its own address mod 16. Lane 4 g + t
+// of a warp unpacks group t of four (32 columns each) of rows g and g + 8, and step s of eight products takes
+// columns 4 s .. 4 s + 3 of all four groups, so that a lane's own bytes are its A fragment. Columns 2 t and
+// 2 t + 1 of B hold group t's x as bfloat16 hi + lo, and zeros for the other groups: sums of a lane's own
+// groups come back to it, where their scales are.
 // Numbers enter as bit patterns, x times 2^64: see matvec.cuh. The codebook lies in shared memory.
 // Numerics  x keeps 16 bits, weights are exact, sums float32: NMSE about 2e-11 to float64. |x| < 1e18.
 // Sources   own. Tested by tests/kernels/test_raw.py, tests/gpu/test_cuda_raw.py
 #pragma once
+#define PADDED_ROWS  // words around a row may be read
 #include "quant_tables.cuh"
 
 template <int QTYPE> struct Codebook { static constexpr int size = 0; };
@@ -32,7 +34,7 @@ __shared__ unsigned staged_codebook[Codebook<WTYPE>::size ? Codebook<WTYPE>::siz
 #include "mma.cuh"
 #include "quants.cuh"
 
-constexpr int RAW_WARPS = 8, RAW_THREADS = 256;
+constexpr int RAW_WARPS = N_WARPS, RAW_THREADS = 32 * RAW_WARPS;
 
 template <int QTYPE>
 struct RawSpan {  // 256 columns
@@ -110,10 +112,10 @@ struct RawX {
 
 // acc[token][0 .. 1] += rows g and g + 8 times 128 columns of x; group `rest` of the blocks at lo and hi is
 // this lane's of the rows, there or not. `vector` of x: the first token's.
-template <int QTYPE, int N_TOKENS>
+template <int QTYPE, int TOKENS_>
 __device__ __forceinline__ void raw_add(
         const unsigned char* lo, const unsigned char* hi, int rest, bool there, const RawX& x,
-        int vector, int chunk, float (&acc)[N_TOKENS][2]) {
+        int vector, int chunk, float (&acc)[TOKENS_][2]) {
     using Span = RawSpan<QTYPE>;
     const int lane = threadIdx.x & 31, t = lane & 3;
     const bool own = lane >> 3 == t;
@@ -123,13 +125,15 @@ __device__ __forceinline__ void raw_add(
     raw_pairs<QTYPE>(hi, rest, a[1], d[1], m[1]);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        float c[N_TOKENS][4];
+        float c[TOKENS_][4], e[TOKENS_][4];  // apart: one product needn't wait for the other
 #pragma unroll
-        for (int k = 0; k < N_TOKENS; k++) c[k][0] = c[k][1] = c[k][2] = c[k][3] = 0.f;
+        for (int k = 0; k < TOKENS_; k++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) c[k][r] = e[k][r] = 0.f;
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; i++)
 #pragma unroll
-            for (int k = 0; k < N_TOKENS; k++) {
+            for (int k = 0; k < TOKENS_; k++) {
                 uint4 b = make_uint4(0, 0, 0, 0);
                 if (own)
                     b = x.pieces[((vector + k) * x.n_chunks + chunk) * 32 + 8 * i + (lane & 4) + t];
@@ -138,16 +142,16 @@ __device__ __forceinline__ void raw_add(
                                         a[1][4 * i + 3]};
                 const unsigned b0[2] = {b.x, b.y}, b1[2] = {b.z, b.w};
                 few_mma(c[k], a0, b0);
-                few_mma(c[k], a1, b1);
+                few_mma(e[k], a1, b1);
             }
 #pragma unroll
-        for (int k = 0; k < N_TOKENS; k++) {
+        for (int k = 0; k < TOKENS_; k++) {
             float sum = 0.f;
             if constexpr (Span::sums)
                 sum = x.sums[((vector + k) * x.n_chunks + chunk) * 8 + 2 * t + half];
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                float v = (c[k][2 * r] + c[k][2 * r + 1]) * 0x1p69f;
+                float v = ((c[k][2 * r] + e[k][2 * r]) + (c[k][2 * r + 1] + e[k][2 * r + 1])) * 0x1p69f;
                 if constexpr (Span::bias != 0) v = __fmaf_rn(sum, -(float)Span::bias, v);
                 v *= d[r][half];
                 if constexpr (Span::Traits::has_min) v = __fmaf_rn(-m[r][half], sum, v);
@@ -159,9 +163,9 @@ __device__ __forceinline__ void raw_add(
 
 // ---------------------------------------------------------------- rows ----------------------
 // What a CTA multiplies: `out` rows of `n_groups` groups; weights of all segments end at `end`. A stage is
-// `spans` spans of 16 `tiles` rows, of each in `slot` bytes.
+// `spans` spans of 16 N_TILES `teams` rows, of each in `slot` bytes.
 struct RawShape {
-    int out, n_groups, spans, tiles, slot;
+    int out, n_groups, spans, teams, slot;
     long long row_bytes;
     const unsigned char* end;
 };
@@ -178,20 +182,20 @@ __device__ __forceinline__ void raw_copy16(void* shared, const unsigned char* fr
 }
 
 // Rows of `segments` weights (base(i): the first row) times x: segment i meets x's vector i, or with
-// N_TOKENS > 1 or PARTS 2 all meet the same. store(row, sums [PARTS][N_TOKENS]) gets the sums over all segments, of
+// PARTS 2 both meet the same. store(row, token, sums [PARTS]) gets the sums over all segments, of
 // PARTS 2 of the first and of the second. ready(): called once copies are under way; stages x.
-template <int QTYPE, int N_TOKENS, int PARTS, class Base, class Ready, class Store>
+template <int QTYPE, int TOKENS_, int PARTS, class Base, class Ready, class Store>
 __device__ __forceinline__ void raw_rows(
         const RawShape& shape, const RawX& x, int n_segments, bool own_vectors, float* sums,
         unsigned char* ring, Base base, Ready ready, Store store) {
     using Span = RawSpan<QTYPE>;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-    const int rows = 16 * shape.tiles;  // of a stage
+    const int rows = 16 * N_TILES * shape.teams, n_chunks = 2 * shape.spans;  // of a stage
     const int n_spans = (shape.n_groups + 7) / 8;
     const int n_passes = (n_spans + shape.spans - 1) / shape.spans;
     const int n_row_groups = (shape.out + rows - 1) / rows;
     const int mine = (n_row_groups - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
-    const int n_stages = mine * n_segments * n_passes;
+    const int n_stages = mine * n_segments * n_passes, row_bytes = (int)shape.row_bytes;
     for (int i = threadIdx.x; i < Codebook<QTYPE>::size; i += RAW_THREADS)
         if constexpr (Codebook<QTYPE>::size != 0) staged_codebook[i] = Codebook<QTYPE>::at(i);
 
@@ -206,18 +210,25 @@ __device__ __forceinline__ void raw_rows(
         return base(at.segment) + (long long)at.group * rows * shape.row_bytes +
                at.pass * shape.spans * Span::bytes;
     };
+    // Pieces of 16 bytes go to threads in turn: this thread's first, and the way to its next.
+    const int row_pieces = shape.slot / 16;
+    const int first_row = threadIdx.x / row_pieces, first_piece = threadIdx.x % row_pieces;
+    const int step_rows = RAW_THREADS / row_pieces, step_pieces = RAW_THREADS % row_pieces;
     auto copy = [&](const At& at, int stage) {
-        const int nbytes = min((long long)shape.spans * Span::bytes,
-                               shape.row_bytes - at.pass * shape.spans * Span::bytes);
-        for (int r = warp; r < rows; r += RAW_WARPS) {
-            if (at.group * rows + r >= shape.out) break;
-            const unsigned char* from = start(at) + r * shape.row_bytes;
-            const int before = (int)((unsigned long long)from & 15);
-            unsigned char* to = ring + (stage * rows + r) * shape.slot;
-            for (int p = 16 * lane; p < before + nbytes; p += 512) {
-                const unsigned char* piece = from - before + p;
-                raw_copy16(to + p, piece, (int)min(16LL, (long long)(shape.end - piece)));
+        const unsigned char* from = start(at);
+        const int nbytes = min(shape.spans * Span::bytes, row_bytes - at.pass * shape.spans * Span::bytes);
+        const int n_rows = min(rows, shape.out - at.group * rows);
+        unsigned char* to = ring + stage * rows * shape.slot;
+        for (int r = first_row, p = first_piece; r < n_rows;) {
+            const unsigned char* row = from + (long long)r * row_bytes;
+            const int before = (int)((unsigned long long)row & 15);
+            if (16 * p < before + nbytes) {
+                const unsigned char* piece = row - before + 16 * p;
+                raw_copy16(to + r * shape.slot + 16 * p, piece,
+                           (int)min(16LL, (long long)(shape.end - piece)));
             }
+            r += step_rows, p += step_pieces;
+            if (p >= row_pieces) p -= row_pieces, r++;
         }
     };
 
@@ -229,65 +240,82 @@ __device__ __forceinline__ void raw_rows(
         next(ahead);
     }
     ready();
-    float acc[N_TOKENS][2] = {}, first[N_TOKENS][2] = {};
-    const int tile = warp / shape.spans, span = warp % shape.spans;
+    constexpr int n = N_TILES * TOKENS_;
+    float acc[N_TILES][TOKENS_][2] = {}, first[N_TILES][TOKENS_][2] = {};
+    const int chunk = warp % n_chunks, team = warp / n_chunks;
+    int stage = 0, ahead_stage = STAGES - 1;
     for (int i = 0; i < n_stages; i++) {
         cp_async_wait<STAGES - 2>();
         __syncthreads();  // this stage is there, and the one before has been read
-        if (i + STAGES - 1 < n_stages) copy(ahead, (i + STAGES - 1) % STAGES);
+        if (i + STAGES - 1 < n_stages) copy(ahead, ahead_stage);
         cp_async_commit();
         next(ahead);
-        const int at_span = at.pass * shape.spans + span;
-        if (tile < shape.tiles && at_span < n_spans) {
-            const unsigned char* stage = ring + (i % STAGES * rows + 16 * tile + g) * shape.slot;
-            const unsigned low = (unsigned)(unsigned long long)start(at) +
-                                 (16 * tile + g) * (unsigned)shape.row_bytes;
-            const unsigned char* lo = stage + (low & 15) + span * Span::bytes;
-            const unsigned char* hi = stage + 8 * shape.slot + span * Span::bytes +
-                                      (low + 8 * (unsigned)shape.row_bytes & 15);
-#pragma unroll 1
-            for (int half = 0; half < 2; half++) {
-                const int group = 4 * half + t;
-                const int block = group / Span::groups * Span::Traits::nbytes;
-                raw_add<QTYPE, N_TOKENS>(
-                    lo + block, hi + block, group % Span::groups, 8 * at_span + group < shape.n_groups,
-                    x, own_vectors ? at.segment : 0, 2 * at_span + half, acc);
+        const int at_span = at.pass * shape.spans + (chunk >> 1);
+        if (team < shape.teams && at_span < n_spans) {
+            const int group = 4 * (chunk & 1) + t;  // of its span
+            const int offset = (chunk >> 1) * Span::bytes + group / Span::groups * Span::Traits::nbytes;
+            const bool there = 8 * at_span + group < shape.n_groups;
+            const unsigned address = (unsigned)(unsigned long long)start(at);
+            const int n_rows = shape.out - at.group * rows;
+#pragma unroll
+            for (int k = 0; k < N_TILES; k++) {
+                const int row = 16 * (team + k * shape.teams) + g;
+                if (k && row - g >= n_rows) break;
+                const unsigned low = address + row * (unsigned)row_bytes;
+                const unsigned char* lo = ring + (stage * rows + row) * shape.slot + offset;
+                raw_add<QTYPE, TOKENS_>(
+                    lo + (low & 15), lo + 8 * shape.slot + ((low + 8 * (unsigned)row_bytes) & 15),
+                    group % Span::groups, there, x, own_vectors ? at.segment : 0,
+                    2 * at.pass * shape.spans + chunk, acc[k]);
             }
         }
         const bool row_ends = at.pass + 1 == n_passes;
         if (PARTS == 2 && row_ends && at.segment == 0) {
 #pragma unroll
-            for (int k = 0; k < N_TOKENS; k++)
+            for (int k = 0; k < n; k++)
 #pragma unroll
-                for (int r = 0; r < 2; r++) first[k][r] = acc[k][r], acc[k][r] = 0.f;
+                for (int r = 0; r < 2; r++) {
+                    first[k / TOKENS_][k % TOKENS_][r] = acc[k / TOKENS_][k % TOKENS_][r];
+                    acc[k / TOKENS_][k % TOKENS_][r] = 0.f;
+                }
         }
-        if (row_ends && at.segment + 1 == n_segments) {  // sums[part][token][warp][row]
+        if (row_ends && at.segment + 1 == n_segments) {  // sums[part][tile and token][warp][row]
 #pragma unroll
-            for (int k = 0; k < N_TOKENS; k++) {
-                few_rows(acc[k]);
-                if (PARTS == 2) few_rows(first[k]);
+            for (int k = 0; k < n; k++) {
+                float(&own)[2] = acc[k / TOKENS_][k % TOKENS_];
+                float(&own1)[2] = first[k / TOKENS_][k % TOKENS_];
+                few_rows(own);
+                if (PARTS == 2) few_rows(own1);
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
                     float* to = sums + (k * RAW_WARPS + warp) * 16 + g + 8 * r;
-                    if (t == 0) to[(PARTS - 1) * N_TOKENS * RAW_WARPS * 16] = acc[k][r];
-                    if (t == 0 && PARTS == 2) to[0] = first[k][r];
-                    acc[k][r] = 0.f;
+                    if (t == 0) to[(PARTS - 1) * n * RAW_WARPS * 16] = own[r];
+                    if (t == 0 && PARTS == 2) to[0] = own1[r];
+                    own[r] = 0.f;
                 }
             }
             __syncthreads();
-            for (int u = threadIdx.x; u < N_TOKENS * rows; u += RAW_THREADS) {
-                const int token = u / rows, row = u % rows, o = at.group * rows + row;
+            // Four lanes to a sum. u: row, then team, tile and token.
+            const int n_sums = n * shape.teams * 16;
+            for (int u = threadIdx.x >> 2; u < (n_sums + 7) / 8 * 8; u += RAW_THREADS / 4) {
+                const int row = u & 15, of = min(u >> 4, n * shape.teams - 1);
+                const int of_team = of % shape.teams, k = of / shape.teams;
                 float total[PARTS];
 #pragma unroll
                 for (int part = 0; part < PARTS; part++) {
                     total[part] = 0.f;
-                    for (int w = 0; w < shape.spans; w++)
-                        total[part] += sums[((part * N_TOKENS + token) * RAW_WARPS +
-                                             row / 16 * shape.spans + w) * 16 + row % 16];
+                    for (int w = t; w < n_chunks; w += 4)
+                        total[part] += sums[((part * n + k) * RAW_WARPS + of_team * n_chunks + w) * 16 + row];
+                    total[part] += __shfl_xor_sync(~0u, total[part], 1);
+                    total[part] += __shfl_xor_sync(~0u, total[part], 2);
                 }
-                if (o < shape.out) store(o, token, total);
+                const int tile = of_team + k / TOKENS_ * shape.teams;
+                const int o = at.group * rows + 16 * tile + row;
+                if (t == 0 && u < n_sums && o < shape.out) store(o, k % TOKENS_, total);
             }
         }
         next(at);
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+        ahead_stage = ahead_stage + 1 == STAGES ? 0 : ahead_stage + 1;
     }
 }

@@ -7,8 +7,8 @@ takes - float32 weights, routers, devices before compute capability 8.0 - is cud
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,41 +30,62 @@ from mlacli.parallel.cuda_sizes import (
 if TYPE_CHECKING:
     from mlacli.backends.cuda_ops import CudaOps
 
-_WARPS, _SPAN = 8, 256  # of kernels/include/raw_rows.cuh
-_STAGES = 3
-_GOOD_SHARED = 100 << 10  # bytes that let two CTAs share an SM
+_SPAN = 256  # of kernels/include/raw_rows.cuh
+_SM_SHARED = 224 << 10  # bytes that an SM's CTAs share
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How a CTA takes the rows of one weight: RawShape in kernels/include/raw_rows.cuh."""
+    """How CTAs take the rows of one weight: RawShape in kernels/include/raw_rows.cuh."""
 
+    warps: int
+    per_sm: int  # CTAs
+    tiles: int  # of rows, that a warp takes of a stage
+    teams: int  # of warps, each with row tiles of its own
     spans: int
-    tiles: int
     slot: int
     chunks: int  # of 128 columns in a staged vector
-    groups: int  # of rows, that CTAs share
+    row_tiles: int
+    stages: int = 3
 
     def shared(self, vectors: int, sums: int) -> int:
         """Dynamic shared memory of matvec_raw.cu, in the order of its RawMemory."""
-        ring = _STAGES * 16 * self.tiles * self.slot
-        return vectors * self.chunks * (512 + 32) + sums * _WARPS * 64 + ring
+        ring = self.stages * 16 * self.tiles * self.teams * self.slot
+        return vectors * self.chunks * (512 + 32) + sums * self.tiles * self.warps * 64 + ring
 
-    def ctas(self, ops: CudaOps, shared: int, others: int) -> int:
+    def ctas(self, ops: CudaOps, others: int) -> int:
         """CTAs along the rows, beside `others` along the grid's other axes."""
-        most = max(1, ops.n_sm * (2 if shared <= _GOOD_SHARED else 1) // others)
-        return -(-self.groups // -(-self.groups // min(most, self.groups)))
+        groups = -(-self.row_tiles // (self.tiles * self.teams))
+        most = max(1, ops.n_sm * self.per_sm // others)
+        return -(-groups // -(-groups // min(most, groups)))
+
+    def defines(self) -> dict[str, int]:
+        return {
+            "N_WARPS": self.warps, "N_CTAS": self.per_sm, "N_TILES": self.tiles,
+            "STAGES": self.stages,
+        }  # fmt: skip
 
 
-def geometry(ops: CudaOps, w: CudaWeight, rows: int, others: int = 1) -> Geometry:
-    """For `rows` rows of w, beside `others` along the grid's other axes."""
-    spans = -(-(w.skip + w.shape[-1]) // _SPAN)
-    at_once = -(-spans // -(-spans // _WARPS))
-    row_tiles = -(-rows // 16)
-    tiles = max(1, min(_WARPS // at_once, row_tiles * others // (2 * ops.n_sm)))
-    slot = -(-(at_once * _SPAN // w.qtype.block * w.qtype.nbytes + 15) // 16)
+def geometry(
+    ops: CudaOps, w: CudaWeight, rows: int, others: int = 1, vectors: int = 1, tokens: int = 1
+) -> Geometry:
+    """For `rows` rows of w, beside `others` along the grid's other axes; `vectors` of x staged."""
+    spans, row_tiles = -(-(w.skip + w.shape[-1]) // _SPAN), -(-rows // 16)
+    few = row_tiles * others <= 2 * ops.n_sm
+    warps = 16 if few and tokens == 1 else 8
+    at_once = -(-spans // -(-2 * spans // warps))
+    slot = -(-(at_once * _SPAN // w.qtype.block * w.qtype.nbytes + 15 + 4) // 16)
     slot += 1 - slot % 2  # rows of a stage begin in different banks
-    return Geometry(at_once, tiles, 16 * slot, 2 * spans, -(-row_tiles // tiles))
+    teams = max(1, min(warps // (2 * at_once), row_tiles * others // ops.n_sm))
+    per_sm = 1 if warps == 16 or tokens > 2 else TUNED[0]
+    tiles = TUNED[1] if row_tiles * others >= 4 * teams * per_sm * ops.n_sm and tokens == 1 else 1
+    how = Geometry(warps, per_sm, tiles, teams, at_once, 16 * slot, 2 * spans, row_tiles)
+    while how.shared(vectors, 2 * tokens) * how.per_sm > _SM_SHARED and how.per_sm > 1:
+        how = replace(how, per_sm=how.per_sm - 1)
+    return how
+
+
+TUNED = (3, 1)  # CTAs of an SM, row tiles of a warp, where there are rows enough
 
 
 def takes(ops: CudaOps, *weights: CudaWeight) -> bool:
@@ -95,19 +116,20 @@ def heads(ops: CudaOps, x: Array, w: CudaWeight) -> Array:
 def _few(ops: CudaOps, x: Array, w: CudaWeight, y: Array, add: bool) -> bool:
     """Up to FEW tokens; false where a token doesn't fit shared memory."""
     n, out, batches = len(x), w.shape[-2], w.shape[0] if len(w.shape) > 2 else 1
-    tokens = 1 << (n - 1).bit_length()
-    how = geometry(ops, w, out, batches)
-    while tokens > 1 and how.shared(tokens, tokens) > _GOOD_SHARED:
+    tokens, limit = 1 << (n - 1).bit_length(), shared_limit(ops.capability)
+    how = geometry(ops, w, out, batches, tokens, tokens)
+    while tokens > 1 and how.shared(tokens, tokens) > limit:
         tokens //= 2
+        how = geometry(ops, w, out, batches, tokens, tokens)
     shared, passes = how.shared(tokens, tokens), -(-n // tokens)
-    if shared > shared_limit(ops.capability):
+    if shared > limit:
         return False
     ops.run(
-        "raw_products", (how.ctas(ops, shared, passes * batches), passes, batches), 32 * _WARPS,
-        y, w.raw, x, n, out, w.shape[-1], w.skip, how.spans, how.tiles, how.slot, w.row_bytes,
+        "raw_products", (how.ctas(ops, passes * batches), passes, batches), 32 * how.warps, y,
+        w.raw, x, n, out, w.shape[-1], w.skip, how.spans, how.teams, how.slot, w.row_bytes,
         w.raw.nbytes, x.stride(0), y.stride(0), out * w.row_bytes,
         x.stride(1) if batches > 1 else 0, y.stride(1) if batches > 1 else 0, shared=shared,
-        WTYPE=w.qtype.id, STAGES=_STAGES, TOKENS=tokens, ADD=int(add),
+        WTYPE=w.qtype.id, TOKENS=tokens, ADD=int(add), **how.defines(),
     )  # fmt: skip
     return True
 
@@ -169,10 +191,10 @@ def _few_up(
     if not alike or gate.skip or shared > shared_limit(ops.capability):
         return False
     ops.run(
-        "raw_experts_up", (how.ctas(ops, shared, n * n_used), n * n_used), 32 * _WARPS, h, gate.raw,
-        up_raw, x, chosen.ids, n_used, f, d, gate.first, held, how.spans, how.tiles, how.slot,
+        "raw_experts_up", (how.ctas(ops, n * n_used), n * n_used), 32 * how.warps, h, gate.raw,
+        up_raw, x, chosen.ids, n_used, f, d, gate.first, held, how.spans, how.teams, how.slot,
         gate.row_bytes, rows * gate.row_bytes, up_raw.nbytes, x.stride(0), shared=shared,
-        **_one_token(gate),
+        WTYPE=gate.qtype.id, TOKENS=1, ADD=0, **how.defines(),
     )  # fmt: skip
     return True
 
@@ -181,21 +203,17 @@ def _few_down(
     ops: CudaOps, h: Array, chosen: Chosen, down: CudaWeight, y: Array, add: bool
 ) -> bool:
     (n, n_used, f), (held, d, _) = h.shape, down.shape
-    how = geometry(ops, down, d, n)
+    how = geometry(ops, down, d, n, n_used)
     shared = how.shared(n_used, 1)
     if n_used > 32 or shared > shared_limit(ops.capability):
         return False
     ops.run(
-        "raw_experts_down", (how.ctas(ops, shared, n), n), 32 * _WARPS, y, down.raw, h, chosen.ids,
-        chosen.weights, n_used, f, d, down.first, held, down.skip, how.spans, how.tiles, how.slot,
+        "raw_experts_down", (how.ctas(ops, n), n), 32 * how.warps, y, down.raw, h, chosen.ids,
+        chosen.weights, n_used, f, d, down.first, held, down.skip, how.spans, how.teams, how.slot,
         down.row_bytes, d * down.row_bytes, down.raw.nbytes, y.stride(0), shared=shared,
-        **_one_token(down, add),
+        WTYPE=down.qtype.id, TOKENS=1, ADD=int(add), **how.defines(),
     )  # fmt: skip
     return True
-
-
-def _one_token(w: CudaWeight, add: bool = False) -> dict[str, Any]:
-    return {"WTYPE": w.qtype.id, "STAGES": _STAGES, "TOKENS": 1, "ADD": int(add)}
 
 
 def _many_experts(

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
-from kit.simt_device import SimtDevice, why_not
+from kit.simt import why_not
+from kit.simt_device import SimtDevice
 
 from mlacli.backends import cuda_weights
 from mlacli.loading import drawn, quant_types

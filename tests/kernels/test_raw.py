@@ -6,7 +6,8 @@ Weakest link: simt.h's mma, which sums in float64.
 import numpy as np
 import pytest
 from kit import raw_cases as cases
-from kit.simt_device import SimtDevice, why_not
+from kit.simt import why_not
+from kit.simt_device import SimtDevice
 
 from mlacli.parallel import cuda_sizes
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType as T
 from gguf.quants import dequantize
-from kit.simt_device import Launcher
+from kit.launcher import Launcher
 from kit.tiled import qtype_of
 from kit.toy_gguf import random_weight
 
