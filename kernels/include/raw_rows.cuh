@@ -1,12 +1,11 @@
 // Products of few tokens with weights as GGUF stores them, on tensor cores: a CTA's loop over rows.
 //
-// A stage is some spans of 256 columns of 16, 32 or more rows. A warp has one chunk of 128 columns of it and
-// takes N_TILES row tiles (16 rows), one after another; warps beyond the chunks take other row tiles. The
-// rows' bytes come by cp.async into a ring of stages, each row at its own address mod 16. Lane 4 g + t
-// of a warp unpacks group t of four (32 columns each) of rows g and g + 8, and step s of eight products takes
-// columns 4 s .. 4 s + 3 of all four groups, so that a lane's own bytes are its A fragment. Columns 2 t and
-// 2 t + 1 of B hold group t's x as bfloat16 hi + lo, and zeros for the other groups: sums of a lane's own
-// groups come back to it, where their scales are.
+// A row tile (16 rows) is shared by some warps of a CTA, each of which takes every so-manieth span of 256
+// columns, through a ring of stages of its own: rows' bytes come by cp.async, each row at its own address mod
+// 16. Lane 4 g + t of a warp unpacks group t of four (32 columns each) of rows g and g + 8, and step s
+// of eight products takes columns 4 s .. 4 s + 3 of all four groups, so that a lane's own bytes are its A
+// fragment. Columns 2 t and 2 t + 1 of B hold group t's x as bfloat16 hi + lo, and zeros for the other
+// groups: sums of a lane's own groups come back to it, where their scales are.
 // Numbers enter as bit patterns, x times 2^64: see matvec.cuh. The codebook lies in shared memory.
 // Numerics  x keeps 16 bits, weights are exact, sums float32: NMSE about 2e-11 to float64. |x| < 1e18.
 // Sources   own. Tested by tests/kernels/test_raw.py, tests/gpu/test_cuda_raw.py
@@ -162,10 +161,10 @@ __device__ __forceinline__ void raw_add(
 }
 
 // ---------------------------------------------------------------- rows ----------------------
-// What a CTA multiplies: `out` rows of `n_groups` groups; weights of all segments end at `end`. A stage is
-// `spans` spans of 16 N_TILES `teams` rows, of each in `slot` bytes.
+// What a CTA multiplies: `out` rows of `n_groups` groups; weights of all segments end at `end`. `share` warps
+// have a row tile together; a row's span lies in `slot` bytes of a stage.
 struct RawShape {
-    int out, n_groups, spans, teams, slot;
+    int out, n_groups, share, slot;
     long long row_bytes;
     const unsigned char* end;
 };
@@ -181,141 +180,133 @@ __device__ __forceinline__ void raw_copy16(void* shared, const unsigned char* fr
 #endif
 }
 
-// Rows of `segments` weights (base(i): the first row) times x: segment i meets x's vector i, or with
+// Rows of `n_segments` weights (base(i): the first row) times x: segment i meets x's vector i, or with
 // PARTS 2 both meet the same. store(row, token, sums [PARTS]) gets the sums over all segments, of
 // PARTS 2 of the first and of the second. ready(): called once copies are under way; stages x.
 template <int QTYPE, int TOKENS_, int PARTS, class Base, class Ready, class Store>
 __device__ __forceinline__ void raw_rows(
-        const RawShape& shape, const RawX& x, int n_segments, bool own_vectors, float* sums,
-        unsigned char* ring, Base base, Ready ready, Store store) {
+        const RawShape& shape, const RawX& x, int n_segments, float* sums, unsigned char* ring,
+        Base base, Ready ready, Store store) {
     using Span = RawSpan<QTYPE>;
+    constexpr int n_pieces = (Span::bytes + 30) / 16;  // of a row's span, wherever it begins
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-    const int rows = 16 * N_TILES * shape.teams, n_chunks = 2 * shape.spans;  // of a stage
-    const int n_spans = (shape.n_groups + 7) / 8;
-    const int n_passes = (n_spans + shape.spans - 1) / shape.spans;
-    const int n_row_groups = (shape.out + rows - 1) / rows;
-    const int mine = (n_row_groups - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
-    const int n_stages = mine * n_segments * n_passes, row_bytes = (int)shape.row_bytes;
+    const int own = warp % shape.share, team = warp / shape.share, n_teams = RAW_WARPS / shape.share;
+    const int n_spans = (shape.n_groups + 7) / 8, n_tiles = (shape.out + 15) / 16;
+    const int rounds = (n_tiles + n_teams * (int)gridDim.x - 1) / (n_teams * (int)gridDim.x);
+    const int row_bytes = (int)shape.row_bytes;
+    ring += warp * STAGES * 16 * shape.slot;
     for (int i = threadIdx.x; i < Codebook<QTYPE>::size; i += RAW_THREADS)
         if constexpr (Codebook<QTYPE>::size != 0) staged_codebook[i] = Codebook<QTYPE>::at(i);
 
-    struct At { int group, segment, pass; };
-    auto next = [&](At& at) {
-        if (++at.pass < n_passes) return;
-        at.pass = 0;
-        if (++at.segment < n_segments) return;
-        at.segment = 0, at.group += gridDim.x;
-    };
-    auto start = [&](const At& at) {  // address of the stage's first byte
-        return base(at.segment) + (long long)at.group * rows * shape.row_bytes +
-               at.pass * shape.spans * Span::bytes;
-    };
-    // Pieces of 16 bytes go to threads in turn: this thread's first, and the way to its next.
-    const int row_pieces = shape.slot / 16;
-    const int first_row = threadIdx.x / row_pieces, first_piece = threadIdx.x % row_pieces;
-    const int step_rows = RAW_THREADS / row_pieces, step_pieces = RAW_THREADS % row_pieces;
-    auto copy = [&](const At& at, int stage) {
-        const unsigned char* from = start(at);
-        const int nbytes = min(shape.spans * Span::bytes, row_bytes - at.pass * shape.spans * Span::bytes);
-        const int n_rows = min(rows, shape.out - at.group * rows);
-        unsigned char* to = ring + stage * rows * shape.slot;
-        for (int r = first_row, p = first_piece; r < n_rows;) {
-            const unsigned char* row = from + (long long)r * row_bytes;
-            const int before = (int)((unsigned long long)row & 15);
-            if (16 * p < before + nbytes) {
-                const unsigned char* piece = row - before + 16 * p;
-                raw_copy16(to + r * shape.slot + 16 * p, piece,
-                           (int)min(16LL, (long long)(shape.end - piece)));
-            }
-            r += step_rows, p += step_pieces;
-            if (p >= row_pieces) p -= row_pieces, r++;
+    struct At { int round, segment, span; };
+    auto settle = [&](At& at) {
+        while (at.span >= n_spans) {
+            at.span -= n_spans;
+            if (++at.segment == n_segments) at.segment = 0, at.span = own, at.round++;
         }
+    };
+    auto first_row = [&](const At& at) {
+        return 16 * ((at.round * (int)gridDim.x + (int)blockIdx.x) * n_teams + team);
+    };
+    auto start = [&](const At& at) {  // address of the first byte
+        return base(at.segment) + (long long)first_row(at) * shape.row_bytes + at.span * Span::bytes;
+    };
+    auto copy = [&](const At& at, int stage) {  // two lanes a row
+        if (at.round >= rounds) return;
+        const int r = lane >> 1, side = 16 * (lane & 1);
+        if (first_row(at) + r >= shape.out) return;
+        const unsigned char* row = start(at) + (long long)r * row_bytes;
+        const int before = (int)((unsigned long long)row & 15);
+        const int nbytes = before + min(Span::bytes, row_bytes - at.span * Span::bytes);
+        const int left = (int)min((long long)(shape.end - (row - before)), 65536LL);
+        unsigned char* to = ring + (stage * 16 + r) * shape.slot + side;
+#pragma unroll
+        for (int p = 0; p < 16 * n_pieces; p += 32)
+            if (p + side < nbytes)
+                raw_copy16(to + p, row - before + side + p, min(16, left - p - side));
     };
 
-    At ahead = {(int)blockIdx.x, 0, 0}, at = ahead;
+    At ahead = {0, 0, own};
+    settle(ahead);
+    At at = ahead;
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) {
-        if (i < n_stages) copy(ahead, i);
+        copy(ahead, i);
         cp_async_commit();
-        next(ahead);
+        ahead.span += shape.share;
+        settle(ahead);
     }
     ready();
-    constexpr int n = N_TILES * TOKENS_;
-    float acc[N_TILES][TOKENS_][2] = {}, first[N_TILES][TOKENS_][2] = {};
-    const int chunk = warp % n_chunks, team = warp / n_chunks;
+    __syncthreads();
+    float acc[TOKENS_][2] = {}, first[TOKENS_][2] = {};
     int stage = 0, ahead_stage = STAGES - 1;
-    for (int i = 0; i < n_stages; i++) {
-        cp_async_wait<STAGES - 2>();
-        __syncthreads();  // this stage is there, and the one before has been read
-        if (i + STAGES - 1 < n_stages) copy(ahead, ahead_stage);
-        cp_async_commit();
-        next(ahead);
-        const int at_span = at.pass * shape.spans + (chunk >> 1);
-        if (team < shape.teams && at_span < n_spans) {
-            const int group = 4 * (chunk & 1) + t;  // of its span
-            const int offset = (chunk >> 1) * Span::bytes + group / Span::groups * Span::Traits::nbytes;
-            const bool there = 8 * at_span + group < shape.n_groups;
-            const unsigned address = (unsigned)(unsigned long long)start(at);
-            const int n_rows = shape.out - at.group * rows;
+    for (int round = 0; round < rounds; round++) {
+        bool second = false;
+        while (at.round == round) {
+            cp_async_wait<STAGES - 2>();
+            __syncwarp();  // this stage is there, and the one before has been read
+            copy(ahead, ahead_stage);
+            cp_async_commit();
+            ahead.span += shape.share;
+            settle(ahead);
+            if (PARTS == 2 && at.segment == 1 && !second) {
+                second = true;
 #pragma unroll
-            for (int k = 0; k < N_TILES; k++) {
-                const int row = 16 * (team + k * shape.teams) + g;
-                if (k && row - g >= n_rows) break;
-                const unsigned low = address + row * (unsigned)row_bytes;
-                const unsigned char* lo = ring + (stage * rows + row) * shape.slot + offset;
+                for (int k = 0; k < TOKENS_; k++)
+#pragma unroll
+                    for (int r = 0; r < 2; r++) first[k][r] = acc[k][r], acc[k][r] = 0.f;
+            }
+            const unsigned low = (unsigned)(unsigned long long)start(at) + g * (unsigned)row_bytes;
+            const unsigned char* rows = ring + (stage * 16 + g) * shape.slot;
+            const unsigned char* lo = rows + (low & 15);
+            const unsigned char* hi =
+                rows + 8 * shape.slot + ((low + 8 * (unsigned)row_bytes) & 15);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int group = 4 * half + t;  // of its span
+                const int block = group / Span::groups * Span::Traits::nbytes;
                 raw_add<QTYPE, TOKENS_>(
-                    lo + (low & 15), lo + 8 * shape.slot + ((low + 8 * (unsigned)row_bytes) & 15),
-                    group % Span::groups, there, x, own_vectors ? at.segment : 0,
-                    2 * at.pass * shape.spans + chunk, acc[k]);
+                    lo + block, hi + block, group % Span::groups,
+                    8 * at.span + group < shape.n_groups, x, PARTS == 2 ? 0 : at.segment,
+                    2 * at.span + half, acc);
+            }
+            stage = stage + 1 == STAGES ? 0 : stage + 1;
+            ahead_stage = ahead_stage + 1 == STAGES ? 0 : ahead_stage + 1;
+            at.span += shape.share;
+            settle(at);
+        }
+        if (PARTS == 2 && !second) {  // nothing of the second here
+#pragma unroll
+            for (int k = 0; k < TOKENS_; k++)
+#pragma unroll
+                for (int r = 0; r < 2; r++) first[k][r] = acc[k][r], acc[k][r] = 0.f;
+        }
+        // sums[round's parity][warp][part][token][row]
+        float* to = sums + ((round & 1) * RAW_WARPS + warp) * PARTS * TOKENS_ * 16;
+#pragma unroll
+        for (int k = 0; k < TOKENS_; k++) {
+            few_rows(acc[k]);
+            if (PARTS == 2) few_rows(first[k]);
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                if (t == 0) to[((PARTS - 1) * TOKENS_ + k) * 16 + g + 8 * r] = acc[k][r];
+                if (t == 0 && PARTS == 2) to[k * 16 + g + 8 * r] = first[k][r];
+                acc[k][r] = first[k][r] = 0.f;
             }
         }
-        const bool row_ends = at.pass + 1 == n_passes;
-        if (PARTS == 2 && row_ends && at.segment == 0) {
+        if (shape.share > 1) __syncthreads();
+        else __syncwarp();
+        const int row0 = first_row({round, 0, 0});
+        for (int u = 32 * own + lane; u < 16 * TOKENS_; u += 32 * shape.share) {
+            float total[PARTS];
 #pragma unroll
-            for (int k = 0; k < n; k++)
-#pragma unroll
-                for (int r = 0; r < 2; r++) {
-                    first[k / TOKENS_][k % TOKENS_][r] = acc[k / TOKENS_][k % TOKENS_][r];
-                    acc[k / TOKENS_][k % TOKENS_][r] = 0.f;
-                }
-        }
-        if (row_ends && at.segment + 1 == n_segments) {  // sums[part][tile and token][warp][row]
-#pragma unroll
-            for (int k = 0; k < n; k++) {
-                float(&own)[2] = acc[k / TOKENS_][k % TOKENS_];
-                float(&own1)[2] = first[k / TOKENS_][k % TOKENS_];
-                few_rows(own);
-                if (PARTS == 2) few_rows(own1);
-#pragma unroll
-                for (int r = 0; r < 2; r++) {
-                    float* to = sums + (k * RAW_WARPS + warp) * 16 + g + 8 * r;
-                    if (t == 0) to[(PARTS - 1) * n * RAW_WARPS * 16] = own[r];
-                    if (t == 0 && PARTS == 2) to[0] = own1[r];
-                    own[r] = 0.f;
-                }
+            for (int part = 0; part < PARTS; part++) {
+                total[part] = 0.f;
+                for (int w = 0; w < shape.share; w++)
+                    total[part] += sums[(((round & 1) * RAW_WARPS + team * shape.share + w) * PARTS + part) *
+                                            TOKENS_ * 16 + u];
             }
-            __syncthreads();
-            // Four lanes to a sum. u: row, then team, tile and token.
-            const int n_sums = n * shape.teams * 16;
-            for (int u = threadIdx.x >> 2; u < (n_sums + 7) / 8 * 8; u += RAW_THREADS / 4) {
-                const int row = u & 15, of = min(u >> 4, n * shape.teams - 1);
-                const int of_team = of % shape.teams, k = of / shape.teams;
-                float total[PARTS];
-#pragma unroll
-                for (int part = 0; part < PARTS; part++) {
-                    total[part] = 0.f;
-                    for (int w = t; w < n_chunks; w += 4)
-                        total[part] += sums[((part * n + k) * RAW_WARPS + of_team * n_chunks + w) * 16 + row];
-                    total[part] += __shfl_xor_sync(~0u, total[part], 1);
-                    total[part] += __shfl_xor_sync(~0u, total[part], 2);
-                }
-                const int tile = of_team + k / TOKENS_ * shape.teams;
-                const int o = at.group * rows + 16 * tile + row;
-                if (t == 0 && u < n_sums && o < shape.out) store(o, k % TOKENS_, total);
-            }
+            if (row0 + (u & 15) < shape.out) store(row0 + (u & 15), u >> 4, total);
         }
-        next(at);
-        stage = stage + 1 == STAGES ? 0 : stage + 1;
-        ahead_stage = ahead_stage + 1 == STAGES ? 0 : ahead_stage + 1;
     }
 }

@@ -40,9 +40,7 @@ class Geometry:
 
     warps: int
     per_sm: int  # CTAs
-    tiles: int  # of rows, that a warp takes of a stage
-    teams: int  # of warps, each with row tiles of its own
-    spans: int
+    share: int  # warps that have a row tile together
     slot: int
     chunks: int  # of 128 columns in a staged vector
     row_tiles: int
@@ -50,20 +48,17 @@ class Geometry:
 
     def shared(self, vectors: int, sums: int) -> int:
         """Dynamic shared memory of matvec_raw.cu, in the order of its RawMemory."""
-        ring = self.stages * 16 * self.tiles * self.teams * self.slot
-        return vectors * self.chunks * (512 + 32) + sums * self.tiles * self.warps * 64 + ring
+        ring = self.warps * self.stages * 16 * self.slot
+        return vectors * self.chunks * (512 + 32) + 2 * sums * self.warps * 64 + ring
 
     def ctas(self, ops: CudaOps, others: int) -> int:
         """CTAs along the rows, beside `others` along the grid's other axes."""
-        groups = -(-self.row_tiles // (self.tiles * self.teams))
+        groups = -(-self.row_tiles // (self.warps // self.share))
         most = max(1, ops.n_sm * self.per_sm // others)
         return -(-groups // -(-groups // min(most, groups)))
 
     def defines(self) -> dict[str, int]:
-        return {
-            "N_WARPS": self.warps, "N_CTAS": self.per_sm, "N_TILES": self.tiles,
-            "STAGES": self.stages,
-        }  # fmt: skip
+        return {"N_WARPS": self.warps, "N_CTAS": self.per_sm, "STAGES": self.stages}
 
 
 def geometry(
@@ -71,21 +66,20 @@ def geometry(
 ) -> Geometry:
     """For `rows` rows of w, beside `others` along the grid's other axes; `vectors` of x staged."""
     spans, row_tiles = -(-(w.skip + w.shape[-1]) // _SPAN), -(-rows // 16)
-    few = row_tiles * others <= 2 * ops.n_sm
-    warps = 16 if few and tokens == 1 else 8
-    at_once = -(-spans // -(-2 * spans // warps))
-    slot = -(-(at_once * _SPAN // w.qtype.block * w.qtype.nbytes + 15 + 4) // 16)
+    parts = spans * (1 if tokens > 1 else vectors)  # of a row tile's work
+    warps, per_sm = TUNED
+    share = 1
+    while share < warps and 2 * share <= parts and row_tiles * others * share < warps * per_sm * ops.n_sm:
+        share *= 2
+    slot = -(-(_SPAN // w.qtype.block * w.qtype.nbytes + 15 + 4) // 16)
     slot += 1 - slot % 2  # rows of a stage begin in different banks
-    teams = max(1, min(warps // (2 * at_once), row_tiles * others // ops.n_sm))
-    per_sm = 1 if warps == 16 or tokens > 2 else TUNED[0]
-    tiles = TUNED[1] if row_tiles * others >= 4 * teams * per_sm * ops.n_sm and tokens == 1 else 1
-    how = Geometry(warps, per_sm, tiles, teams, at_once, 16 * slot, 2 * spans, row_tiles)
+    how = Geometry(warps, 1 if tokens > 2 else per_sm, share, 16 * slot, 2 * spans, row_tiles)
     while how.shared(vectors, 2 * tokens) * how.per_sm > _SM_SHARED and how.per_sm > 1:
         how = replace(how, per_sm=how.per_sm - 1)
     return how
 
 
-TUNED = (3, 1)  # CTAs of an SM, row tiles of a warp, where there are rows enough
+TUNED = (8, 2)  # warps of a CTA, CTAs of an SM
 
 
 def takes(ops: CudaOps, *weights: CudaWeight) -> bool:
@@ -126,7 +120,7 @@ def _few(ops: CudaOps, x: Array, w: CudaWeight, y: Array, add: bool) -> bool:
         return False
     ops.run(
         "raw_products", (how.ctas(ops, passes * batches), passes, batches), 32 * how.warps, y,
-        w.raw, x, n, out, w.shape[-1], w.skip, how.spans, how.teams, how.slot, w.row_bytes,
+        w.raw, x, n, out, w.shape[-1], w.skip, how.share, how.slot, w.row_bytes,
         w.raw.nbytes, x.stride(0), y.stride(0), out * w.row_bytes,
         x.stride(1) if batches > 1 else 0, y.stride(1) if batches > 1 else 0, shared=shared,
         WTYPE=w.qtype.id, TOKENS=tokens, ADD=int(add), **how.defines(),
@@ -192,7 +186,7 @@ def _few_up(
         return False
     ops.run(
         "raw_experts_up", (how.ctas(ops, n * n_used), n * n_used), 32 * how.warps, h, gate.raw,
-        up_raw, x, chosen.ids, n_used, f, d, gate.first, held, how.spans, how.teams, how.slot,
+        up_raw, x, chosen.ids, n_used, f, d, gate.first, held, how.share, how.slot,
         gate.row_bytes, rows * gate.row_bytes, up_raw.nbytes, x.stride(0), shared=shared,
         WTYPE=gate.qtype.id, TOKENS=1, ADD=0, **how.defines(),
     )  # fmt: skip
@@ -209,7 +203,7 @@ def _few_down(
         return False
     ops.run(
         "raw_experts_down", (how.ctas(ops, n), n), 32 * how.warps, y, down.raw, h, chosen.ids,
-        chosen.weights, n_used, f, d, down.first, held, down.skip, how.spans, how.teams, how.slot,
+        chosen.weights, n_used, f, d, down.first, held, down.skip, how.share, how.slot,
         down.row_bytes, d * down.row_bytes, down.raw.nbytes, y.stride(0), shared=shared,
         WTYPE=down.qtype.id, TOKENS=1, ADD=int(add), **how.defines(),
     )  # fmt: skip

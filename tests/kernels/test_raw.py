@@ -9,6 +9,7 @@ from kit import raw_cases as cases
 from kit.simt import why_not
 from kit.simt_device import SimtDevice
 
+from mlacli.backends import cuda_raw
 from mlacli.parallel import cuda_sizes
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
@@ -37,6 +38,14 @@ def test_a_block_of_two_ranks_and_the_residual(ops, rng) -> None:
 
 def test_rows_in_several_passes(ops, rng) -> None:
     assert cases.dense(ops, rng, "Q3_K", 1, 2560, 21) < FEW
+
+
+def test_rows_enough_for_all(rng, monkeypatch) -> None:
+    """Small CTAs, several row tiles a warp, several groups of rows a CTA."""
+    monkeypatch.setattr(cuda_raw, "TUNED", (4, 1))
+    ops = cases.RawOps(SimtDevice(n_sm=1))
+    assert cases.dense(ops, rng, "IQ3_XXS", 1, 512, 300) < FEW
+    assert cases.dense(ops, rng, "IQ2_S", 1, 1280, 300) < FEW
 
 
 def test_several_tokens(ops, rng) -> None:
