@@ -192,7 +192,8 @@ __device__ __forceinline__ void raw_rows(
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     const int own = warp % shape.share, team = warp / shape.share, n_teams = RAW_WARPS / shape.share;
     const int n_spans = (shape.n_groups + 7) / 8, n_tiles = (shape.out + 15) / 16;
-    const int rounds = (n_tiles + n_teams * (int)gridDim.x - 1) / (n_teams * (int)gridDim.x);
+    const int all_teams = n_teams * (int)gridDim.x;
+    const int rounds = max(0, n_tiles - n_teams * (int)blockIdx.x + all_teams - 1) / all_teams;
     const int row_bytes = (int)shape.row_bytes;
     ring += warp * STAGES * 16 * shape.slot;
     for (int i = threadIdx.x; i < Codebook<QTYPE>::size; i += RAW_THREADS)

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from mlacli.backends.cuda_ops import CudaOps
 
 _SPAN = 256  # of kernels/include/raw_rows.cuh
-_SM_SHARED = 224 << 10  # bytes that an SM's CTAs share
+TUNED = (8, 2)  # warps of a CTA, CTAs of an SM
+_SM_SHARED = 208 << 10  # bytes that an SM's CTAs share, less their codebooks
+_CODEBOOK = 9 << 10  # bytes of static shared memory at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +56,7 @@ class Geometry:
     def ctas(self, ops: CudaOps, others: int) -> int:
         """CTAs along the rows, beside `others` along the grid's other axes."""
         groups = -(-self.row_tiles // (self.warps // self.share))
-        most = max(1, ops.n_sm * self.per_sm // others)
-        return -(-groups // -(-groups // min(most, groups)))
+        return min(groups, max(1, ops.n_sm * self.per_sm // others))
 
     def defines(self) -> dict[str, int]:
         return {"N_WARPS": self.warps, "N_CTAS": self.per_sm, "STAGES": self.stages}
@@ -68,8 +69,8 @@ def geometry(
     spans, row_tiles = -(-(w.skip + w.shape[-1]) // _SPAN), -(-rows // 16)
     parts = spans * (1 if tokens > 1 else vectors)  # of a row tile's work
     warps, per_sm = TUNED
-    share = 1
-    while share < warps and 2 * share <= parts and row_tiles * others * share < warps * per_sm * ops.n_sm:
+    share, enough = 1, 0.9 * warps * per_sm * ops.n_sm  # warps that keep all SMs at work
+    while share < warps and 2 * share <= parts and row_tiles * others * share < enough:
         share *= 2
     slot = -(-(_SPAN // w.qtype.block * w.qtype.nbytes + 15 + 4) // 16)
     slot += 1 - slot % 2  # rows of a stage begin in different banks
@@ -79,7 +80,9 @@ def geometry(
     return how
 
 
-TUNED = (8, 2)  # warps of a CTA, CTAs of an SM
+def _most_shared(ops: CudaOps) -> int:
+    """Dynamic shared memory that a CTA may have."""
+    return shared_limit(ops.capability) - _CODEBOOK
 
 
 def takes(ops: CudaOps, *weights: CudaWeight) -> bool:
@@ -110,7 +113,7 @@ def heads(ops: CudaOps, x: Array, w: CudaWeight) -> Array:
 def _few(ops: CudaOps, x: Array, w: CudaWeight, y: Array, add: bool) -> bool:
     """Up to FEW tokens; false where a token doesn't fit shared memory."""
     n, out, batches = len(x), w.shape[-2], w.shape[0] if len(w.shape) > 2 else 1
-    tokens, limit = 1 << (n - 1).bit_length(), shared_limit(ops.capability)
+    tokens, limit = 1 << (n - 1).bit_length(), _most_shared(ops)
     how = geometry(ops, w, out, batches, tokens, tokens)
     while tokens > 1 and how.shared(tokens, tokens) > limit:
         tokens //= 2
@@ -182,7 +185,7 @@ def _few_up(
     how = geometry(ops, gate, f, n * n_used)
     shared = how.shared(1, 2)
     alike = up is None or up.qtype == gate.qtype
-    if not alike or gate.skip or shared > shared_limit(ops.capability):
+    if not alike or gate.skip or shared > _most_shared(ops):
         return False
     ops.run(
         "raw_experts_up", (how.ctas(ops, n * n_used), n * n_used), 32 * how.warps, h, gate.raw,
@@ -199,7 +202,7 @@ def _few_down(
     (n, n_used, f), (held, d, _) = h.shape, down.shape
     how = geometry(ops, down, d, n, n_used)
     shared = how.shared(n_used, 1)
-    if n_used > 32 or shared > shared_limit(ops.capability):
+    if n_used > 32 or shared > _most_shared(ops):
         return False
     ops.run(
         "raw_experts_down", (how.ctas(ops, n), n), 32 * how.warps, y, down.raw, h, chosen.ids,

@@ -40,12 +40,22 @@ def test_rows_in_several_passes(ops, rng) -> None:
     assert cases.dense(ops, rng, "Q3_K", 1, 2560, 21) < FEW
 
 
-def test_rows_enough_for_all(rng, monkeypatch) -> None:
-    """Small CTAs, several row tiles a warp, several groups of rows a CTA."""
+@pytest.mark.parametrize(("rows", "share"), [(300, 1), (40, 2), (16, 4)])
+def test_warps_that_share_rows(rng, monkeypatch, rows, share) -> None:
+    """In several rounds, with spans that come out uneven and row tiles past the end."""
     monkeypatch.setattr(cuda_raw, "TUNED", (4, 1))
-    ops = cases.RawOps(SimtDevice(n_sm=1))
-    assert cases.dense(ops, rng, "IQ3_XXS", 1, 512, 300) < FEW
-    assert cases.dense(ops, rng, "IQ2_S", 1, 1280, 300) < FEW
+    ops, geometry, shares = cases.RawOps(SimtDevice(n_sm=1)), cuda_raw.geometry, set()
+
+    def noted(*args, **more):
+        how = geometry(*args, **more)
+        shares.add(how.share)
+        return how
+
+    monkeypatch.setattr(cuda_raw, "geometry", noted)
+    assert cases.dense(ops, rng, "IQ2_S", 1, 1280, rows) < FEW
+    assert shares == {share}
+    case = cases.Experts(("IQ2_S", "IQ2_S", "IQ2_S"), 1, 3, 5, d=512, f=768, first=1)
+    assert cases.experts(ops, rng, case) < FEW
 
 
 def test_several_tokens(ops, rng) -> None:
