@@ -1,7 +1,8 @@
 """The ops of one CUDA rank: which kernels compute each op, in which form, on which memory.
 
 Few tokens take cuda_matvec, which folds norms into products and products into the residual stream;
-many take cuda_gemm on float16 activations; what neither takes, cuda_plain. Knows no CuPy.
+many take cuda_gemm on float16 activations; what lies in GGUF bytes takes cuda_raw or cuda_plain,
+experts are in cuda_experts. Knows no CuPy.
 """
 
 from __future__ import annotations
