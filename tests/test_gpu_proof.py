@@ -1,13 +1,25 @@
 """The line that says whether a GPU run has seen the sources as they are."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from kit import gpu_proof
 
 RUN = {"device": "NVIDIA H200", "date": "2026-11-22", "passed": 57}
+
+
+def report_of(root: Path, *names: str) -> dict[str, Any]:
+    """Of a run that passed one test of each of these files."""
+    found = {
+        f"tests/gpu/{name}": {"n_tests": 1, "seconds": {name: 1.0}, "skipped": {}} for name in names
+    }
+    for path, of in found.items():
+        of["hash"] = gpu_proof.tests(root)[path]
+    return RUN | {"files": gpu_proof.hashes(root), "tests": found, "passed": len(names)}
 
 
 @pytest.fixture
@@ -17,13 +29,16 @@ def root(tmp_path: Path) -> Path:
         (tmp_path / name).write_text(name)
     (tmp_path / "mlacli" / "engine.py").write_text("")
     (tmp_path / "kernels" / "README.md").write_text("proves nothing")
+    (tmp_path / "tests" / "gpu").mkdir(parents=True)
+    for name in ("test_a.py", "test_b.py"):
+        (tmp_path / "tests" / "gpu" / name).write_text(name)
     return tmp_path
 
 
 def test_yes_and_no_since_which_files(root: Path) -> None:
-    report = RUN | {"files": gpu_proof.hashes(root)}
+    report = report_of(root, "test_a.py", "test_b.py")
     assert len(report["files"]) == 4
-    assert gpu_proof.verdict(report, root) == "GPU-proven: yes (NVIDIA H200, 2026-11-22, 57 tests)"
+    assert gpu_proof.verdict(report, root) == "GPU-proven: yes (NVIDIA H200, 2026-11-22, 2 tests)"
     (root / "kernels" / "README.md").write_text("still nothing")
     (root / "mlacli" / "flags.py").write_text("not proven either")
     assert gpu_proof.changed(report, root) == []
@@ -32,8 +47,29 @@ def test_yes_and_no_since_which_files(root: Path) -> None:
     (root / "mlacli" / "engine.py").unlink()
     assert gpu_proof.verdict(report, root) == (
         "GPU-proven: no since kernels/include/b.cuh, kernels/new.cu, mlacli/engine.py "
-        "(last run: NVIDIA H200, 2026-11-22, 57 tests)"
+        "(last run: NVIDIA H200, 2026-11-22, 2 tests)"
     )
+
+
+def test_runs_on_the_same_sources_add_up(root: Path) -> None:
+    first, second = report_of(root, "test_a.py"), report_of(root, "test_b.py")
+    assert "no since tests/gpu/test_b.py (" in gpu_proof.verdict(first, root)
+    both = gpu_proof.merged(first, second)
+    assert gpu_proof.verdict(both, root) == "GPU-proven: yes (NVIDIA H200, 2026-11-22, 2 tests)"
+    (part := report_of(root, "test_a.py"))["tests"]["tests/gpu/test_a.py"]["n_tests"] = 2
+    partial = gpu_proof.merged(both, part)
+    assert "no since tests/gpu/test_a.py (" in gpu_proof.verdict(partial, root)
+    rest = json.loads(json.dumps(part))
+    rest["tests"]["tests/gpu/test_a.py"]["skipped"] = {"other": "needs two GPUs"}
+    assert gpu_proof.verdict(gpu_proof.merged(partial, rest), root) == (
+        "GPU-proven: yes (NVIDIA H200, 2026-11-22, 2 tests)"
+    )
+    (root / "tests" / "gpu" / "test_a.py").write_text("another test")
+    assert "no since tests/gpu/test_a.py (" in gpu_proof.verdict(both, root)
+    assert gpu_proof.merged(first | {"device": "another"}, second) == second
+    (root / "kernels" / "a.cu").write_text("changed")
+    after = report_of(root, "test_b.py")
+    assert gpu_proof.merged(both, after) == after
 
 
 def test_a_report_without_hashes_proves_nothing(root: Path) -> None:

@@ -1,6 +1,7 @@
-"""GPU tests run where CuPy sees a device; a whole run without failure writes report.json."""
+"""GPU tests run where CuPy sees a device; runs without failure add up to report.json."""
 
 import datetime
+import fcntl
 import json
 import os
 import subprocess
@@ -25,6 +26,7 @@ class Run:
     skipped: dict[str, str] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
     deselected: list[str] = field(default_factory=list)
+    selected: list[str] = field(default_factory=list)
     written: str = ""
 
 
@@ -101,41 +103,59 @@ def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Iterator[None]:
         run.seconds[item.nodeid] = round(report.duration, 3)
 
 
-def why_unwritten(config: pytest.Config, run: Run) -> str:
-    """Why this session proves less than a report claims; empty when it proves it."""
-    asked = [Path(config.invocation_params.dir, arg.partition("::")[0]) for arg in config.args]
-    if not any(path.resolve() in (HERE, *HERE.parents) for path in asked):
-        return "only part of tests/gpu was asked for"
-    if run.deselected:
-        return f"{len(run.deselected)} tests were deselected"
-    return f"{len(run.failed)} tests failed" if run.failed else ""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    run_of(session.config).selected = [item.nodeid for item in session.items if is_ours(item)]
+
+
+def files_run(config: pytest.Config, run: Run) -> dict[str, dict[str, Any]]:
+    """By file, how many tests it has and which of them passed or were skipped for a reason."""
+    parts = {Path(config.invocation_params.dir, arg.partition("::")[0]).resolve()
+             for arg in config.args if "::" in arg}  # fmt: skip
+    files: dict[str, dict[str, Any]] = {}
+    for test in (*run.selected, *run.deselected):
+        if (gpu_proof.ROOT / _file(test)) in parts:
+            continue  # how many there are is not known
+        of = files.setdefault(_file(test), {"n_tests": 0, "seconds": {}, "skipped": {}})
+        of["n_tests"] += 1
+        if test in run.failed:
+            continue
+        for kind, found in (("seconds", run.seconds), ("skipped", run.skipped)):
+            if test in found:
+                of[kind][test] = found[test]
+    return files
+
+
+def _file(test: str) -> str:
+    return test.partition("::")[0]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     run = run_of(session.config)
     if not run.seconds:
         return
-    if reason := why_unwritten(session.config, run):
-        run.written = f"tests/gpu/report.json is left as it was: {reason}"
+    if run.failed:
+        run.written = f"tests/gpu/report.json is left as it was: {len(run.failed)} tests failed"
         return
     import cupy
     from cupy.cuda import nvrtc, runtime
 
+    files, hashes = files_run(session.config, run), gpu_proof.tests()
     report = {
         "device": runtime.getDeviceProperties(0)["name"].decode(),
-        "n_devices": runtime.getDeviceCount(),
         "driver": runtime.driverGetVersion(),
         "nvrtc": ".".join(map(str, nvrtc.getVersion())),
         "cupy": cupy.__version__,
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
-        "passed": len(run.seconds),
-        "skipped": run.skipped,
-        "seconds": dict(sorted(run.seconds.items())),
+        "tests": {file: {"hash": hashes[file]} | of for file, of in sorted(files.items())},
         "files": gpu_proof.hashes(),
     }
-    gpu_proof.REPORT.write_text(json.dumps(report, indent=1) + "\n")
-    run.written = f"tests/gpu/report.json: {len(run.seconds)} tests passed"
+    path = gpu_proof.REPORT
+    with path.with_suffix(".lock").open("w") as lock:  # runs side by side on several GPUs
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = json.loads(path.read_text()) if path.exists() else None
+        path.write_text(json.dumps(gpu_proof.merged(before, report), indent=1) + "\n")
+    run.written = f"tests/gpu/report.json: {len(run.seconds)} more tests passed"
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
