@@ -93,7 +93,7 @@ def main() -> None:
     most = max(args.tokens)
     flags = {"device": "cuda0", "cpu_moe": True, "ctx_size": most + 256}
     params = to_params(library_values(LOADED, flags | {"batch_size": most, "ubatch_size": most}))
-    with Engine(prepare(SyntheticFile(preset(args.preset), copied=True), params)) as engine:
+    with Engine(prepare(SyntheticFile(preset(args.preset), on_gpus=True), params)) as engine:
         for text in lines(engine, rate, args.tokens):
             print(text, flush=True)
     print(f"host: {host_rate() / 1e9:.1f} GB/s of float32 weights multiplied by NumPy")

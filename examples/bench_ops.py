@@ -271,7 +271,7 @@ def main() -> None:
         "ubatch_size": max(args.tokens),
     }
     params = to_params(library_values(LOADED, flags))
-    with Engine(prepare(SyntheticFile(preset(args.preset), copied=True), params)) as engine:
+    with Engine(prepare(SyntheticFile(preset(args.preset), on_gpus=True), params)) as engine:
         device: Any = engine._ops(0).device
         clock = Clock(device)
         rate = clock.copy_rate()

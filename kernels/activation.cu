@@ -1,8 +1,7 @@
-// Op        silu_mul: y = silu(gate) * up;  add: y = a + b;  rows: y[i] = x[wanted[i]];
-//           temper: y[t] = x[t] * (1 + scale * ln(1 + floor(pos[t] / length)))
-// Shapes    flat arrays of m elements; rows: y [m, d], x [n, d]; temper: x, y [n, d], pos [n]
+// Op        silu_mul: y = silu(gate) * up;  add: y = a + b;  rows: y[i] = x[wanted[i]]
+// Shapes    flat arrays of m elements; rows: y [m, d], x [n, d]
 // Dtypes    float32
-// Grid      (ceil(m / 256)), 256 threads; rows (m) and temper (n), 256 threads
+// Grid      (ceil(m / 256)), 256 threads; rows (m), 256 threads
 // Numerics  one rounding per operation, expf
 // Bound by  bytes
 // Sources   own
@@ -30,14 +29,4 @@ extern "C" __global__ void rows_f32(float* y, const float* x, const int* wanted,
     const float* in = x + (long long)wanted[blockIdx.x] * d;
     float* out = y + (long long)blockIdx.x * d;
     for (int i = threadIdx.x; i < d; i += blockDim.x) out[i] = in[i];
-}
-
-extern "C" __global__ void temper_f32(float* y, const float* x, const int* pos, int d, int length,
-                                      float scale) {
-    pdl_launch();
-    pdl_wait();
-    const int t = blockIdx.x;
-    const float factor = 1.f + scale * log1pf((float)(pos[t] / length));
-    for (int i = threadIdx.x; i < d; i += blockDim.x)
-        y[(long long)t * d + i] = x[(long long)t * d + i] * factor;
 }

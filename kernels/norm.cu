@@ -1,6 +1,5 @@
 // Op        rms_norm: y = x / sqrt(mean(x^2) + eps) * w
-//           add_rms_norm: residual += partial, then y = rms_norm(residual); w null: the sum alone
-// Shapes    y [n, d] dense, x [n, d] with row stride ldx, w [d]; residual and partial [n, d] dense
+// Shapes    y [n, d] dense, x [n, d] with row stride ldx, w [d]
 // Dtypes    float32
 // Grid      (n), 256 threads
 // Numerics  block_sum's fixed order; relative error about 1e-6
@@ -20,20 +19,4 @@ extern "C" __global__ void rms_norm_f32(float* y, const float* x, const float* w
     for (int i = threadIdx.x; i < d; i += blockDim.x) sum += in[i] * in[i];
     const float scale = rsqrtf(block_sum(sum) / d + eps);
     for (int i = threadIdx.x; i < d; i += blockDim.x) out[i] = in[i] * scale * w[i];
-}
-
-extern "C" __global__ void add_rms_norm_f32(float* residual, float* y, const float* partial,
-                                            const float* w, int d, float eps) {
-    pdl_launch();
-    pdl_wait();
-    const long long row = (long long)blockIdx.x * d;
-    float sum = 0.f;
-    for (int i = threadIdx.x; i < d; i += blockDim.x) {
-        const float v = residual[row + i] + partial[row + i];
-        residual[row + i] = v;
-        sum += v * v;
-    }
-    if (!w) return;
-    const float scale = rsqrtf(block_sum(sum) / d + eps);
-    for (int i = threadIdx.x; i < d; i += blockDim.x) y[row + i] = residual[row + i] * scale * w[i];
 }

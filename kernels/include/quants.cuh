@@ -69,30 +69,6 @@ FORCE_INLINE void load_mapped(
     }
 }
 
-// 128 + or - each byte of b (1 to 127), minus where the byte's bit of `signs` is set.
-FORCE_INLINE unsigned signed_bytes(unsigned b, unsigned signs) {
-    const unsigned t = spread4(signs);
-    return (b + 0x80808080 - t) ^ t * 255;  // 128 - b = ~(127 + b)
-}
-
-// Eight signed codebook values of IQ2: one entry, eight sign bits.
-FORCE_INLINE void iq2_bytes(unsigned entry, unsigned signs, unsigned& q0, unsigned& q1) {
-    q0 = signed_bytes(__byte_perm(MAP_IQ2_0, 0, entry), signs);
-    q1 = signed_bytes(__byte_perm(MAP_IQ2_0, 0, entry >> 16), signs >> 4);
-}
-
-// Eight sign bits from seven: the eighth makes their number even.
-FORCE_INLINE unsigned even_signs(unsigned seven) {
-    return (seven & 127) | (__popc(seven & 127) & 1) << 7;
-}
-
-// Eight codebook values of IQ1, -1, 0 or 1, + or - 1/8: in eighths, + 16.
-FORCE_INLINE void iq1_bytes(int index, bool minus, unsigned& q0, unsigned& q1) {
-    const unsigned entry = grid_iq1[index], map = minus ? 0x00170F07 : 0x00191109;
-    q0 = __byte_perm(map, 0, entry);
-    q1 = __byte_perm(map, 0, entry >> 16);
-}
-
 // Scale and minimum of group g of Q4_K and Q5_K from the block's first four words: d and dmin,
 // then 12 bytes of six-bit numbers. Groups 0..3: low six bits of bytes g and 4 + g; groups 4..7:
 // the nibbles of byte 4 + g, under the top two bits of bytes g - 4 and g.
@@ -241,102 +217,7 @@ UNPACK(QT_IQ4_XS) {
     load_mapped<8>(b + 8 + 16 * g, MAP_IQ4_0, MAP_IQ4_1, MAP_IQ4_2, MAP_IQ4_3, q);
 }
 
-// IQ2_XXS: d 2, per group four codebook indices 4 and (four times 7 signs, 4 bits of scale) 4
-UNPACK(QT_IQ2_XXS) {
-    unsigned w[2];
-    load_words<2>(b + 2 + 8 * g, w);
-    d[0] = d[1] = load_half(b) * (0.5f + (float)(w[1] >> 28)) * 0.25f;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-        const unsigned entry = grid_iq2xxs[w[0] >> 8 * k & 255];
-        iq2_bytes(entry, even_signs(w[1] >> 7 * k), q[2 * k], q[2 * k + 1]);
-    }
-}
-
-// IQ2_XS: d 2, per 8 values (9 bits of index, 7 signs) 64, a nibble of scale per 16 values 8
-UNPACK(QT_IQ2_XS) {
-    const unsigned s = load8(b + 66 + g);
-    const float scale = load_half(b);
-    d[0] = scale * (0.5f + (float)(s & 15)) * 0.25f;
-    d[1] = scale * (0.5f + (float)(s >> 4)) * 0.25f;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-        const unsigned x = load16(b + 2 + 8 * g + 2 * k);
-        iq2_bytes(grid_iq2xs[x & 511], even_signs(x >> 9), q[2 * k], q[2 * k + 1]);
-    }
-}
-
-// IQ2_S: d 2, indices' low bytes 32, signs 32, indices' top 2 bits 8, a nibble of scale per 16 8
-UNPACK(QT_IQ2_S) {
-    const unsigned low = load32<2>(b + 2 + 4 * g), signs = load32<2>(b + 34 + 4 * g);
-    const unsigned top = load8(b + 66 + g), s = load8(b + 74 + g);
-    const float scale = load_half(b);
-    d[0] = scale * (0.5f + (float)(s & 15)) * 0.25f;
-    d[1] = scale * (0.5f + (float)(s >> 4)) * 0.25f;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-        const unsigned entry = grid_iq2s[(low >> 8 * k & 255) | (top >> 2 * k & 3) << 8];
-        iq2_bytes(entry, signs >> 8 * k, q[2 * k], q[2 * k + 1]);
-    }
-}
-
-// IQ3_XXS: d 2, codebook indices per 4 values 64, per group (four times 7 signs, 4 bits of scale) 4
-UNPACK(QT_IQ3_XXS) {
-    unsigned w[2];
-    load_words<2>(b + 2 + 8 * g, w);
-    const unsigned s = load32<2>(b + 66 + 4 * g);
-    d[0] = d[1] = load_half(b) * (0.5f + (float)(s >> 28)) * 0.5f;
-#pragma unroll
-    for (int k = 0; k < 8; ++k) {
-        const unsigned entry = grid_iq3xxs[w[k >> 2] >> 8 * (k & 3) & 255];
-        const unsigned signs = even_signs(s >> 7 * (k >> 1)) >> 4 * (k & 1);
-        q[k] = signed_bytes(__byte_perm(MAP_IQ3_XXS_0, MAP_IQ3_XXS_1, entry), signs);
-    }
-}
-
-// IQ3_S: d 2, indices' low bytes 64, their top bits 8, signs 32, a nibble of scale per group 4
-UNPACK(QT_IQ3_S) {
-    unsigned w[2];
-    load_words<2>(b + 2 + 8 * g, w);
-    const unsigned top = load8(b + 66 + g), signs = load32<2>(b + 74 + 4 * g);
-    const unsigned s = load8(b + 106 + (g >> 1)) >> 4 * (g & 1) & 15;
-    d[0] = d[1] = load_half(b) * (float)(1 + 2 * s);
-#pragma unroll
-    for (int k = 0; k < 8; ++k) {
-        const unsigned entry = grid_iq3s[(w[k >> 2] >> 8 * (k & 3) & 255) | (top >> k & 1) << 8];
-        q[k] = signed_bytes(__byte_perm(MAP_IQ3_S_0, MAP_IQ3_S_1, entry), signs >> 4 * k);
-    }
-}
-
-// IQ1_S: d 2, indices' low bytes 32, per group (four times 3 top bits, 3 of scale, delta's sign) 2
-UNPACK(QT_IQ1_S) {
-    const unsigned low = load32<2>(b + 2 + 4 * g), h = load16(b + 34 + 2 * g);
-    d[0] = d[1] = load_half(b) * (float)(2 * (h >> 12 & 7) + 1) * 0.125f;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-        const unsigned index = (low >> 8 * k & 255) | (h >> 3 * k & 7) << 8;
-        iq1_bytes(index, h >> 15, q[2 * k], q[2 * k + 1]);
-    }
-}
-
-// IQ1_M: indices' low bytes 32, per 8 values (3 top bits, delta's sign) 16, four words of (four
-// 3-bit scales per 16 values, a nibble of d) 8
-UNPACK(QT_IQ1_M) {
-    unsigned w[2];
-    load_words<8>(b + 48, w);
-    const unsigned low_half = (w[0] >> 12 & 0xF) | (w[0] >> 24 & 0xF0);
-    const unsigned bits = low_half | (w[1] >> 4 & 0xF00) | (w[1] >> 16 & 0xF000);
-    const unsigned s = (g < 4 ? w[0] : w[1]) >> (16 * (g >> 1 & 1) + 6 * (g & 1));
-    const float scale = half_bits_to_float(bits);
-    d[0] = scale * (float)(2 * (s & 7) + 1) * 0.125f;
-    d[1] = scale * (float)(2 * (s >> 3 & 7) + 1) * 0.125f;
-    const unsigned low = load32<4>(b + 4 * g), h = load16(b + 32 + 2 * g);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-        const unsigned x = h >> 4 * k;
-        iq1_bytes((low >> 8 * k & 255) | (x & 7) << 8, x & 8, q[2 * k], q[2 * k + 1]);
-    }
-}
+#include "quant_codebooks.cuh"
 #undef UNPACK
 
 // ---------------------------------------------------------------- entry points --------------

@@ -70,6 +70,7 @@ FORCE_INLINE unsigned load8(const unsigned char* p) { return *p; }
 FORCE_INLINE unsigned load16(const unsigned char* p) { return *(const piece16*)p; }
 
 // w = N little-endian words from p, in the widest pieces that an alignment of ALIGN bytes allows.
+// With PADDED_ROWS whole words around them may be read.
 template <int ALIGN, int N>
 FORCE_INLINE void load_words(const unsigned char* p, unsigned (&w)[N]) {
     if constexpr (ALIGN % 16 == 0 && N % 4 == 0) {
@@ -84,6 +85,18 @@ FORCE_INLINE void load_words(const unsigned char* p, unsigned (&w)[N]) {
             const uint2 x = *(const uint2*)(p + 4 * i);
             w[i] = x.x, w[i + 1] = x.y;
         }
+#ifdef PADDED_ROWS
+    } else if constexpr (ALIGN % 2 == 0 && ALIGN % 4 != 0) {
+        const bool odd = (unsigned long long)p & 2;
+        const piece32* from = (const piece32*)(p - (odd ? 2 : 0));
+        unsigned word = from[0];
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            const unsigned after = from[i + 1];
+            w[i] = __byte_perm(word, after, odd ? 0x5432 : 0x3210);
+            word = after;
+        }
+#endif
     } else {
 #pragma unroll
         for (int i = 0; i < N; ++i) {

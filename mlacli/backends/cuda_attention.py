@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from mlacli.backends import cuda_plain
+from mlacli.backends import cuda_raw
 from mlacli.backends.cuda_array import Array
 from mlacli.parallel.cuda_sizes import (
     PLAIN_SPLITS,
@@ -301,4 +301,4 @@ def _token_blocks(n: int) -> int:
 
 def _plain_heads(ops: Any, x: Array, w: Any) -> Array:
     """A product per head [n, h, out] with GGUF bytes; x [n, h, at least in]."""
-    return cuda_plain.heads(ops, x[:, :, : w.shape[2]], w)
+    return cuda_raw.heads(ops, x[:, :, : w.shape[2]], w)

@@ -1,9 +1,9 @@
 """Sums and gathers between the GPUs of one host: which way they go, and where partials lie.
 
 `p2p`: own kernels through peer memory; `nccl`: NCCL; `host`: the same own kernels through
-page-locked host memory; `local`: all ranks share one GPU. All can be captured in graphs. Sums of
-own kernels run in rank order; NCCL adds GPUs in an order of its own. Either way all ranks get
-equal bits, and the same ones from run to run.
+page-locked host memory. All can be captured in graphs. Sums of own kernels run in rank order; NCCL
+adds GPUs in an order of its own. Either way all ranks get equal bits, and the same ones from run
+to run. Ranks that share one GPU need none of this: cuda_together.py.
 """
 
 from __future__ import annotations
@@ -42,12 +42,11 @@ class Collectives:
     each GPU.
     """
 
-    capturable = True  # whatever the way
-
     def __init__(
         self, gpus: Sequence[GpuPlace], how: str, reduce_type: str, max_floats: int
     ) -> None:
         assert how in ("auto", *WAYS) and reduce_type in REDUCE_TYPES, f"{how} {reduce_type}"
+        assert len(gpus) > 1, "there is something between them"
         ranks = sorted(rank for gpu in gpus for rank in gpu.ranks)
         assert ranks == list(range(len(ranks))), "every rank is on one GPU"
         assert all(gpu.ranks == sorted(gpu.ranks) for gpu in gpus), "ranks ascend"
@@ -64,8 +63,6 @@ class Collectives:
     def _chosen(self, asked: str) -> tuple[str, str, Way]:
         """The first way that is possible here and adds up right; (way, reason, it)."""
         devices, reasons = [gpu.index for gpu in self.group.gpus], list[str]()
-        if len(devices) == 1:
-            return "local", f"all ranks share cuda{devices[0]}", self._opened("local")
         for how in WAYS if asked == "auto" else (asked,):
             if not (reason := obstacle(how, devices)):
                 try:

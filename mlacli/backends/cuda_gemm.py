@@ -64,6 +64,7 @@ class Sorted:
     ends: Array
     first: int
     held: int
+    tile: int  # slots of one at most
 
 
 def fits(ops: Any, *weights: CudaWeight) -> bool:
@@ -206,8 +207,7 @@ def route_scores(ops: Any, x: Array, gate: CudaWeight) -> Array:
 
 def sort(ops: Any, ids: Array, first: int, held: int, tile: int = 128) -> Sorted:
     """Where each chosen slot stands among its expert's; experts first .. first + held - 1."""
-    n_slots = ids.size
-    most = n_slots // tile + held
+    n_slots, most = ids.size, ids.size // tile + held
     slots, tiles = ops.new((n_slots,), "i4"), ops.new((most, 4), "i4")
     ends = ops.new((4,), "i4")
     shared = 132 * held + 4 * n_slots
@@ -217,7 +217,7 @@ def sort(ops: Any, ids: Array, first: int, held: int, tile: int = 128) -> Sorted
         "moe_sort", (1,), 1024, slots, tiles, ends, ids, n_slots, first, held, tile,
         int(staged), shared=shared + 4 * n_slots * staged,
     )  # fmt: skip
-    return Sorted(slots, tiles, ends, first, held)
+    return Sorted(slots, tiles, ends, first, held, tile)
 
 
 def experts(
@@ -246,26 +246,40 @@ def expert_products(
     down: CudaWeight, h: Array, part: Array,
 ) -> None:  # fmt: skip
     """part[slot] = down silu(gate x) * up x, of slots whose experts these weights hold."""
-    (n, n_used), (held, rows, d), shape = chosen.ids.shape, gate.shape, gate.layout
+    held, n_used = gate.shape[0], chosen.ids.shape[1]
+    order = sort(ops, chosen.ids, gate.first, held, slot_tile(chosen.ids.size, held))
+    experts_up(ops, x16, order, n_used, gate, up, h)
+    experts_down(ops, h, order, down, part)
+
+
+def experts_up(
+    ops: Any, x16: Array, order: Sorted, n_used: int, gate: CudaWeight, up: CudaWeight | None,
+    h: Array,
+) -> None:  # fmt: skip
+    """h, in the order of `order`: silu(gate x) * up x of the experts that it is of."""
+    (held, rows, d), shape = gate.shape, gate.layout
     f, other = (rows, up) if up is not None else (rows // 2, gate)
-    assert shape is not None and other.layout is not None and down.layout is not None
+    assert shape is not None and other.layout is not None
     assert shape.n_col_tiles == other.layout.n_col_tiles, "gate and up are cut alike"
     assert up is not None or f % 16 == 0, "merged gate and up rows share a tile"
-    tile = slot_tile(n * n_used, held)
-    order = sort(ops, chosen.ids, gate.first, held, tile)
-    most_tiles = min(n * n_used, len(order.tiles))
-    up_form, down_form = (_grouped(ops, tile, *ws) for ws in ((gate, other), (down,)))
+    form = _grouped(ops, order.tile, gate, other)
     _launch(
-        ops, "gemm_experts_up", up_form, most_tiles * -(-f // (_ROWS // 2)), (gate, other), h,
+        ops, "gemm_experts_up", form, _most_tiles(order) * -(-f // (_ROWS // 2)), (gate, other), h,
         gate.tiles, other.tiles, x16, order.slots, order.tiles, order.ends, n_used, f,
-        shape.n_row_tiles, 0 if up is not None else f // 16, shape.n_col_tiles, held, d,
-        gate.skip, h.stride(0), x16.stride(0), Q0=gate.qtype.id, Q1=other.qtype.id, GATED=1,
+        shape.n_row_tiles, 0 if up is not None else f // 16, shape.n_col_tiles, held, d, gate.skip,
+        h.stride(0), x16.stride(0), Q0=gate.qtype.id, Q1=other.qtype.id, GATED=1,
     )  # fmt: skip
+
+
+def experts_down(ops: Any, h: Array, order: Sorted, down: CudaWeight, part: Array) -> None:
+    """part, by slot: down h of the experts that `order` is of."""
+    (held, d, f), shape = down.shape, down.layout
+    assert shape is not None
+    form = _grouped(ops, order.tile, down)
     _launch(
-        ops, "gemm_experts_down", down_form, most_tiles * -(-down.shape[1] // _ROWS), (down,), part,
-        down.tiles, h, order.slots, order.tiles, order.ends, down.shape[1],
-        down.layout.n_row_tiles, down.layout.n_col_tiles, held, f, down.skip, part.stride(0),
-        h.stride(0), Q0=down.qtype.id, Q1=-1,
+        ops, "gemm_experts_down", form, _most_tiles(order) * -(-d // _ROWS), (down,), part,
+        down.tiles, h, order.slots, order.tiles, order.ends, d, shape.n_row_tiles,
+        shape.n_col_tiles, held, f, down.skip, part.stride(0), h.stride(0), Q0=down.qtype.id, Q1=-1,
     )  # fmt: skip
 
 
@@ -278,6 +292,10 @@ def combine(
         "moe_combine", (n,), 256, y, part, chosen.ids, chosen.weights, n_used, part.shape[1],
         first, held, int(add), part.stride(0),
     )  # fmt: skip
+
+
+def _most_tiles(order: Sorted) -> int:
+    return min(order.slots.size, len(order.tiles))
 
 
 # ---- launches -------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import numpy as np
 from mlacli.backends import cuda_gemm as gemm
 from mlacli.backends import cuda_matvec as matvec
 from mlacli.backends import cuda_plain as plain
+from mlacli.backends import cuda_raw as raw
 from mlacli.backends.cuda_acts import Act, Chosen
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_weights import CudaWeight
@@ -112,18 +113,21 @@ class HostExperts:
     def many(self, x: Act, chosen: Chosen, routed: Routed, y: Array, add: bool) -> None:
         """y [n, d] (+)= routed experts, of copies that are made ahead."""
         ops, (gate, up, down), device = self.ops, routed, self.ops.device
-        if not matvec.takes(gate, up, down):
-            values, mark = ops.f32(x), device.mark()
+        if matvec.takes(gate, up, down):
+            products = gemm.expert_products
+        elif raw.takes(ops, gate, gate if up is None else up, down):
+            products = raw.expert_products
+        else:
+            values, held = ops.f32(x), ops.new((*chosen.ids.shape, down.shape[2]))
             for number, weights in self._arriving(routed):
-                device.rewind(mark)  # the chunk before needs them no more
-                held = plain.experts_up(ops, values, chosen, *weights[:2])
+                plain.experts_up(ops, values, chosen, *weights[:2], held)
                 plain.experts_down(ops, held, chosen, weights[2], y, add or number > 0)
             return
         x16, (h, part) = ops.f16(x), gemm.expert_rows(ops, chosen, gate, up, down)
         mark = device.mark()
         for _, weights in self._arriving(routed):
             device.rewind(mark)
-            gemm.expert_products(ops, x16, chosen, *weights, h, part)
+            products(ops, x16, chosen, *weights, h, part)
         gemm.combine(ops, part, chosen, gate.first, gate.shape[0], y, add)
 
     def _arriving(self, routed: Routed) -> Iterator[tuple[int, Routed]]:

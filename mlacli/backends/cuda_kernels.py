@@ -45,11 +45,11 @@ class _Config(ctypes.Structure):
 
 @dataclass(slots=True)
 class _Function:
-    """A loaded kernel and the dynamic shared memory it may take."""
+    """A loaded kernel and the dynamic shared memory it has been told to allow."""
 
     ptr: int
     signature: str
-    shared: int = 48 << 10
+    shared: int = 0
 
 
 @dataclass(slots=True)

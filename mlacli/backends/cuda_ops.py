@@ -1,6 +1,8 @@
 """The ops of one CUDA rank: which kernels compute each op, in which form, on which memory.
 
-Few tokens take cuda_matvec, many cuda_gemm, what neither takes cuda_plain. Knows no CuPy.
+Few tokens take cuda_matvec, which folds norms into products and products into the residual stream;
+many take cuda_gemm on float16 activations; what lies in GGUF bytes takes cuda_raw or cuda_plain,
+experts are in cuda_experts. Knows no CuPy.
 """
 
 from __future__ import annotations
@@ -10,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlacli.backends import cuda_experts, cuda_rows, cuda_weights
 from mlacli.backends import cuda_gemm as gemm
 from mlacli.backends import cuda_matvec as matvec
 from mlacli.backends import cuda_plain as plain
-from mlacli.backends import cuda_rows, cuda_weights
+from mlacli.backends import cuda_raw as raw
 from mlacli.backends.cuda_acts import Act, Chosen
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_device import Device, Host
-from mlacli.backends.cuda_host_experts import HostExperts, Routed
+from mlacli.backends.cuda_host_experts import HostExperts
 from mlacli.backends.cuda_mla import Attention
 from mlacli.backends.cuda_together import Brought, Peers
 from mlacli.backends.cuda_weights import CudaWeight
@@ -214,7 +217,7 @@ class CudaOps(Ops):
         pairs = [(cuda_weights.near(self, w, len(x)), out) for w, out in pairs]
         tiled = [(w, out) for w, out in pairs if w.tiles is not None]
         if tiled and len(x) <= FEW:
-            values, norm = self._unnormed(x)
+            values, norm = self.unnormed(x)
             matvec.products(self, tiled, values, norm, add)
         elif tiled and gemm.fits(self, *(w for w, _ in tiled)):
             gemm.products(self, tiled, self.f16(x), add=add)
@@ -223,7 +226,7 @@ class CudaOps(Ops):
                 gemm.products(self, [pair], self.f16(x), add=add)
         for w, out in pairs:
             if w.tiles is None:
-                plain.product(self, self.f32(x), w, out, add)
+                raw.product(self, x, w, out, add)
 
     def gated(self, x: Act, gate: CudaWeight, up: CudaWeight) -> Act:
         n, f = len(x), gate.shape[0]
@@ -235,7 +238,7 @@ class CudaOps(Ops):
             gate, up = (cuda_weights.near(self, w, n) for w in (gate, up))
             return Act((n, f), f16=gemm.gated(self, gate, up, self.f16(x)))
         h = self.new((n, f))
-        values, norm = self._unnormed(x)
+        values, norm = self.unnormed(x)
         matvec.gated(self, gate, up, h, values, norm)
         return _held(h)
 
@@ -269,7 +272,7 @@ class CudaOps(Ops):
             self._routed = chosen.ids
             return chosen
         chosen = Chosen(self.new((n, routing.n_used), np.int32), self.new((n, routing.n_used)))
-        values, norm = self._unnormed(x)
+        values, norm = self.unnormed(x)
         matvec.route(
             self, chosen.ids, chosen.weights, self.new((n, n_experts)), self._counter, gate,
             values, routing, norm, bias, self._pos, self._imposed_on(gate, n),
@@ -293,62 +296,10 @@ class CudaOps(Ops):
 
         def run(into: Array | None, add: bool) -> Array:
             y = self.new(x.shape) if into is None else into
-            self._experts(x, chosen, w, y, add)
+            cuda_experts.experts(self, x, chosen, w, y, add)
             return y
 
         return Act(x.shape, run=run)
-
-    def _experts(self, x: Act, chosen: Chosen | None, w: LayerWeights, y: Array, add: bool) -> None:
-        """y [n, d] (+)= routed and shared experts."""
-        merged, down, n = w.ffn_gate_up_exps, w.ffn_down_exps, len(x)
-        gate, up = (w.ffn_gate_exps, w.ffn_up_exps) if merged is None else (merged, None)
-        shared = (w.ffn_gate_shexp, w.ffn_up_shexp, w.ffn_down_shexp)
-        fetched = chosen is not None and self.host_experts.are_fetched(n, (gate, up, down))
-        beside = n <= FEW and not fetched and chosen is not None and w.ffn_down_shexp is not None
-        beside = beside and matvec.takes(gate, up, down, *shared)
-        late = w.ffn_down_shexp is not None and not beside  # shared ones follow
-        if fetched or (late and (n <= FEW or not matvec.takes(*shared))):
-            self.f32(x)  # before y, which may be the stream that its norm would be taken of
-        if chosen is not None and self.host_experts.arrive(n, (gate, up, down)):
-            self.host_experts.many(x, chosen, (gate, up, down), y, add)
-        elif chosen is not None and fetched:
-            if not add:
-                self.device.copy_in(y, np.zeros(y.shape, np.float32))
-            for here, weights in self.host_experts.fetched(chosen, (gate, up, down)):
-                self._held_experts(x, here, weights, None, y, True)
-        elif chosen is not None:
-            both = shared if beside else None
-            self._held_experts(x, chosen, (gate, up, down), both, y, add)
-        if late:
-            gated = self.gated(x, *shared[:2])
-            self.products(gated, [(w.ffn_down_shexp, y)], add=add or chosen is not None)
-
-    def _held_experts(
-        self, x: Act, chosen: Chosen, routed: Routed, shared: Routed | None, y: Array, add: bool
-    ) -> None:
-        """y [n, d] (+)= routed experts that kernels can read; few tokens may take shared ones."""
-        gate, up, down = routed
-        if not matvec.takes(gate, up, down):
-            h = plain.experts_up(self, self.f32(x), chosen, gate, up)
-            plain.experts_down(self, h, chosen, down, y, add)
-        elif len(x) > FEW:
-            gemm.experts(self, self.f16(x), chosen, gate, up, down, y, add)
-        else:
-            self._few_experts(x, chosen, routed, shared, y, add)
-
-    def _few_experts(
-        self, x: Act, chosen: Chosen, routed: Routed, shared: Routed | None, y: Array, add: bool
-    ) -> None:
-        (gate, up, down), (n, n_used) = routed, chosen.ids.shape
-        width = n_used * down.shape[2] + (0 if shared is None else shared[0].shape[0])
-        h = self.new((n, width))
-        values, norm = self._unnormed(x)
-        first = None if shared is None else shared[:2]
-        matvec.experts_up(self, h, chosen.ids, values, gate, up, first, norm)
-        last = None if shared is None else shared[2]
-        matvec.experts_down(
-            self, y, h, chosen.ids, chosen.weights, down, last, add=add, after_up=True
-        )
 
     # ---- plumbing ---------------------------------------------------------------------------
 
@@ -375,7 +326,7 @@ class CudaOps(Ops):
             x.f16 = gemm.to16(self, self.f32(x))
         return x.f16
 
-    def _unnormed(self, x: Act) -> tuple[Array, matvec.Norm | None]:
+    def unnormed(self, x: Act) -> tuple[Array, matvec.Norm | None]:
         """Values in float32, and the norm that is still to be taken of them."""
         if x.f32 is None and x.normed is not None:
             values, weight, eps = x.normed

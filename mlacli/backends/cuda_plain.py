@@ -23,27 +23,23 @@ _MOST_SHARED = 96 << 10  # bytes of shared memory that a CTA may take; two fit a
 
 def product(ops: CudaOps, x: Array, w: CudaWeight, out: Array, add_: bool = False) -> None:
     """out [n, rows] = x w^T, or added to it."""
-    y = ops.new((len(x), w.shape[0])) if add_ else out
-    _launch(ops, y, w, x, 1, w.shape[0])
-    if add_:
-        add(ops, out, y, into=out)
+    _launch(ops, out, w, x, 1, w.shape[0], add_)
 
 
-def heads(ops: CudaOps, x: Array, w: CudaWeight) -> Array:
-    """Per head x[:, h] w[h]^T [n, h, out]; x may be strided."""
-    h, out, _ = w.shape
-    y = ops.new((len(x), h, out))
-    _launch(ops, y, w, x, h, out)
-    return y
+def heads(ops: CudaOps, x: Array, w: CudaWeight, y: Array) -> None:
+    """y [n, h, out] = per head x[:, h] w[h]^T; x may be strided."""
+    _launch(ops, y, w, x, w.shape[0], w.shape[1])
 
 
-def _launch(ops: CudaOps, y: Array, w: CudaWeight, x: Array, batches: int, out: int) -> None:
+def _launch(
+    ops: CudaOps, y: Array, w: CudaWeight, x: Array, batches: int, out: int, add_: bool = False
+) -> None:
     n, shared = len(x), _staged(w.shape[-1])
     if n == 0:  # a ubatch whose logits nobody wants
         return
     args = (
         y, w.raw, x, n, out, w.shape[-1], w.skip, w.row_bytes, x.stride(0), y.stride(0),
-        out * w.row_bytes, x.stride(1) if batches > 1 else 0, out,
+        out * w.row_bytes, x.stride(1) if batches > 1 else 0, out, add_,
     )  # fmt: skip
     if n <= 2 and shared <= _MOST_SHARED:
         rows = 2 if out * batches >= 4096 else 1
@@ -95,23 +91,21 @@ def route(
 
 
 def experts_up(
-    ops: CudaOps, x: Array, chosen: Chosen, gate: CudaWeight, up: CudaWeight | None
-) -> Array:
-    """silu(gate_e x) * up_e x of each chosen expert [n, n_used, f]; up None: gate holds both."""
+    ops: CudaOps, x: Array, chosen: Chosen, gate: CudaWeight, up: CudaWeight | None, h: Array
+) -> None:
+    """h [n, n_used, f] = silu(gate_e x) * up_e x of chosen experts; up None: gate holds both."""
     n, n_used = chosen.ids.shape
     held, f, d = gate.shape
     expert_bytes, up_raw = f * gate.row_bytes, None
     if up is None:
         f, up = f // 2, gate
         up_raw = gate.raw.reshape(-1)[f * gate.row_bytes :]
-    h = ops.new((n, n_used, f))
     ops.run(
         "experts_up_f32", (-(-f // 8), n * n_used), 256, h, gate.raw,
         up.raw if up_raw is None else up_raw, x, chosen.ids, n_used, f, d, gate.first, held,
         gate.row_bytes, up.row_bytes, expert_bytes, expert_bytes // gate.row_bytes * up.row_bytes,
         shared=_staged(d), WTYPE=gate.qtype.id, WTYPE_UP=up.qtype.id,
     )  # fmt: skip
-    return h
 
 
 def experts_down(
@@ -119,14 +113,11 @@ def experts_down(
 ) -> None:
     """out [n, d] = weighted sum over chosen experts held here, or added to it."""
     (n, n_used), (held, d, f) = chosen.ids.shape, down.shape
-    y = ops.new((n, d)) if add_ else out
     ops.run(
-        "experts_down_f32", (-(-d // 8), n), 256, y, down.raw, h, chosen.ids, chosen.weights,
-        n_used, f, d, down.first, held, down.skip, down.row_bytes, d * down.row_bytes,
+        "experts_down_f32", (-(-d // 8), n), 256, out, down.raw, h, chosen.ids, chosen.weights,
+        n_used, f, d, down.first, held, down.skip, down.row_bytes, d * down.row_bytes, add_,
         shared=n_used * _staged(f), WTYPE=down.qtype.id, WTYPE_UP=down.qtype.id,
     )  # fmt: skip
-    if add_:
-        add(ops, out, y, into=out)
 
 
 def _typed(w: CudaWeight) -> dict[str, Any]:

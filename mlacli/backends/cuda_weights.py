@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlacli.backends.cuda_array import Array
+from mlacli.loading.drawn import NUMBERS, Drawn
 from mlacli.loading.quant_types import QType
 from mlacli.loading.tiles import HEADER, ROWS, TiledShape, tiled_shape
 from mlacli.loading.untile import edge_blocks, has_foreign_groups, untile
@@ -94,7 +95,7 @@ def upload(device: Device, raw: Bytes, shard: Shard, tiled: bool = True) -> Cuda
         held = device.take(raw.shape, np.uint8)
         at = 0
         for piece in _pieces(_three_axes(raw), PIECE):
-            device.send(_bytes_at(held.ptr + at, piece.raw.nbytes), piece.raw)
+            _send(device, _bytes_at(held.ptr + at, piece.raw.nbytes), piece.raw)
             at += piece.raw.nbytes
         return CudaWeight(shard.tensor, shard.shape, shard.qtype, held, None, skip, first)
     layout = tiled_shape(shard.shape, shard.qtype, skip)
@@ -130,7 +131,7 @@ def _repack(
     device.send(tiles[:HEADER], np.zeros(HEADER, np.uint8))
     staging = device.spare(PIECE)
     for piece in _pieces(raw, staging.nbytes):
-        device.send(staging[: piece.raw.nbytes], piece.raw)
+        _send(device, staging[: piece.raw.nbytes], piece.raw)
         first = piece.lead * layout.n_row_tiles + piece.row // ROWS
         n_row_tiles = piece.raw.shape[0] * -(-piece.raw.shape[1] // ROWS)
         device.launch(
@@ -145,7 +146,7 @@ def _keep(device: Device, raw: Bytes, shard: Shard, tiled: bool) -> CudaWeight:
     skip, first = shard.skip, shard.start if shard.axis == 0 else 0
     if not tiled:
         block = device.take_host(raw.shape)
-        device.keep(block.memory, raw)
+        _keep_bytes(device, block.memory, raw)
         return CudaWeight(
             shard.tensor, shard.shape, shard.qtype, block.array, None, skip, first, None, block
         )
@@ -159,9 +160,20 @@ def _keep(device: Device, raw: Bytes, shard: Shard, tiled: bool) -> CudaWeight:
     )
 
 
-def _repack_back(
-    device: Device, out: Bytes, raw: Bytes, layout: TiledShape, shard: Shard
-) -> None:  # fmt: skip
+def _keep_bytes(device: Device, out: Bytes, raw: Any) -> None:
+    """`raw` into host memory; what the device draws comes from there."""
+    if not isinstance(raw, Drawn):
+        device.keep(out, raw)
+        return
+    spare, flat, at = device.spare(PIECE), out.reshape(-1), 0
+    for piece in _pieces(_three_axes(raw), spare.nbytes):
+        staged = spare[: piece.raw.nbytes]
+        _send(device, staged, piece.raw)
+        device.send_back(flat[at : at + staged.nbytes], staged)
+        at += staged.nbytes
+
+
+def _repack_back(device: Device, out: Bytes, raw: Bytes, layout: TiledShape, shard: Shard) -> None:
     """Tiles of `raw` [leading, rows, bytes] into `out`, through the device.
 
     Each piece becomes a small weight of its own there, whose planes are copied to their places; the
@@ -176,7 +188,7 @@ def _repack_back(
         lead, rows, _ = piece.raw.shape
         own = tiled_shape((lead, rows, shard.shape[-1]), shard.qtype, shard.skip)
         assert own.nbytes <= tiles.nbytes, "a piece has room on the device"
-        device.send(staging[: piece.raw.nbytes], piece.raw)
+        _send(device, staging[: piece.raw.nbytes], piece.raw)
         device.launch(
             "repack_tiles", (own.all_row_tiles * -(-layout.n_col_tiles // 4),), 128, tiles, staging,
             0, rows, own.all_row_tiles, shard.shape[-1], shard.skip, layout.n_col_tiles,
@@ -188,6 +200,26 @@ def _repack_back(
             to = start + before * (whole // layout.all_row_tiles)
             device.send_back(out[to : to + nbytes], tiles[at : at + nbytes])
     device.send_back(out[:HEADER], tiles[:HEADER])
+
+
+def _send(device: Device, target: Array, raw: Any) -> None:
+    """What the device draws itself is not sent: kernels/draw.cu."""
+    if not isinstance(raw, Drawn) or target.ptr % 4:
+        device.send(target, np.asarray(raw))
+        return
+    (lead, rows, width), kind = raw.shape, raw.source
+    fields = [place | mask << 16 | rest << 24 for place, mask, rest in kind.fields]
+    device.launch(
+        "draw_bytes", (min(1 << 16, -(-raw.nbytes // 1024)),), 256, target, lead, rows, width,
+        raw.first, *raw.strides[:2], _signed(kind.key), kind.scale, kind.qtype.nbytes,
+        *map(_signed, [*fields, *[0xFFFF] * (4 - len(fields))]),
+        DRAW=NUMBERS.get(kind.qtype.name, 3),
+    )  # fmt: skip
+
+
+def _signed(word: int) -> int:
+    """32 bits as an int parameter."""
+    return word - (word >> 31 << 32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +246,7 @@ def _pieces(raw: Bytes, most: int) -> Iterator[_Piece]:
             yield _Piece(i, row, raw[i : i + 1, row : row + step])
 
 
-def _three_axes(raw: Bytes) -> Bytes:
+def _three_axes(raw: Any) -> Any:
     """[leading, rows, bytes] without a copy: only vectors and matrices lack axes."""
     assert raw.ndim <= 3
     return raw[(None,) * (3 - raw.ndim)]

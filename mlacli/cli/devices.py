@@ -140,7 +140,7 @@ def _choice(
 
     values = line.values | {"split_mode": mode, "device": names, "vram": line["vram"][:count]}
     params = to_params(values, line.typed)
-    path = SyntheticFile(line["synthetic"], copied=True) if line["synthetic"] else line["model"]
+    path = SyntheticFile(line["synthetic"]) if line["synthetic"] else line["model"]
     prepared = prepare(path, params, refuse_oversize=False)
     try:
         plan, hp = prepared.plan, prepared.hparams

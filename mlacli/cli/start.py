@@ -50,8 +50,8 @@ def _synthetic(line: CommandLine, preset: Preset, params: Params) -> SyntheticFi
 
     if line["model"] is not None:
         raise UsageError("--synthetic takes the place of a model file", "leave -m out")
-    on_gpus = "cpu" not in params.split.devices
-    return SyntheticFile(preset, override_kv=params.model.override_kv, copied=on_gpus)
+    on_gpus = "cpu" not in params.split.devices  # they draw what stays in host memory too
+    return SyntheticFile(preset, override_kv=params.model.override_kv, on_gpus=on_gpus)
 
 
 def prepared_modes(line: CommandLine, modes: Sequence[str], **settled: Any) -> list[Prepared]:

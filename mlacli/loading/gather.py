@@ -103,7 +103,7 @@ def check_tensors(
         whole = whole_shard(shards)
         raws = {shard.rank: download(shard) for shard in shards}
         with np.errstate(all="ignore"):
-            wanted = read_shard(file, whole, hp)
+            wanted = np.asarray(read_shard(file, whole, hp))
         gathered = gather(shards, raws)
         _refuse_difference(whole, shards, gathered, wanted)
         for shard in shards:  # copies that gathering passed over

@@ -249,6 +249,12 @@ class GgufFile:
         """The tensor's bytes, still in the file: pages are read as they are touched."""
         return memoryview(self._parts[info.part])[info.offset : info.offset + info.nbytes]
 
+    def rows(self, info: TensorInfo) -> Any:
+        """The same as uint8 [*leading axes, bytes of a row], or what slices like it."""
+        import numpy as np
+
+        return np.frombuffer(self.data(info), np.uint8).reshape(*info.shape[:-1], info.row_bytes)
+
     def close(self) -> None:
         for part in self._parts:
             try:

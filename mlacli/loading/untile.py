@@ -28,7 +28,9 @@ def has_foreign_groups(n_in: int, qtype: QType, skip: int) -> bool:
 
 def edge_blocks(raw: Bytes, qtype: QType) -> Bytes:
     """First and last block of every row [..., 2, bytes]: where untile() finds foreign scales."""
-    return np.stack([raw[..., : qtype.nbytes], raw[..., -qtype.nbytes :]], axis=-2)
+    return np.stack(
+        [np.asarray(raw[..., : qtype.nbytes]), np.asarray(raw[..., -qtype.nbytes :])], -2
+    )
 
 
 def untile(

@@ -69,7 +69,7 @@ def short_name(tensor: str) -> str:
 
 
 def read_shard(file: GgufFile, shard: Shard, hp: Any) -> Bytes:
-    """The shard's bytes, uint8 [*leading axes, bytes of a local row]."""
+    """The shard's bytes, uint8 [*leading axes, bytes of a local row], or what slices like them."""
     if shard.sources[0].endswith("attn_kv_b.weight"):
         return _from_kv_b(file, shard, hp)
     if len(shard.sources) > 1:
@@ -102,9 +102,8 @@ def _joined(parts: list[Bytes], axis: int) -> Bytes:
 
 
 def _rows(file: GgufFile, name: str) -> Bytes:
-    info = file.tensors[name]
-    raw = np.frombuffer(file.data(info), np.uint8)
-    return raw.reshape(*info.shape[:-1], info.row_bytes)
+    rows: Bytes = file.rows(file.tensors[name])
+    return rows
 
 
 def _block_bytes(start: int, stop: int, qtype: QType) -> tuple[int, int]:
@@ -116,7 +115,7 @@ def _from_kv_b(file: GgufFile, shard: Shard, hp: Any) -> Bytes:
     """k_b [h, r, k] or v_b [h, v, r] of local heads; per head kv_b has k key rows, v value rows."""
     info = file.tensors[shard.sources[0]]
     heads = slice(*shard.ranges[0]) if shard.ranges else slice(None)
-    raw = _rows(file, info.name).reshape(hp.H, hp.k + hp.v, info.row_bytes)[heads]
+    raw = np.asarray(_rows(file, info.name).reshape(hp.H, hp.k + hp.v, info.row_bytes)[heads])
     if shard.tensor.endswith("attn_v_b.weight"):
         return raw[:, hp.k :]
     keys = to_float32(raw[:, : hp.k], info.qtype)  # [h, k, r]

@@ -24,6 +24,10 @@ from mlacli.parallel.cuda_sizes import (
     on_tensor_cores,
     slot_bytes,
     slot_tile,
+    stays_plain,
+    unpacked_bytes,
+    unpacked_experts,
+    unpacked_product_bytes,
 )
 from mlacli.parallel.host_stream import READ_ONCE, SLOTS, Stored, is_routed, ring_slot_bytes
 from mlacli.parallel.memory import most_logit_rows
@@ -46,6 +50,7 @@ class Weight:
     tiled: bool
     f32: bool
     nbytes: int = 0  # in host memory
+    unpacks: bool = False  # in parts, for many tokens: backends/cuda_raw.py
 
     @property
     def rows(self) -> int:
@@ -72,8 +77,11 @@ class CudaScratch:
         routed: dict[int | None, list[Shard]] = {}
         for shard in shards:
             tiled = capability >= 80 and shard.tiled
-            weight = Weight(shard.shape, tiled, shard.qtype.name == "F32",
-                            shard.bytes_on("cuda") if shard.host else 0)  # fmt: skip
+            weight = Weight(
+                shard.shape, tiled, shard.qtype.name == "F32",
+                shard.bytes_on("cuda") if shard.host else 0,
+                capability >= 80 and not (tiled or stays_plain(shard.tensor, shard.qtype)),
+            )  # fmt: skip
             layers.setdefault(shard.layer, {})[_short_name(shard.tensor)] = weight
             if is_routed(shard.tensor):
                 routed.setdefault(shard.layer, []).append(shard)
@@ -208,7 +216,7 @@ class CudaScratch:
             self._into_stream(h, layer["ffn_down"])
         elif "ffn_down_exps" in layer or "ffn_down_shexp" in layer:
             self._experts(layer, x)
-        return taken.nbytes
+        return taken.peak
 
     def _gated(self, x: Values, gate: Weight, up: Weight) -> Values:
         """CudaOps.gated."""
@@ -239,30 +247,42 @@ class CudaScratch:
             self._route(layer["ffn_gate_inp"], x)
             gate = layer["ffn_gate_exps"] if merged is None else merged
             up, (held, _, f) = layer["ffn_up_exps"] if merged is None else gate, down.shape
-            if not (gate.tiled and up.tiled and down.tiled):
-                x.f32()
-                taken.take(n_used * f)
-                taken.take(d)
-            elif taken.n > FEW:
-                x.f16()
-                n_slots = taken.n * n_used
+            tiled = gate.tiled and up.tiled and down.tiled
+            unpacks = gate.unpacks and up.unpacks and down.unpacks
+            on_host = down.nbytes or gate.nbytes or up.nbytes
+            if on_host and taken.n <= FEW:  # perhaps fetched: HostExperts.fetched
                 taken.take(n_used)
-                tile = slot_tile(n_slots, held)
-                taken.nbytes += _aligned(16 * (n_slots // tile + held)) + _ALIGN
+            if taken.n > FEW and (tiled or unpacks):
+                x.f16()
                 taken.half(f, n_used)
                 taken.half(d, n_used)
+                at_once, parts = held, 0
+                if unpacks:
+                    rows_of = [gate.rows] if merged is not None else [gate.rows, up.rows]
+                    at_once = unpacked_experts(held, sum(rows_of), d, f)
+                    parts = max(
+                        sum(unpacked_bytes(rows, d, at_once) for rows in rows_of),
+                        unpacked_bytes(d, f, at_once),
+                    )
+                n_slots = taken.n * n_used
+                most = n_slots // slot_tile(n_slots, held) + at_once
+                sort = _aligned(4 * n_slots) + _aligned(16 * most) + _ALIGN
+                if unpacks:
+                    taken.for_a_moment(sort + parts)
+                else:
+                    taken.nbytes += sort
+            elif not tiled:
+                x.f32()
+                taken.take(n_used * f)
             else:
                 both = [layer.get(f"ffn_{x}_shexp") for x in ("gate", "up", "down")]
-                beside = all(w is not None and w.tiled for w in both)
-                if down.nbytes or gate.nbytes or up.nbytes:  # perhaps fetched: HostExperts.fetched
-                    beside = False
-                    taken.take(n_used)
+                beside = not on_host and all(w is not None and w.tiled for w in both)
                 taken.take(n_used * f + (both[0].rows if beside and both[0] else 0))
         if shared is not None and not beside:
             if taken.n <= FEW or not self._shared_tiled(layer):
                 x.f32()
             h = self._gated(x, layer["ffn_gate_shexp"], layer["ffn_up_shexp"])
-            h.products(shared, add=True)
+            h.products(shared)
 
     def _shared_tiled(self, layer: Layer) -> bool:
         return all(layer[f"ffn_{x}_shexp"].tiled for x in ("gate", "up", "down"))
@@ -292,14 +312,14 @@ class CudaScratch:
         if self._output is not None:
             taken.take(self._output.rows)
             x.products(self._output)
-        return taken.nbytes
+        return taken.peak
 
     def _normed(self, taken: Taken, width: int) -> Values:
         return Values(taken, width, halves=self.capability >= 80)
 
     def _into_stream(self, x: Values, w: Weight) -> None:
         """A product that adds into the residual stream; or a partial, stored for the others."""
-        x.products(w, add=self.n_ranks == 1)
+        x.products(w)
 
 
 class Taken:
@@ -354,16 +374,18 @@ class Values:
             self.taken.half(self.width)
             self.has16 = True
 
-    def products(self, *weights: Weight, add: bool = False) -> None:
-        """CudaOps.products, the results aside; `add`: what is not in tiles needs one beside."""
+    def products(self, *weights: Weight) -> None:
+        """CudaOps.products, the results aside."""
         self.taken.near(*weights)
-        if self.taken.n > FEW and any(w.tiled for w in weights):
+        many = self.taken.n > FEW
+        if many and any(w.tiled for w in weights):
             self.f16()
         for w in weights:
-            if not w.tiled:
+            if w.unpacks and many:
+                self.f16()
+                self.taken.for_a_moment(unpacked_product_bytes(*w.shape))
+            elif not w.tiled:
                 self.f32()
-                if add:
-                    self.taken.take(w.rows)
 
 
 def _short_name(tensor: str) -> str:

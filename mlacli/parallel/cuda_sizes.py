@@ -6,6 +6,11 @@ see expanded_sizes.py. The ops take their buffers by these, cuda_scratch.py adds
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlacli.loading.quant_types import QType
+
 # ---- steps ----------------------------------------------------------------------------------
 
 FEW = 8  # tokens that decode's products take in one pass
@@ -102,3 +107,36 @@ def most_score_bytes(n: int, n_ctx: int) -> int:
     """Bytes of n tokens' scores at most; unlike tokens_at_once, never fewer with more rows."""
     token = 4 * score_stride(n_ctx)
     return min(n * token, max(_SCORES, token))
+
+
+# ---- weights that stay GGUF bytes, unpacked for a product of many tokens -----------------------
+
+_UNPACKED = 256 << 20  # bytes that are unpacked at once, unless a single piece is larger
+_ROWS_AT_ONCE = 256  # of a dense weight: what the product's CTAs take
+
+
+def stays_plain(name: str, qtype: QType) -> bool:
+    """Whether products of a weight in GGUF bytes stay in float32: routers and plain numbers."""
+    return name.endswith(".ffn_gate_inp.weight") or not qtype.quantised
+
+
+def unpacked_bytes(rows: int, n_in: int, lead: int = 1) -> int:
+    """Bytes of float16 tiles of [lead, rows, n_in]: loading/tiles.py."""
+    return 256 + lead * (-(-rows // 16) * 16) * (-(-n_in // 64) * 64) * 2
+
+
+def unpacked_rows(rows: int, n_in: int) -> int:
+    """How many rows of a dense weight are unpacked at once."""
+    most = _UNPACKED // unpacked_bytes(_ROWS_AT_ONCE, n_in)
+    return min(rows, max(1, most) * _ROWS_AT_ONCE)
+
+
+def unpacked_experts(held: int, up_rows: int, d: int, f: int) -> int:
+    """How many experts of `up_rows` gate and up rows are unpacked at once."""
+    expert = max(unpacked_bytes(up_rows, d), unpacked_bytes(d, f))
+    return min(held, max(1, _UNPACKED // expert))
+
+
+def unpacked_product_bytes(rows: int, n_in: int) -> int:
+    """Scratch of a dense product of many tokens with a weight in GGUF bytes."""
+    return unpacked_bytes(unpacked_rows(rows, n_in), n_in)

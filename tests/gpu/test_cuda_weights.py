@@ -9,6 +9,7 @@ from kit.toy_gguf import random_weight
 
 from mlacli.backends import cuda_weights
 from mlacli.backends.cuda_sources import kernel_folder
+from mlacli.loading import drawn
 from mlacli.loading.tiles import tiled_shape
 from mlacli.parallel.shards import Shard
 
@@ -110,3 +111,14 @@ def test_weights_are_repacked_unpacked_and_come_back(name: str) -> None:
             inside = np.zeros(result.shape, bool)
             inside[:, : shape[-2], own] = True
             assert not result[~inside].any(), "padding and other ranks' columns are 0"
+
+
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q4_K", "Q5_0", "IQ1_M", "IQ3_S", "MXFP4"])
+def test_random_weights_drawn_on_the_device_are_those_of_numpy(name: str) -> None:
+    shape, gpu = (3, 300, 1024), device(16 << 20)
+    q = qtype_of(name)
+    whole = drawn.Drawn.whole(drawn.source("w", q, 0.02, 5), (4, 400, q.row_bytes(2048)))
+    raw = whole[1:, 100:, : q.row_bytes(1024)]
+    weight = cuda_weights.upload(gpu, raw, shard_of(name, shape, 0))
+    gpu.end_sends()
+    assert np.array_equal(cuda_weights.download(gpu, weight), np.asarray(raw))

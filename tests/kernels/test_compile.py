@@ -5,10 +5,12 @@ variants there are, what it needs and whether it promises not to spill (kit/kern
 """
 
 import re
+from pathlib import Path
 
 import pytest
 from kit.kernel_texts import FILES, promises_no_spills, variants, waits
 
+import mlacli
 from mlacli.backends.cuda_sources import signatures
 from mlacli.errors import KernelCompileError
 
@@ -71,3 +73,9 @@ def test_kernel_compiles_for_other_architectures(unit: Unit, target: str) -> Non
 def test_every_kernel_waits_for_its_predecessor(kernel: str) -> None:
     """A kernel without pdl_wait would let the one after it start before the one before it ends."""
     assert waits(signatures()[kernel][0], kernel)
+
+
+@pytest.mark.parametrize("kernel", signatures())
+def test_every_kernel_is_launched(kernel: str) -> None:
+    hosts = (Path(mlacli.__file__).parent / "backends").glob("cuda_*.py")
+    assert any(f'"{kernel}"' in path.read_text() for path in hosts)

@@ -127,7 +127,7 @@ class Judge:
         def noted_choose(self_: Any, x: Any, q_a: Any, w: Any, *rest: Any) -> Any:
             for act in (x, q_a):
                 if len(act) > 8:
-                    ops.f16(act)
+                    ops.f32(act)
             make = lambda: choose(self_, x, q_a, w, *rest)  # noqa: E731
             return twice(make, w.indexer_attn_k.name, lambda chosen: chosen)
 
@@ -138,6 +138,16 @@ class Judge:
             patch.setattr(Attention, "choose", noted_choose)
             yield
         engine.watch, ops.imposed = None, {}
+
+    def decoded(self, engine: Any, tokens: list[int]) -> np.ndarray:
+        """Logits of the tokens one by one, from an empty cache, with the wanted choices."""
+        ops, logits = engine._ops(0), []
+        engine.watch = lambda layer, residual: None
+        for i, token in enumerate(tokens):
+            ops.imposed = {name: one.ids[i : i + 1] for name, one in self.wanted.items()}
+            logits.append(engine.decode(token))
+        engine.watch, ops.imposed = None, {}
+        return np.stack(logits)
 
     def check(self, error: float) -> str:
         """Own choices differ only where scores with a relative error of sqrt(`error`) may.

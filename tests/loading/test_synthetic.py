@@ -1,14 +1,17 @@
 """Synthetic models: the same bytes each time, finite activations, experts chosen evenly."""
 
-import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+from kit.toy_gguf import QTYPES
 
 from mlacli.engine import Engine
 from mlacli.errors import UsageError
 from mlacli.flags import LOADED, library_values, to_params
+from mlacli.loading import drawn, quant_types
 from mlacli.loading.presets import PRESETS, preset
 from mlacli.loading.synthetic import SyntheticFile
 from mlacli.prepare import prepare
@@ -28,14 +31,38 @@ def test_a_seed_gives_the_same_bytes_in_any_order() -> None:
     assert want[name] != want["blk.2.ffn_up_exps.weight"]
 
 
-def test_two_tensors_are_there_at_once_where_buffers_are_used_again() -> None:
-    fresh, again = SyntheticFile(PRESETS["tiny"]), SyntheticFile(PRESETS["tiny"], copied=True)
-    names = list(fresh.tensors)
-    held = [again.data(again.tensors[name]) for name in names[:1]]
-    for last, name in itertools.pairwise(names):
-        held.append(again.data(again.tensors[name]))
-        assert bytes(held[-2]) == bytes(fresh.data(fresh.tensors[last]))
-    assert bytes(held[-1]) == bytes(fresh.data(fresh.tensors[names[-1]]))
+CUTS = (
+    np.s_[:], np.s_[1:3], np.s_[:, 3:70], np.s_[..., 36:108], np.s_[2:, 1:, 144:], np.s_[None, 1:],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("short", [0, 1 << 30])  # all stretch by stretch, or all at once
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q4_K", "IQ1_M", "Q2_K", "MXFP4"])
+def test_a_slice_alone_is_that_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, name: str, short: int
+) -> None:
+    monkeypatch.setattr(drawn, "_SHORT", short)
+    qtype = quant_types.from_id(GGMLQuantizationType[name].value, name)
+    shape = 4, 77, qtype.row_bytes(512)
+    whole = drawn.Drawn.whole(drawn.source("w", qtype, 0.1, 1), shape)
+    want = np.concatenate(list(whole.pieces())).reshape(shape)
+    for cut in CUTS:
+        assert np.array_equal(np.asarray(whole[cut]), want[cut])
+    assert np.array_equal(
+        np.asarray(whole.reshape(-1, 7, shape[2])[3:5]), want.reshape(-1, 7, shape[2])[3:5]
+    )
+    values = dequantize(want.reshape(-1, shape[2]), GGMLQuantizationType(qtype.id))
+    assert 0.05 < np.std(values) < 0.2 and abs(np.mean(values)) < 0.01
+
+
+def test_every_type_has_scales() -> None:
+    for name in QTYPES:
+        qtype = quant_types.from_id(GGMLQuantizationType[name].value, name)
+        if name in ("TQ1_0", "TQ2_0", "NVFP4"):
+            continue
+        some = drawn.source("w", qtype, 0.02, 3).draw(0, 512 * qtype.nbytes)
+        values = dequantize(some.reshape(-1, qtype.nbytes), GGMLQuantizationType(qtype.id))
+        assert 0.01 < np.std(values) < 0.03, name
 
 
 @pytest.mark.parametrize("name", ["v2lite", "glm47flash", "v3", "kimi_k2", "mistral4", "glm5"])

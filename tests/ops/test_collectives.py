@@ -64,10 +64,6 @@ def test_what_was_asked_for_is_taken_or_refused(host: Any, how: str) -> None:
         collectives(how)
 
 
-def test_ranks_of_one_gpu_need_no_way(host: Any) -> None:
-    assert collectives(ranks=((0, 1, 2),)).how == "local"
-
-
 def test_too_many_ranks_are_refused(host: Any) -> None:
     with pytest.raises(UnsupportedFeature, match="10 ranks on 2 GPUs"):
         collectives(ranks=(range(9), (9,)))

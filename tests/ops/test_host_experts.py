@@ -14,13 +14,18 @@ from kit.simt import why_not
 from kit.simt_host import device_of, simulated
 
 from mlacli.errors import BackendError
-from mlacli.loading.presets import PRESETS
+from mlacli.loading import synthetic
+from mlacli.loading.presets import PRESETS, type_name
+from mlacli.loading.synthetic import SyntheticFile
 from mlacli.parallel import host_stream
 from mlacli.params import SamplingParams
 from mlacli.sampling import Sampler
 
 on_cpu = pytest.mark.skipif(bool(why_not()), reason=why_not() or "runs here")
 CMOE: dict[str, Any] = {"cpu_moe": True}
+SMALL = replace(
+    PRESETS["tiny"], layers=2, d=256, heads=2, q=0, F=256, f=256, experts=24, used=2, vocab=256
+)
 V2LITE = replace(PRESETS["v2lite"], layers=3)
 Run = tuple[np.ndarray, np.ndarray, Any]
 
@@ -64,6 +69,48 @@ def test_what_could_not_be_locked_is_copied(on_device: Run) -> None:
     """Few tokens sum in another order: the shared expert comes after the routed ones."""
     got = run(mapped=False, **CMOE)
     assert nmse(got[0], on_device[0]) <= 1e-9 and np.array_equal(got[1], on_device[1])
+
+
+class OfGpus(SyntheticFile):
+    """Small, with its routed experts in a type without tiles; bytes drawn on the GPU or not."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, on_gpus: bool) -> None:
+        def rare(quant: str, tensor: str, shape: tuple[int, ...], layers: int) -> str:
+            named = "down_exps" in tensor or "gate_exps" in tensor or "up_exps" in tensor
+            return "IQ3_XXS" if named else type_name(quant, tensor, shape, layers)
+
+        monkeypatch.setattr(synthetic, "type_name", rare)
+        super().__init__(SMALL, on_gpus=on_gpus)
+
+
+@on_cpu
+def test_experts_without_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit in host memory, read there by few and some tokens, streamed for many."""
+    monkeypatch.setattr(host_stream, "SLOT_BYTES", 512 << 10)
+    found = []
+    for on_gpus, mapped, flags in (
+        (True, True, {}), (True, True, CMOE), (False, True, CMOE), (True, False, CMOE),
+    ):  # fmt: skip
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            simulated(patch, OfGpus(patch, on_gpus), mapped, **EXACT, ctx_size=64,
+                      check_tensors=True, **flags) as engine,
+        ):  # fmt: skip
+            device = device_of(engine)
+            assert bool(device.host_bytes) == bool(flags)
+            decoded = engine.decode(3)
+            assert bool(device.link.nbytes) != mapped
+            engine.rewind(0)
+            some = engine.logits(list(range(9)))
+            assert bool(device.link.nbytes) != mapped
+            engine.rewind(0)
+            many = engine.logits(list(range(24)))
+            assert bool(device.link.nbytes) == bool(flags)
+            found.append((decoded, some, many))
+    assert np.isfinite(found[0][2]).all() and np.std(found[0][2]) > 0
+    for other in found[1:]:
+        for got, want in zip(other, found[0], strict=True):
+            assert np.array_equal(got, want)
 
 
 # --- on the recorder: full width, no content ---------------------------------------------------
