@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
+from mlacli.backends import cuda_experts
 from mlacli.backends.cuda_acts import Act, Chosen
 from mlacli.backends.cuda_array import Array
+from mlacli.backends.cuda_host_experts import HostExperts
 from mlacli.backends.cuda_ops import CudaOps
 from mlacli.backends.cuda_weights import CudaWeight
 from mlacli.loading import quant_types
@@ -69,6 +71,7 @@ class Products(CudaOps):
 
     def __init__(self, device: Any) -> None:
         self.device, self.n_sm, self.capability = device, device.n_sm, device.capability
+        self.host_experts = HostExperts(self)
 
 
 class Bench:
@@ -109,8 +112,8 @@ class Bench:
             })  # fmt: skip
             ids = np.argsort(self._rng.random((n, e)), -1)[:, : case.used].astype(np.int32)
             chosen = Chosen(ops.put(ids), self._values(ids.shape))
-            yield lambda layer=layer, chosen=chosen: ops._experts(
-                Act(x.shape, x), chosen, layer, y[:, : case.cols], False
+            yield lambda layer=layer, chosen=chosen: cuda_experts.experts(
+                ops, Act(x.shape, x), chosen, layer, y[:, : case.cols], False
             )
 
     def _values(self, shape: tuple[int, ...]) -> Array:

@@ -17,7 +17,7 @@ from typing import Any
 import cupy as cp
 
 from mlacli.backends.cuda_compile import Unit, binaries, capability, target
-from mlacli.backends.cuda_sources import signatures, source
+from mlacli.backends.cuda_sources import debugging, signatures, source
 from mlacli.errors import BackendError
 
 __all__ = ["Kernels", "signatures", "source"]
@@ -54,11 +54,18 @@ class _Function:
 
 @dataclass(slots=True)
 class _Loaded:
-    """What one GPU has loaded, for all ranks on it, which load in a thread each."""
+    """What one GPU has loaded, for all its ranks, which load in a thread each, and later engines.
+
+    It stays until the process ends: graphs of a closed engine may still refer to it, and the next
+    engine finds it there.
+    """
 
     modules: dict[Unit, int] = field(default_factory=dict)
     functions: dict[tuple[Any, ...], _Function] = field(default_factory=dict)
     lock: Lock = field(default_factory=Lock)
+
+
+_LOADED: dict[tuple[int, str, bool], _Loaded] = {}  # by GPU, compiler's target, debugging
 
 
 class Kernels:
@@ -78,7 +85,9 @@ class Kernels:
         self._pdl = _Attribute(id=6)  # programmatic stream serialisation
         self._pdl.value[0] = 1
         self._use_pdl = os.environ.get("MLACLI_PDL", "1") != "0" and self.capability >= 90
-        self._loaded: _Loaded = _Loaded() if beside is None else beside._loaded
+        key = int(cp.cuda.Device().id), self.target, debugging()
+        found = _LOADED.setdefault(key, _Loaded()) if beside is None else beside._loaded
+        self._loaded: _Loaded = found
         self._functions = self._loaded.functions
         self._follows = False  # another stream, so that the next kernel must wait for all of it
         self._noted: dict[tuple[Any, ...], None] | None = None
