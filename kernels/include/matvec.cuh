@@ -185,6 +185,11 @@ __device__ __forceinline__ void few_fragment(const TileData<QTYPE>& w, int j, un
     } else {
         unsigned lo, hi;
         mapped<QTYPE>(nibbles(w, j), 0, lo, hi);
+        if constexpr (T::kind == TILE_MAP8) {
+            r[0] = lo & 0x00FF00FF, r[1] = __byte_perm(lo, 0, 0x4341);
+            r[2] = hi & 0x00FF00FF, r[3] = __byte_perm(hi, 0, 0x4341);
+            return;
+        }
         const unsigned first = __byte_perm(lo, hi, 0x5140), last = __byte_perm(lo, hi, 0x7362);
         r[0] = __byte_perm(first, 0, 0x4140), r[1] = __byte_perm(first, 0, 0x4342);
         r[2] = __byte_perm(last, 0, 0x4140), r[3] = __byte_perm(last, 0, 0x4342);

@@ -11,7 +11,8 @@
 // (also of wgmma m64k16 with A from registers): R0 = row g, columns 16 j + 2 t and + 1, the first
 // in the low half; R1 = row g + 8, the same columns; R2 and R3 = 8 columns further.
 //   q, 4 bits    16 bytes at 16 lane: word j; Ri's halves at bits 4 i and 16 + 4 i
-//   q, 2 bits    8 bytes at 8 lane: word j / 2; as 4 bits, from bit 2 (j % 2) of each nibble on
+//   q, 2 bits    8 bytes at 8 lane: word j / 2; from bit 2 (j % 2) of each nibble on. Q2_K, Q3_K: nibbles
+//                as of 4 bits; IQ1, IQ2: R0 and R1 low half, R0 and R1 high half, then R2 and R3
 //   h, 3rd bit   of these: word at 4 lane: bit j of each nibble
 //   h, 5th bit   word at 4 lane: bits 4 j + i and 16 + 4 j + i
 //   h, bits 5-6  8 bytes at 8 lane: word j / 2; from bits 8 (j % 2) + 2 i and 16 + that on

@@ -30,7 +30,7 @@ FORCE_INLINE unsigned high_bits(const TileData<QTYPE>& w, int j, int i, int to) 
     }
 }
 
-// The eight numbers of step j, or their low four bits: Ri's halves at bits 4 i and 16 + 4 i.
+// The eight numbers of step j, or their low four bits, in nibbles.
 template <int QTYPE>
 FORCE_INLINE unsigned nibbles(const TileData<QTYPE>& w, int j) {
     using T = Tile<QTYPE>;
@@ -71,7 +71,7 @@ template <> struct NumberMap<QT_IQ2_S> : MapIq2 {};
 template <> struct NumberMap<QT_IQ1_S> : MapIq1 {};
 template <> struct NumberMap<QT_IQ1_M> : MapIq1 {};
 
-// Bytes of the type's map, each ^ top, for the step's eight nibbles: Ri's halves in byte i of lo and hi.
+// Bytes of the type's map, each ^ top, for the step's eight nibbles: of the low four, of the high four.
 template <int QTYPE>
 FORCE_INLINE void mapped(unsigned q, unsigned top, unsigned& lo, unsigned& hi) {
     using M = NumberMap<QTYPE>;
@@ -94,6 +94,7 @@ FORCE_INLINE unsigned stored_bytes(const TileData<QTYPE>& w, int j, int i) {
     } else {
         unsigned lo, hi;  // signed ones in two's complement: value + 128 with the top bit turned
         mapped<QTYPE>(nibbles(w, j), QTYPE == QT_MXFP4 ? 0 : 0x80808080, lo, hi);
+        if constexpr (Tile<QTYPE>::kind == TILE_MAP8) return (i & 2 ? hi : lo) >> 8 * (i & 1);
         return __byte_perm(lo, hi, 0x0400 | i | i << 8);
     }
 }

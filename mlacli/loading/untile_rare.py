@@ -21,9 +21,9 @@ THIN = ("Q2_K", "Q3_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S")  # a pla
 ODD = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")  # scales 1 + 2 code
 
 
-def thin_numbers(q: Codes, h: Codes | None, j: int, i: int, half: int) -> Codes:
+def thin_numbers(name: str, q: Codes, h: Codes | None, j: int, i: int, half: int) -> Codes:
     """The numbers of register i, half `half`, step j; q [..., 2], h [..., 1] words of lanes."""
-    at = 4 * i + 16 * half
+    at = 4 * i + 16 * half if name in ("Q2_K", "Q3_K") else 16 * (i >> 1) + 4 * (i & 1) + 8 * half
     value = q[..., j >> 1] >> np.uint32(at + 2 * (j & 1)) & 3
     return value if h is None else value | (h[..., 0] >> np.uint32(at + j) & 1) << 2
 

@@ -268,6 +268,8 @@ def _number_planes(lanes: np.ndarray, name: str) -> dict[str, np.ndarray]:
         return {"q": v.transpose(0, 1, 3, 2, 4)}
     at = 4 * register[:, None] + half
     if name in THIN:
+        if name.startswith("IQ"):
+            at = 16 * (register >> 1)[:, None] + 4 * (register & 1)[:, None] + half // 2
         steps = 2 * np.arange(2, dtype=np.uint32)[:, None, None]
         pairs = lanes.reshape(*lanes.shape[:3], 2, 2, 4, 2)
         planes = {"q": ((pairs & 3) << (at + steps)).sum((-1, -2, -3), dtype=np.uint32)}
