@@ -130,19 +130,24 @@ class NcclWay:
             self._sent(gpu).ptr, self._received(gpu).ptr, n, nccl.NCCL_FLOAT32, stream.ptr
         )
 
+    def mail(self, rank: int, n: int) -> None:
+        """NCCL sends what lies in slots."""
+
     def reduce_add(
-        self, gpu: int, streams: Sequence[Array], held: Sequence[bool], n: int, rounded: bool
-    ) -> None:
+        self, gpu: int, streams: Sequence[Array], held: Sequence[bool], n: int, rounded: bool,
+        sent: bool = False,
+    ) -> None:  # fmt: skip
         """This GPU's ranks in rank order, then the GPUs in NCCL's."""
+        assert not sent, "there is no mail"
         place = self.group.gpus[gpu]
         device, own = place.device, [held[rank] for rank in place.ranks]
-        sent, received = self._sent(gpu), self._received(gpu)
+        total, received = self._sent(gpu), self._received(gpu)
         dry = device.kernels.noting
         if not dry:
-            cp.cuda.runtime.memsetAsync(sent.ptr, 0, 4 * n, device.stream.ptr)
+            cp.cuda.runtime.memsetAsync(total.ptr, 0, 4 * n, device.stream.ptr)
         if dry or any(own):
             device.launch(
-                "reduce_few", (power_of_two(-(-n // 1024), 1 << 14),), 256, *pointers([sent]),
+                "reduce_few", (power_of_two(-(-n // 1024), 1 << 14),), 256, *pointers([total]),
                 self.slot(place.ranks[0]), None, None, 0, (1 << len(own)) - 1, bits(own), 0, n, 0,
                 self.stride, 0, 0, N_GPUS=1, N_RANKS=len(own), N_MINE=1,
                 REDUCE_TYPE=REDUCE_TYPES[self.group.reduce_type] if rounded else 0,

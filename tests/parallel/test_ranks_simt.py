@@ -79,6 +79,29 @@ def test_kernels_of_tiles(
 
 
 @needs_simt
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["width", "id", "layer"])
+@pytest.mark.parametrize("name", ["v3", "v2lite"])
+def test_products_that_send_change_no_bit(
+    monkeypatch: pytest.MonkeyPatch, name: str, split: str
+) -> None:
+    simulated(monkeypatch)
+    flags = {"device": "cuda0,cuda1", "split_mode": "graph", "expert_split": split}
+    tokens, found = golden(name)[0][:3], []
+    for send in (True, False):
+        with mlacli.load(FILES[name], **EXACT, **flags) as engine:
+            engine.decode(1)
+            engine.rewind(0)
+            way: Any = engine._ranks._together.collectives
+            before, way.products_send = way.n_sent, send
+            for stage in engine._ranks._steps.stages:
+                stage.graphs.clear()
+            found.append(np.stack([engine.decode(token) for token in tokens]))
+            assert (way.n_sent > before) == send
+    assert np.array_equal(*found)
+
+
+@needs_simt
 @pytest.mark.parametrize("device, mode", [
     ("cuda0,cuda0", "graph"), ("cuda0,cuda1,cuda0", "graph"), ("cuda0,cuda1", "layer"),
 ])  # fmt: skip
