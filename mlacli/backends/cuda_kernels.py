@@ -16,12 +16,14 @@ from typing import Any
 
 import cupy as cp
 
+from mlacli.backends import cuda_errors
 from mlacli.backends.cuda_compile import Unit, binaries, capability, target
 from mlacli.backends.cuda_sources import debugging, signatures, source
 from mlacli.errors import BackendError
 
 __all__ = ["Kernels", "signatures", "source"]
 
+_REFUSED = (200, 209, 218, 222, 223, 300)  # what modules fail with that the driver can't take
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CTYPES = {"p": ctypes.c_uint64, "i": ctypes.c_int, "l": ctypes.c_longlong, "f": ctypes.c_float}
 
@@ -125,7 +127,8 @@ class Kernels:
             ctypes.byref(config), ctypes.c_void_p(function.ptr), pointers, None
         )
         if code:
-            raise BackendError(f"launching {name} failed with CUDA error {code}")
+            error = cuda_errors.of_code(code)
+            raise BackendError(f"launching {name} failed: {cuda_errors.words(error)}") from error
         self.n_launches += 1
 
     def follow(self) -> None:
@@ -181,6 +184,8 @@ class Kernels:
         try:
             return int(cp.cuda.driver.moduleLoadData(image))
         except cp.cuda.driver.CUDADriverError as e:
+            if e.status not in _REFUSED:
+                raise
             raise BackendError(
                 f"the driver refuses kernels/{unit.file}.cu as {self.target}: {e}",
                 "the driver is older than the compiler: update it, or install mlacli[cuda12]",
