@@ -80,6 +80,11 @@ class Ranks:
         """
         raise AssertionError("can_sample() said no")
 
+    @property
+    def nccl_bytes(self) -> dict[str, int]:
+        """What NCCL took on each GPU for itself, as measured; empty where it has no part."""
+        return {}
+
     def take_turn(self) -> None:
         """The BLAS threads are the process's: set them anew where engines work in turns."""
         if self._blas is not None:

@@ -41,7 +41,8 @@ def prepare(path, params):
 rows = lambda plan: (("a",), [("b",)])
 for name, names in {{"prepare": dict(prepare=prepare), "engine": dict(Engine=Engine),
                     "parallel.plan_report": dict(plan_rows=rows, shard_rows=rows,
-                         plan_as_dict=lambda plan: {{}}, memory_rows=lambda plan, gpus: rows(plan)),
+                         plan_as_dict=lambda plan: {{}}, memory_rows=lambda plan, gpus: rows(plan),
+                         beside_lines=lambda found: []),
                     }}.items():
     sys.modules["mlacli." + name] = types.ModuleType(name)
     vars(sys.modules["mlacli." + name]).update(names)
