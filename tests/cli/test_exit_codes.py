@@ -25,6 +25,7 @@ class Engine:
     def __enter__(self): return self
     def __exit__(self, *e): pass
     def peak_memory(self): return 0
+    def memory_beside(self): return {{}}
     def warm_up(self): pass
     def take_turn(self): pass
     def generate_ids(self, ids, n_predict, sampler):

@@ -129,3 +129,7 @@ def test_a_split_that_fails_ends_in_a_row_and_a_failure(validate, monkeypatch, c
     assert validate.validated("v2lite", ["cuda0", "cuda1"], False) is False
     out = capsys.readouterr().out
     assert "| layer, -ts 3,1 |" in out and out.count("failed: boom") == 8
+    opened.clear()
+    for part in (1, 2, 3):
+        validate.validated("v2lite", ["cuda0", "cuda1"], False, (part, 3))
+    assert len(opened) == 8 and capsys.readouterr().out.count("| none |") == 1
