@@ -13,69 +13,10 @@
 // Sources: the packets are those of NCCL's LL protocol (src/device/prims_ll.h, BSD); the rest own.
 // Tested by: tests/kernels/test_peers.py (all interleavings of a model), tests/gpu/test_collectives.py
 #pragma once
-#include "pdl.cuh"
+#include "post.cuh"
 
 #define PEER_CTAS 128
-#define PEER_TICKS 1024  // what the CTAs of a kernel add to the counter together
 #define PEER_POLLS 1024  // between looks at the clock and the alarm
-
-typedef unsigned long long PeerWord;
-
-struct PeerOwn {
-    PeerWord ticks;  // PEER_TICKS a step
-    int error;       // 1 + a GPU that was waited for in vain
-    int pad;
-};
-
-// ---------------------------------------------------------------- memory that others write ---
-// Relaxed: a packet carries its own number; nothing else is read by virtue of it.
-#ifdef SIMT
-inline void put_words(PeerWord* at, PeerWord a, PeerWord b) { at[0] = a, at[1] = b; }
-inline void get_words(const PeerWord* at, PeerWord& a, PeerWord& b) { a = at[0], b = at[1]; }
-inline float4 load_peer(const float* at) { return *(const float4*)at; }
-inline void store_peer(float* at, float4 v) { *(float4*)at = v; }
-inline void raise_flag(unsigned* at, unsigned step) { *at = step; }
-inline unsigned read_flag(const unsigned* at) { return *at; }
-inline int read_word(const int* at) { return *at; }
-inline PeerWord nanoseconds() { return simt::clock += 1000000; }
-inline void between_polls() { simt::yield(); }
-#else
-__device__ __forceinline__ void put_words(PeerWord* at, PeerWord a, PeerWord b) {
-    asm volatile("st.relaxed.sys.global.v2.b64 [%0], {%1, %2};" :: "l"(at), "l"(a), "l"(b) : "memory");
-}
-__device__ __forceinline__ void get_words(const PeerWord* at, PeerWord& a, PeerWord& b) {
-    asm volatile("ld.relaxed.sys.global.v2.b64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(at) : "memory");
-}
-__device__ __forceinline__ float4 load_peer(const float* at) {
-    float4 v;
-    asm volatile("ld.relaxed.sys.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(at) : "memory");
-    return v;
-}
-__device__ __forceinline__ void store_peer(float* at, float4 v) {
-    asm volatile("st.relaxed.sys.global.v4.f32 [%0], {%1, %2, %3, %4};"
-                 :: "l"(at), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
-}
-__device__ __forceinline__ void raise_flag(unsigned* at, unsigned step) {
-    asm volatile("st.release.sys.global.u32 [%0], %1;" :: "l"(at), "r"(step) : "memory");
-}
-__device__ __forceinline__ unsigned read_flag(const unsigned* at) {
-    unsigned v;
-    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
-    return v;
-}
-__device__ __forceinline__ int read_word(const int* at) {
-    int v;
-    asm volatile("ld.relaxed.sys.global.s32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
-    return v;
-}
-__device__ __forceinline__ PeerWord nanoseconds() {
-    PeerWord t;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
-    return t;
-}
-__device__ __forceinline__ void between_polls() {}
-#endif
 
 // ---------------------------------------------------------------- a step ---------------------
 // A thread's view of one step.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mlacli.backends.cuda_array import Array
+from mlacli.backends.cuda_group import Mail
 from mlacli.backends.cuda_weights import CudaWeight
 
 
@@ -23,6 +24,8 @@ class Act:
     normed: tuple[Array, CudaWeight, float] | None = None  # (x, weight, eps): not taken yet
     # A pending product: stored in, or added to, the array that it is given, else in a new one.
     run: Callable[[Array | None, bool], Array] | None = None
+    # The same, sent as a rank's partial; False: nothing is launched, as its kernels can't send.
+    send: Callable[[Mail], bool] | None = None
 
     def __len__(self) -> int:
         return self.shape[0]

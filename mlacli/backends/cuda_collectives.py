@@ -8,6 +8,7 @@ to run. Ranks that share one GPU need none of this: cuda_together.py.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from mlacli.backends.cuda_group import (
     REDUCE_TYPES,
     GpuPlace,
     Group,
+    Mail,
     Way,
 )
 from mlacli.backends.cuda_ways import WAYS, check_counts, not_possible, obstacle
@@ -116,14 +118,22 @@ class Collectives:
         """float32 [max_floats] on the rank's GPU, for its partial of the coming reduction."""
         return self.way.slot(rank)
 
+    def mail(self, rank: int, shape: tuple[int, ...]) -> Mail | None:
+        """Where a product sends the rank's partial of the coming reduction by itself.
+
+        None: it fills the slot. What is sent is not rounded, so rows are few.
+        """
+        few = len(shape) == 2 and shape[0] <= FEW_ROWS
+        return self.way.mail(rank, math.prod(shape)) if few else None
+
     def reduce_add(
         self, gpu_index: int, streams: list[Array], held: tuple[bool, ...], n_floats: int,
-        rounded: bool | None = None,
+        rounded: bool | None = None, sent: bool = False,
     ) -> None:  # fmt: skip
         """streams[i] += the sum of the held ranks' partials, for all ranks of one GPU.
 
         `rounded`: partials are rounded to the reduce type first; None: where streams have more than
-        32 rows.
+        32 rows. `sent`: this GPU's are in the `mail`, by the launch before.
         """
         assert len(streams) == len(self.group.gpus[gpu_index].ranks), "a stream for each rank"
         assert len(held) == self.group.n_ranks and any(held), "some rank holds a partial"
@@ -131,7 +141,8 @@ class Collectives:
         assert self.group.reduce_type != "q8_0" or not rounded or n_floats % 32 == 0
         if rounded is None:
             rounded = streams[0].ndim == 2 and len(streams[0]) > FEW_ROWS
-        self.way.reduce_add(gpu_index, streams, held, n_floats, rounded)
+        assert not (sent and rounded), "what products send has all its bits"
+        self.way.reduce_add(gpu_index, streams, held, n_floats, rounded, sent)
 
     def gather(
         self, gpu_index: int, columns: list[Array | None], widths: list[int], out: Array
@@ -156,6 +167,10 @@ class Collectives:
                 f"no message from {self.group.gpus[gpu].device.name} within "
                 f"{self.group.limit_ms / 1000:g} s"
             ))  # fmt: skip
+
+    def stop(self) -> None:
+        """Ends all waits: what runs will not be used."""
+        self.way.stop()
 
     def reset(self) -> None:
         """Ready again after a failure, when no GPU runs anything any more."""

@@ -50,13 +50,24 @@ class Group:
         return sum(1 << g for g, gpu in enumerate(self.gpus) if not any(held[r] for r in gpu.ranks))
 
 
+@dataclass(frozen=True, slots=True)
+class Mail:
+    """Where a product sends its rank's partial of the coming sum: kernels/include/post.cuh."""
+
+    words: Array  # the GPU's own
+    n_gpus: int
+
+
 class Way(Protocol):
     """How sums and gathers are computed; the arguments are those of `Collectives`."""
 
     def slot(self, rank: int) -> Array: ...
 
+    def mail(self, rank: int, n: int) -> Mail | None: ...
+
     def reduce_add(
-        self, gpu: int, streams: Sequence[Array], held: Sequence[bool], n: int, rounded: bool
+        self, gpu: int, streams: Sequence[Array], held: Sequence[bool], n: int, rounded: bool,
+        sent: bool = False,
     ) -> None: ...
 
     def gather(
@@ -66,6 +77,8 @@ class Way(Protocol):
     def failed(self) -> int | None:
         """The GPU that another one waited for in vain."""
         ...
+
+    def stop(self) -> None: ...
 
     def reset(self) -> None: ...
 

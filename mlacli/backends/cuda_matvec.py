@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_geometry import (
     STREAM,
     STREAM_MOST,
@@ -26,10 +27,10 @@ from mlacli.backends.cuda_geometry import (
     row_bytes,
     row_tiles,
 )
+from mlacli.backends.cuda_group import Mail
 from mlacli.loading.tiles import COLS, ROWS
 
 if TYPE_CHECKING:
-    from mlacli.backends.cuda_array import Array
     from mlacli.models.parts import Routing
 
 Weight = Any
@@ -47,36 +48,44 @@ def routes(gate: Weight) -> bool:
     return gate.tiles is not None or (gate.qtype.name == "F32" and gate.shape[1] % 4 == 0)
 
 
+def sends(n: int, *weights: Weight) -> bool:
+    """Whether products of n tokens on these can send a rank's partial by themselves."""
+    return n == 1 and takes(*weights)
+
+
 # ---- dense products -------------------------------------------------------------------------
 
 
 def products(
-    ops: Any, segments: Sequence[tuple[Weight, Array]], x: Array, norm: Norm | None = None,
+    ops: Any, segments: Sequence[tuple[Weight, Array | Mail]], x: Array, norm: Norm | None = None,
     add: bool = False, geometry: Geometry | None = None,
 ) -> None:  # fmt: skip
     """out = (normed x) w^T for up to three (w [rows, in], out [n, rows]); `add`: out += it.
 
-    With `add` there is one segment; its out is the residual stream, for example.
+    With `add` there is one segment; its out is the residual stream, for example. An only segment
+    of one token may go into the mail.
     """
-    if geometry is None and not add and len(segments) == 1 and streams(ops, segments[0][0], len(x)):
-        product_stream(ops, *segments[0], x, norm)
+    w, out = segments[0]
+    alone = geometry is None and not add and len(segments) == 1
+    if alone and isinstance(out, Array) and streams(ops, w, len(x)):
+        product_stream(ops, w, out, x, norm)
         return
     n, blocks = len(x), _blocks(len(x))
-    assert 1 <= len(segments) <= 3 and not (add and len(segments) > 1)
+    assert 1 <= len(segments) <= 3 and not (len(segments) > 1 and (add or isinstance(out, Mail)))
     ws = [w for w, _ in segments]
     how = geometry or dense_geometry(ops, ws, blocks)
     absent = [None] * (3 - len(segments))
     zeros = [0] * len(absent)
-    outs = [out for _, out in segments]
+    outs, mail, post = _targets([out for _, out in segments])
     rows = [row_tiles(w.shape[0]) for w in ws]
     ctas = ctas_of(ops, rows, how, 0 if blocks else col_tiles(ws[0]), 1)
     stages, shared = (0, 0) if blocks else ring_of(ops, how, *([w] for w in ws))
     ops.run(
         "products_few", (sum(ctas),), 32 * how.warps, *outs, *absent, *(w.tiles for w in ws),
         *absent, x, _raw(norm), n, ws[0].shape[1], ws[0].skip, *(w.shape[0] for w in ws), *zeros,
-        *ctas, *zeros, _read(x), *map(_stride, outs), *zeros, _eps(norm), shared=shared,
+        *ctas, *zeros, _read(x), *map(_stride, outs), *zeros, _eps(norm), mail, shared=shared,
         N_ROWS=most_rows(rows, ctas), N_STAGES=stages, N_BLOCKS=blocks, WITH_ADD=int(add),
-        WITH_NORM=int(norm is not None), **_columns(ws), **how.defines(), **_types(ws, 3),
+        WITH_NORM=int(norm is not None), **_columns(ws), **how.defines(), **_types(ws, 3), **post,
     )  # fmt: skip
 
 
@@ -192,27 +201,29 @@ def experts_up(
 
 
 def experts_down(
-    ops: Any, y: Array, h: Array, ids: Array, weights: Array, down: Weight,
+    ops: Any, y: Array | Mail, h: Array, ids: Array, weights: Array, down: Weight,
     shared: Weight | None = None, add: bool = False, after_up: bool = False,
     geometry: DownGeometry | None = None,
 ) -> None:  # fmt: skip
     """y [n, d] = sum over slots of weights * down_e h, and the shared expert's; `add`: y += it.
 
-    `after_up`: the launch before this one on the stream is experts_up's.
+    One token's may go into the mail. `after_up`: the launch before this one on the stream is
+    experts_up's.
     """
     (n, n_used), (held, d, f) = ids.shape, down.shape
     both = (down,) if shared is None else (down, shared)
     fs = 0 if shared is None else shared.shape[1]
     how = geometry or down_geometry(down, shared, n_used)
+    (out,), mail, post = _targets([y])
     ragged = any(w.skip or w.shape[-1] != COLS * col_tiles(w) for w in both)
     ops.run(
-        "experts_down_few", (row_tiles(d), n), 32 * how.warps(n_used), y, down.tiles,
+        "experts_down_few", (row_tiles(d), n), 32 * how.warps(n_used), out, down.tiles,
         None if shared is None else shared.tiles, h, ids, weights, d, f, fs, down.skip,
-        0 if shared is None else shared.skip, down.first, held, _read(h), _stride(y),
+        0 if shared is None else shared.skip, down.first, held, _read(h), _stride(out), mail,
         EXPERTS_DOWN=1, WITH_ADD=int(add), AFTER_UP=int(after_up), N_USED=n_used,
         N_PARTS=how.parts, N_PARTS_SHARED=how.parts_shared, N_AHEAD=how.ahead, N_CTAS=how.ctas,
         N_COL_TILES=col_tiles(down), N_COL_TILES_SHARED=0 if shared is None else col_tiles(shared),
-        AT_EDGE=int(ragged), **_types(both, 2),
+        AT_EDGE=int(ragged), **_types(both, 2), **post,
     )  # fmt: skip
 
 
@@ -247,9 +258,19 @@ def _eps(norm: Norm | None) -> float:
     return 0.0 if norm is None else norm[1]
 
 
-def _stride(x: Array) -> int:
+def _targets(
+    outs: Sequence[Array | Mail],
+) -> tuple[list[Array | None], Array | None, dict[str, int]]:
+    """Arrays to write, the words to send by, and the defines of that."""
+    first = outs[0]
+    if isinstance(first, Mail):
+        return [None], first.words, {"SEND_TO": first.n_gpus}
+    return [out for out in outs if isinstance(out, Array)], None, {}
+
+
+def _stride(x: Array | None) -> int:
     """Elements from one token to the next."""
-    return x.stride(0)
+    return 0 if x is None else x.stride(0)
 
 
 def _read(x: Array) -> int:

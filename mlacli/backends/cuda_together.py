@@ -20,6 +20,7 @@ from mlacli.errors import RankError
 from mlacli.parallel.lockstep import Lockstep
 
 if TYPE_CHECKING:
+    from mlacli.backends.cuda_group import Mail
     from mlacli.backends.cuda_ops import CudaOps
     from mlacli.backends.cuda_place import Place
 
@@ -38,10 +39,18 @@ class Collectives(Protocol):
         """Where the rank's partial of the next sum is to be written, float32, dense."""
         ...
 
+    def mail(self, rank: int, shape: tuple[int, ...]) -> Mail | None:
+        """Where a product may send it by itself, as the last launch before the sum."""
+        ...
+
     def reduce_add(
-        self, gpu_index: int, streams: list[Array], held: tuple[bool, ...], n_floats: int
-    ) -> None:
-        """Each of the residual streams [n, d] on this GPU += all partials, in rank order."""
+        self, gpu_index: int, streams: list[Array], held: tuple[bool, ...], n_floats: int,
+        rounded: bool | None = None, sent: bool = False,
+    ) -> None:  # fmt: skip
+        """Each of the residual streams [n, d] on this GPU += all partials, in rank order.
+
+        `rounded` None: to the reduce type where rows are many. `sent`: this GPU's are in the mail.
+        """
         ...
 
     def gather(
@@ -52,6 +61,14 @@ class Collectives(Protocol):
 
     def check(self) -> None:
         """RankError when a GPU waited too long for another one."""
+        ...
+
+    def stop(self) -> None:
+        """Ends all waits: what runs will not be used."""
+        ...
+
+    def reset(self) -> None:
+        """Ready again after a failure, when no GPU runs anything any more."""
         ...
 
     def close(self) -> None: ...
@@ -67,6 +84,7 @@ class Brought:
     stream: Array
     held: bool
     experts: Array | None = None
+    sent: bool = False  # it is in the mail
 
 
 class Together:
@@ -87,7 +105,8 @@ class Together:
         for gpu, place in enumerate(self.places):
             place.join()
             streams = [brought[rank].stream for rank in place.ranks]
-            self.collectives.reduce_add(gpu, streams, held, streams[0].size)
+            sent = all(brought[rank].sent for rank in place.ranks)
+            self.collectives.reduce_add(gpu, streams, held, streams[0].size, sent=sent)
             place.fork()
         if self.compares and not self.places[0].is_dry:
             self._compare("residual streams", {r: one.stream for r, one in enumerate(brought)})
@@ -135,6 +154,10 @@ class Peers:
         slot = self.together.collectives.slot(self.rank)
         return slot[: math.prod(shape)].reshape(*shape)
 
+    def mail(self, shape: tuple[int, ...]) -> Mail | None:
+        """Where a product may send it instead."""
+        return self.together.collectives.mail(self.rank, shape)
+
     def reduce_add(self, mine: Brought) -> None:
         """stream += the sum of all ranks' partials."""
         self.n_reductions += 1
@@ -166,9 +189,13 @@ class SharedGpu:
     def slot(self, rank: int) -> Array:
         return self._slots[rank]
 
+    def mail(self, rank: int, shape: tuple[int, ...]) -> Mail | None:
+        return None
+
     def reduce_add(
-        self, gpu_index: int, streams: list[Array], held: tuple[bool, ...], n_floats: int
-    ) -> None:
+        self, gpu_index: int, streams: list[Array], held: tuple[bool, ...], n_floats: int,
+        rounded: bool | None = None, sent: bool = False,
+    ) -> None:  # fmt: skip
         known = zip(streams, self._streams, strict=True)
         assert all(stream.ptr == at.ptr for stream, at in known), "streams don't move"
         type_ = self._type if len(streams[0]) >= TYPED_FROM else 0
@@ -189,6 +216,12 @@ class SharedGpu:
 
     def check(self) -> None:
         """Nobody waits for anybody."""
+
+    def stop(self) -> None:
+        """Likewise."""
+
+    def reset(self) -> None:
+        """Nothing is counted."""
 
     def close(self) -> None:
         """Its memory is the arenas'."""

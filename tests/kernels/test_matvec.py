@@ -7,6 +7,7 @@ every type and real sizes.
 import numpy as np
 import pytest
 from kit import few_tokens as few
+from kit import sent_cases as sent
 from kit.launcher import Launcher
 from kit.simt import why_not
 from kit.simt_device import SimtDevice
@@ -84,6 +85,21 @@ def test_merged_experts_of_a_part_of_the_ranks(ops, rng) -> None:
 def test_route(ops, rng, routing) -> None:
     padded = routing.sigmoid
     assert few.route(ops, rng, 1 + padded, 64, 32, routing, bias=padded, padded=padded) < BAR
+
+
+@pytest.mark.parametrize(
+    "how, ended", [(Geometry(2, 2, 1, 2), 4), (Geometry(2, 2, 1, 1, 2), 7), (None, 0)], ids=str
+)
+def test_a_product_sends_what_it_would_store(ops, rng, how, ended) -> None:
+    got, want = sent.products(ops, rng, "Q6_K", 150, 400, 2 + ended % 3, ended, 32, how)
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("after_up, shared", [(False, None), (True, "Q8_0")])
+def test_experts_send_what_they_would_store(ops, rng, after_up, shared) -> None:
+    how = DownGeometry(2, 0 if shared is None else 2, 2)
+    got, want = sent.experts(ops, rng, ("Q4_K", shared), 2, 3, after_up=after_up, geometry=how)
+    np.testing.assert_array_equal(got, want)
 
 
 def test_an_error_in_a_weight_is_seen(ops, rng, monkeypatch) -> None:

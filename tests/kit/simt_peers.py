@@ -18,11 +18,11 @@ from kit.simt import KIT as HERE
 from kit.simt import headers as _include
 
 from mlacli.backends.cuda_array import Array
-from mlacli.backends.cuda_group import GpuPlace, Group
+from mlacli.backends.cuda_group import GpuPlace, Group, Mail
 from mlacli.backends.cuda_sources import signatures, source
 
 _C = {"p": "void*", "i": "int", "l": "long long"}
-COPY = -1
+COPY, SENDS = -1, 1000  # a stand-in for a product; behind the variant whose packets it sends
 
 
 class RigDevice:
@@ -104,6 +104,12 @@ class PeerRig:
         """In the GPU's order: what a product would write."""
         self.note(gpu, COPY, 1, 1, [to.ptr, source.ptr, source.nbytes])
 
+    def send(self, gpu: int, mail: Mail, partial: Array) -> None:
+        """In the GPU's order: what a product would send of `partial`."""
+        at = self.variant("reduce_sent", {"N_GPUS": mail.n_gpus, "N_RANKS": self.group.n_ranks, "ORDER": 0})
+        n = partial.size
+        self.note(gpu, at + SENDS, 3, 32, [mail.words.ptr, partial.ptr, n])
+
     def run(self, seed: int, gpus: set[int] | None = None) -> None:
         """All that was launched, or that on `gpus` alone; launches are forgotten."""
         works = [work for work in self.works if gpus is None or work[0] in gpus]
@@ -123,12 +129,23 @@ class PeerRig:
             macros = [key for key, _ in defines]
             macros += ["UNROLL", "PEER_CTAS", "PEER_TICKS", "PEER_POLLS"]
             parts += [f"#define {key} {value}" for key, value in defines]
-            parts += [f"namespace variant{i} {{", text, "}"]
+            sender = _SENDER if name == "reduce_sent" else ""
+            parts += [f"namespace variant{i} {{", text, sender, "}"]
             parts += [f"#undef {key}" for key in macros]
             makers.append(f"case {i}: return bound(variant{i}::{name}, at);")
+            if sender:
+                makers.append(f"case {i + SENDS}: return bound(variant{i}::send_partial, at);")
         return "\n".join(parts) + _RUN.replace("CASES", "\n".join(makers))
 
 
+_SENDER = """
+inline void send_partial(const void* words, const float* partial, int n) {
+    Post<N_GPUS> post;
+    post.open(words);
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x)
+        post.send(i, partial[i]);
+}
+"""
 _RUN = """
 template <class A> A value(const long long*& at) { return (A)*at++; }
 template <class... A> std::function<void()> bound(void (*kernel)(A...), const long long* at) {
