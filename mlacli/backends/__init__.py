@@ -81,6 +81,11 @@ class Ranks:
         """
         raise AssertionError("can_sample() said no")
 
+    @property
+    def nccl_bytes(self) -> dict[str, int]:
+        """What NCCL took on each GPU for itself, as measured; empty where it has no part."""
+        return {}
+
     def explained(self) -> AbstractContextManager[None]:
         """Inside, a device's errors come out as MlacliErrors that name it."""
         return nullcontext()
