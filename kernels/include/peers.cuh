@@ -16,18 +16,13 @@
 #include "post.cuh"
 
 #define PEER_CTAS 128
-#define PEER_POLLS 1024  // between looks at the clock and the alarm
 
 // ---------------------------------------------------------------- a step ---------------------
 // A thread's view of one step.
-struct Peers {
+struct Peers : Patience {
     char* mail[N_GPUS];  // by GPU
-    PeerOwn* own;
-    int* alarm;  // the group's error word, in host memory
     unsigned step;
-    int me, limit_ms, polls;
-    bool broken;
-    PeerWord since;
+    int me;
 
     // `table`: addresses of all mails, then the alarm's. What it needs may be read before pdl_wait().
     __device__ __forceinline__ void find(const PeerWord* table, void* words, int gpu, int limit) {
@@ -54,20 +49,6 @@ struct Peers {
     // The flag that `from` raises for this CTA in `gpu`'s mail; `done`: the second of a step.
     __device__ __forceinline__ unsigned* flag(int gpu, int from, int done) const {
         return (unsigned*)mail[gpu] + (done * 16 + from) * PEER_CTAS + blockIdx.x;
-    }
-    // After a poll in vain: whether to give up waiting for `gpu`. From the limit on, in
-    // milliseconds of the device's clock, and after anybody gave up, nobody waits any more.
-    __device__ __forceinline__ bool gives_up(int gpu) {
-        if (broken) return true;
-        between_polls();
-        if (++polls % PEER_POLLS) return false;
-        const PeerWord now = nanoseconds();
-        if (!since) since = now;
-        int word = read_word(alarm);
-        if (!word && now - since <= (PeerWord)limit_ms * 1000000) return false;
-        if (!word) *(volatile int*)alarm = word = 1 + gpu;
-        *(volatile int*)&own->error = word;
-        return broken = true;
     }
     __device__ __forceinline__ void await(const unsigned* at, int gpu) {
         while ((int)(read_flag(at) - step) < 0 && !gives_up(gpu)) {}

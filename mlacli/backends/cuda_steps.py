@@ -32,6 +32,7 @@ Forward = Callable[[Step], "Act | None"]
 # Runs a function of the rank number on the ranks of a stage, in lockstep if there are several.
 Runner = Callable[[Callable[[int], Any]], list[Any]]
 _AHEAD = "ahead"  # steps of one token, by what begins their keys; of others it is their size
+AT_ONCE = 8  # of them in a graph; longer runs replay it
 FEW_SIZES = (1, FEW, 4 * FEW)  # tokens of steps whose kernels are compiled ahead, beside the most
 
 
@@ -158,7 +159,7 @@ class Steps:
     """Steps of at most `most` tokens through all stages, one after another."""
 
     def __init__(self, stages: Sequence[Stage], most: int) -> None:
-        self.stages, self.most = tuple(stages), most
+        self.stages, self.most, self.at_once = tuple(stages), most, AT_ONCE
         self.last = self.stages[-1].places[0]
         self._kind = self.last.ops[0].step_kind  # alike on all ranks
 
@@ -236,8 +237,10 @@ class Steps:
         assert len(kinds) == 1, "the engine asks n_ahead()"
         kind, n_kv = kinds.pop(), n_past + n_steps
         if len(self.stages) == 1:
-            launches = partial(self._drawn, self.stages[0], forwards, n_kv, n_steps)
-            self.stages[0].launch((_AHEAD, n_steps, *kind), launches)
+            for first in range(0, n_steps, self.at_once):
+                n = min(self.at_once, n_steps - first)
+                launches = partial(self._drawn, self.stages[0], forwards, n_kv, n)
+                self.stages[0].launch((_AHEAD, n, *kind), launches)
         else:
             for _ in range(n_steps):
                 self._through_stages(forwards, n_kv, kind)
