@@ -117,6 +117,7 @@ class Engine(Generation):
 
         def count(n: int) -> None:
             nonlocal done
+            self._ranks.group.check()
             done += n
             if progress is not None:
                 progress(done, total)
@@ -137,7 +138,9 @@ class Engine(Generation):
                 cache.add_index(ops, hp.sparse.full, hp.sparse.width, cache_type)
             return weights, cache
 
-        for weights, cache in self._ranks.group.run(one_rank):
+        with self._ranks.explained():
+            loaded = self._ranks.group.run(one_rank)
+        for weights, cache in loaded:
             self._weights.append(weights)
             self._caches.append(cache)
 
@@ -154,7 +157,8 @@ class Engine(Generation):
             return self._ops(shard.rank).download(weight)
 
         file, plan, hp = self.prepared.gguf, self.prepared.plan, self.prepared.hparams
-        return check_tensors(file, plan, hp, download)
+        with self._ranks.explained():
+            return check_tensors(file, plan, hp, download)
 
     @property
     def load_problems(self) -> list[str]:
@@ -324,7 +328,8 @@ class Engine(Generation):
         for ops, cache in zip(self._ranks.ops, self._caches, strict=True):
             for layer in cache.rows:
                 holders.setdefault(layer, (ops, cache))
-        session_file.save(path, self.prepared, holders, self._ids)
+        with self._ranks.explained():
+            session_file.save(path, self.prepared, holders, self._ids)
 
     def load_session(self, path: str, prompt_ids: Sequence[int]) -> int:
         """Take the rows of as many first tokens of the prompt as the file has; how many."""
@@ -333,7 +338,8 @@ class Engine(Generation):
         self._check_open()
         self.rewind(0)
         ranks = list(zip(self._ranks.ops, self._caches, strict=True))
-        self._ids = session_file.load(path, self.prepared, ranks, prompt_ids)
+        with self._ranks.explained():
+            self._ids = session_file.load(path, self.prepared, ranks, prompt_ids)
         self.n_kv = len(self._ids)
         return self.n_kv
 

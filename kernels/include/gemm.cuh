@@ -145,10 +145,12 @@ struct GemmSource {
         using T = Tile<QTYPE>;
         using In = StagedTile<QTYPE>;
         const TileView<QTYPE> v = tile_view<QTYPE>(w, n_row_tiles, n_col_tiles);
-        const int lane = threadIdx.x & 31, at = T::q_bytes + 16 * lane;  // place of side in the stage
-        tiles = min(n, GEMM_OWN_TILES), q_bytes = T::q_bytes, side_bytes = 0, side_mask = 0;
+        const int lane = threadIdx.x & 31, first_side = T::thin ? 0 : T::q_bytes;
+        const int at = first_side + 16 * lane;  // place of side in the stage
+        tiles = min(n, GEMM_OWN_TILES), q_bytes = first_side, side_bytes = 0, side_mask = 0;
         const unsigned char* plane = nullptr;
-        if (at < In::m) plane = v.s + (at - In::s), side_bytes = T::s_bytes;
+        if (T::thin && at < In::s) plane = v.q + at, side_bytes = T::q_bytes;  // all of it is side
+        else if (at < In::m) plane = v.s + (at - In::s), side_bytes = T::s_bytes;
         else if (at < In::d) plane = v.m + (at - In::m), side_bytes = T::m_bytes;
         else if (at < In::h) plane = v.d + (at - In::d), side_bytes = T::d_bytes, side_mask = 3;
         else if (at < In::end) plane = v.h + (at - In::h), side_bytes = T::h_bytes;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from mlacli.backends.blas import BlasThreads
@@ -79,6 +80,10 @@ class Ranks:
         At least one. `banned` ids are never drawn.
         """
         raise AssertionError("can_sample() said no")
+
+    def explained(self) -> AbstractContextManager[None]:
+        """Inside, a device's errors come out as MlacliErrors that name it."""
+        return nullcontext()
 
     def take_turn(self) -> None:
         """The BLAS threads are the process's: set them anew where engines work in turns."""

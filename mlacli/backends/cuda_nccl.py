@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
+import time
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +22,7 @@ from mlacli.backends.cuda_group import REDUCE_TYPES, Group, bits, pointers, powe
 from mlacli.errors import BackendError
 
 _KEPT: dict[tuple[int, ...], list[Any]] = {}  # communicators by devices
+_REST = 1.0  # seconds in which GPUs come to rest when a step was broken off
 _WARM = (1, 1 << 10, 1 << 14, 1 << 18, 1 << 22)  # floats: NCCL sets up each size class once
 
 
@@ -64,7 +67,7 @@ class NcclWay:
         self.comms = communicators(tuple(gpu.index for gpu in group.gpus))
         from cupy.cuda import nccl
 
-        self.group, self.stride, self.nccl = group, max_floats, nccl
+        self.group, self.stride, self.nccl, self.aborted = group, max_floats, nccl, False
         # Slots of the ranks, then what NCCL reads, then what it writes: a message of each GPU.
         n = len(group.gpus)
         sizes = [(len(gpu.ranks) + 1 + n) * self.stride * 4 for gpu in group.gpus]
@@ -109,8 +112,28 @@ class NcclWay:
     def failed(self) -> int | None:
         return None  # NCCL ends its own waits
 
+    def stop(self) -> None:
+        """NCCL's kernels wait for ever: where a GPU died or comes to no rest, they are aborted.
+
+        In threads of their own: an abort may wait for a graph, or for a GPU that is no more.
+        """
+        devices = [gpu.device for gpu in self.group.gpus]
+        until = time.monotonic() + _REST
+        while not (dead := any(d.failure() for d in devices)) and any(d.is_busy for d in devices):
+            if time.monotonic() > until:
+                break
+            time.sleep(0.001)
+        if not dead and not any(device.is_busy for device in devices):
+            return
+        _KEPT.pop(tuple(gpu.index for gpu in self.group.gpus), None)
+        self.aborted = True
+        for comm in self.comms:
+            threading.Thread(target=comm.abort, daemon=True).start()
+
     def reset(self) -> None:
-        """Nothing to do: NCCL keeps no state of ours."""
+        """NCCL keeps no state of ours, and can't be used after an abort."""
+        if self.aborted:
+            raise BackendError("NCCL was stopped after a failure", "load the model again")
 
     def close(self) -> None:
         self.memory.clear()

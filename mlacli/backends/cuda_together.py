@@ -68,6 +68,14 @@ class Collectives(Protocol):
         """RankError when a GPU waited too long for another one."""
         ...
 
+    def stop(self) -> None:
+        """Ends all waits: what runs will not be used."""
+        ...
+
+    def reset(self) -> None:
+        """Ready again after a failure, when no GPU runs anything any more."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -238,6 +246,12 @@ class SharedGpu:
 
     def check(self) -> None:
         """Nobody waits for anybody."""
+
+    def stop(self) -> None:
+        """Likewise."""
+
+    def reset(self) -> None:
+        """Nothing is counted."""
 
     def close(self) -> None:
         """Its memory is the arenas'."""

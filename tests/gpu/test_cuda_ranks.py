@@ -148,7 +148,8 @@ def test_a_closed_engine_leaves_the_gpu_free() -> None:
         engine.prefill([1, 2, 3])
         engine.close()  # and still referred to
         free.append(cp.cuda.runtime.memGetInfo()[0])
-    assert free[2] >= free[0] - (8 << 20)  # modules, which are small
+    print(f"{(free[0] - free[2]) / 1e6:.1f} MB kept")
+    assert free[2] >= free[0] - (8 << 20)  # the second and third find their modules loaded
 
 
 @pytest.mark.parametrize("split", ["2 ranks", "2 stages"])

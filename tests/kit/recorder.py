@@ -79,6 +79,7 @@ class Recorder:
     units: set[tuple[str, tuple[tuple[str, Any], ...]]] = field(default_factory=set)
     n_reads: int = 0
     n_compiled: int = 0
+    is_busy: bool = False
     peak: int = 0
     loaded: int = 0  # bytes of weights and cache
     host_bytes: int = 0
@@ -221,6 +222,9 @@ class Recorder:
 
     def close(self) -> None:
         """Memory is kept, to be looked at."""
+
+    def failure(self) -> None:
+        """It lives."""
 
     def synchronize(self) -> None:
         assert not self._capturing, "a step waits for the device"

@@ -33,6 +33,7 @@ class SimtGpu(SimtDevice):
 
     n_sm, capability = 4, 80
     n_compiled = 0
+    is_busy = False
 
     def __init__(self, name: str, nbytes: int, beside: Any = None) -> None:
         self.name, self.nbytes = name, nbytes
@@ -119,6 +120,9 @@ class SimtGpu(SimtDevice):
     def synchronize(self) -> None:
         """Nothing is under way."""
 
+    def failure(self) -> None:
+        """It lives."""
+
 
 class SimtCollectives:
     """Sums between SimtGpus: all at once, when the last GPU launches its part."""
@@ -194,6 +198,12 @@ class SimtCollectives:
 
     def check(self) -> None:
         """Nobody waits."""
+
+    def stop(self) -> None:
+        """Nobody waits."""
+
+    def reset(self) -> None:
+        """Nothing is counted."""
 
     def close(self) -> None:
         """Its memory is an arena's."""

@@ -3,6 +3,7 @@
 The plain kernels (capability 7.5) are few enough to compile here; `-m slow` adds those of tiles.
 """
 
+import signal
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,8 @@ from kit.simt_gpu import simulated
 
 import mlacli
 from mlacli.backends.cuda_place import Place
+from mlacli.backends.cuda_steps import Stage
+from mlacli.backends.cuda_together import SharedGpu
 from mlacli.errors import MlacliError, RankError, UnsupportedFeature
 from mlacli.loading.presets import PRESETS
 from mlacli.params import SamplingParams
@@ -243,3 +246,21 @@ def test_a_cpu_beside_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     simulated(monkeypatch)
     with pytest.raises(UnsupportedFeature, match="computes no layers beside a GPU"):
         mlacli.load(FILES["v3"], device="cpu,cuda0", split_mode="layer")
+
+
+def test_after_a_step_that_was_broken_off_gpus_count_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("reset", "stop"):
+        monkeypatch.setattr(SharedGpu, name, lambda self, name=name: calls.append(name))
+    flags = {"device": "cuda0,cuda0", "split_mode": "graph"}
+    with recorded(monkeypatch, cut("v2lite", 1), **flags) as engine:
+        engine.decode(1)
+        with monkeypatch.context() as broken:
+            broken.setattr(Stage, "launch", lambda *args: signal.raise_signal(signal.SIGINT))
+            with pytest.raises(KeyboardInterrupt):
+                engine.decode(1)
+        assert (engine.n_kv, calls) == (1, [])
+        for _ in range(2):
+            engine.decode(1)
+        assert (engine.n_kv, calls) == (3, ["reset"])
+    assert calls == ["reset", "stop"]
