@@ -167,6 +167,20 @@ struct Post : Patience {
         for (int r = 1; r < N; r++) sum = __fadd_rn(sum, part[r]);  // v's product stays out of it
         return sum;
     }
+    // What rank r sent at i and i + 1, i even; -inf and 0 if it is given up.
+    __device__ __forceinline__ void take(int r, int i, unsigned& a, unsigned& b) {
+        PeerWord x, y;
+        do {
+            get_words((const PeerWord*)(from + r * room) + i, x, y);
+            a = (unsigned)x, b = (unsigned)y;
+            if ((unsigned)(x >> 32) == step && (unsigned)(y >> 32) == step) return;
+        } while (!gives_up(r));
+        a = 0xff800000u, b = 0;
+    }
+    // By the only CTA that opens, once all of it has.
+    __device__ __forceinline__ void count_alone() const {
+        atomicAdd(&own->ticks, (PeerWord)PEER_TICKS);
+    }
     // By one thread of every CTA, once all of the CTA have opened: who comes last counts the step.
     __device__ __forceinline__ void count() const {
         const unsigned last = gridDim.x - 1;

@@ -7,13 +7,15 @@ the streams of the ranks on it and forking them again. `Collectives` is how GPUs
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from mlacli.backends import cuda_sampling
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_device import Device
 from mlacli.errors import RankError
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from mlacli.backends.cuda_group import Mail
     from mlacli.backends.cuda_ops import CudaOps
     from mlacli.backends.cuda_place import Place
+    from mlacli.params import SamplingParams
 
 TYPED_FROM = 33  # tokens whose partials are rounded to -grt's type: as numpy_ops.reduce_typed
 _TYPES = {"f32": 0, "f16": 1, "bf16": 2, "q8_0": 3}  # of kernels/shared_gpu.cu
@@ -103,6 +106,7 @@ class Together:
         read back after every sum, which no captured step can do.
         """
         self.lockstep, self.widths, self.compares = lockstep, list(widths), compares
+        self._apart = False  # whether logits stay where they are computed
 
     def reduce(self, brought: Sequence[Brought]) -> None:
         if not self._exchange(brought):
@@ -163,10 +167,34 @@ class Together:
             if same != first:
                 raise RankError(rank, ValueError(f"its {what} are not those of the first rank"))
 
+    def draws_apart(self, sampling: SamplingParams) -> bool:
+        """Whether a token can be drawn without joining the logits."""
+        one = all(self.collectives.mail(rank, (1, 1)) for rank in range(len(self.widths)))
+        exchanges = one and self.collectives.exchanges()
+        return exchanges and cuda_sampling.can_exchange(sampling, self.widths)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Inside, what gather gives to a rank are its own columns."""
+        self._apart = True
+        try:
+            yield
+        finally:
+            self._apart = False
+
+    def sample(self, columns: Sequence[Array | None]) -> None:
+        """The next step's token of each place, drawn from its rank's columns and the others'."""
+        for (rank, place), own in zip(enumerate(self.places), columns, strict=True):
+            mail = self.collectives.mail(rank, (1, 1))
+            assert mail is not None and own is not None, "draws_apart() was asked"
+            place.sample(own, mail, sum(self.widths[:rank]))
+
     def gather(self, brought: Sequence[tuple[Array | None, int]]) -> list[Array]:
         """Of each rank its columns, and how many rows there are; for each rank the logits."""
         n = brought[0][1]
         found: dict[int, Array] = {}
+        if self._apart:
+            return [columns for columns, _ in brought if columns is not None]
         for gpu, place in enumerate(self.places):
             place.join()
             out = place.device.take((n, sum(self.widths)), np.float32)

@@ -22,10 +22,15 @@ Case = tuple[int, int, int]  # GPUs, this one, sums that have ended
 class Inboxes:
     """Two inboxes of `n` packets of every rank, and some, on each of several GPUs."""
 
-    def __init__(self, ops: Any, rng: np.random.Generator, case: Case, n: int) -> None:
+    def __init__(
+        self, ops: Any, rng: np.random.Generator, case: Case, n: int,
+        parts: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        """`parts` [GPUs, n]: what the others send."""
         self.n_gpus, self.me, ended = case
         self.ops, self.n, self.step = ops, n, ended + 1
-        self.parts = rng.standard_normal((self.n_gpus, n)).astype(np.float32)  # the others'
+        drawn = rng.standard_normal((self.n_gpus, n)).astype(np.float32)
+        self.parts = drawn if parts is None else parts
         self.before = rng.standard_normal((1, n)).astype(np.float32)
         room = n + SPARE
         inboxes = np.zeros((self.n_gpus, 2, self.n_gpus, room), np.uint64)
