@@ -170,6 +170,9 @@ class NcclWay:
     def mail(self, rank: int, n: int) -> None:
         """NCCL sends what lies in slots."""
 
+    def exchanges(self) -> bool:
+        return False
+
     def reduce_add(
         self, gpu: int, streams: Sequence[Array], held: Sequence[bool], n: int, rounded: bool,
         sent: bool = False,

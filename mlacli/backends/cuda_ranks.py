@@ -133,7 +133,7 @@ class CudaRanks(Ranks):
             else:
                 self._together.places = places
                 self._together.collectives = self._collectives(places, most)
-                stages = [Stage(places, self._in_lockstep)]
+                stages = [Stage(places, self._in_lockstep, self._together)]
             for place in places:
                 place.settle()
             for ops in self.ops if len(places) > 1 else ():

@@ -26,12 +26,14 @@ from mlacli.parallel.cuda_sizes import FEW, bucket
 
 if TYPE_CHECKING:
     from mlacli.backends.cuda_ops import CudaOps
+    from mlacli.backends.cuda_together import Together
     from mlacli.params import SamplingParams
 
 Forward = Callable[[Step], "Act | None"]
 # Runs a function of the rank number on the ranks of a stage, in lockstep if there are several.
 Runner = Callable[[Callable[[int], Any]], list[Any]]
 _AHEAD = "ahead"  # steps of one token, by what begins their keys; of others it is their size
+AT_ONCE = 8  # of them in a graph; longer runs replay it
 FEW_SIZES = (1, FEW, 4 * FEW)  # tokens of steps whose kernels are compiled ahead, beside the most
 
 
@@ -51,6 +53,7 @@ class Stage:
 
     places: Sequence[Place]
     run: Runner
+    together: Together | None = None  # the ranks of graph
     graphs: dict[tuple[Any, ...], _Graph] = field(default_factory=dict)
     compiled: set[tuple[Any, ...]] = field(default_factory=set)  # kinds that run without a graph
     logits: Array | None = None  # of the last step
@@ -158,7 +161,7 @@ class Steps:
     """Steps of at most `most` tokens through all stages, one after another."""
 
     def __init__(self, stages: Sequence[Stage], most: int) -> None:
-        self.stages, self.most = tuple(stages), most
+        self.stages, self.most, self.at_once = tuple(stages), most, AT_ONCE
         self.last = self.stages[-1].places[0]
         self._kind = self.last.ops[0].step_kind  # alike on all ranks
 
@@ -236,8 +239,12 @@ class Steps:
         assert len(kinds) == 1, "the engine asks n_ahead()"
         kind, n_kv = kinds.pop(), n_past + n_steps
         if len(self.stages) == 1:
-            launches = partial(self._drawn, self.stages[0], forwards, n_kv, n_steps)
-            self.stages[0].launch((_AHEAD, n_steps, *kind), launches)
+            together = self.stages[0].together
+            apart = together is not None and together.draws_apart(sampling)
+            for first in range(0, n_steps, self.at_once):
+                n = min(self.at_once, n_steps - first)
+                launches = partial(self._drawn, self.stages[0], forwards, n_kv, n, apart)
+                self.stages[0].launch((_AHEAD, n, apart, *kind), launches)
         else:
             for _ in range(n_steps):
                 self._through_stages(forwards, n_kv, kind)
@@ -246,11 +253,20 @@ class Steps:
         return cuda_sampling.produced(ring, n_past + 1, n_steps)
 
     def _drawn(
-        self, stage: Stage, forwards: Sequence[Forward], n_kv: int, n_steps: int
-    ) -> list[Array | None]:
-        """`n_steps` steps of the last stage, each with the draw of the next one's token."""
+        self, stage: Stage, forwards: Sequence[Forward], n_kv: int, n_steps: int,
+        apart: bool = False,
+    ) -> list[Array | None]:  # fmt: skip
+        """`n_steps` steps of the last stage, each with the draw of the next one's token.
+
+        `apart`: from logits that are not joined.
+        """
         found: list[Array | None] = []
         for _ in range(n_steps):
+            if apart and stage.together is not None:
+                with stage.together.apart():
+                    found = stage.forward(forwards, 1, n_kv, 1)
+                stage.together.sample(found)
+                continue
             found = stage.forward(forwards, 1, n_kv, 1)
             for place, logits in zip(stage.places, found, strict=True):
                 assert logits is not None, "the last stage samples"

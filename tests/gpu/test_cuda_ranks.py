@@ -35,6 +35,8 @@ ON_TWO: dict[str, dict[str, Any]] = {
     "nccl": {"device": "cuda0,cuda1", "split_mode": "graph", "comm": "nccl"},
     "host": {"device": "cuda0,cuda1", "split_mode": "graph", "comm": "host"},
 }
+# What products do with a partial: fill a slot, send it, exchange it with the others.
+FORMS = ((False, False), (False, True), (True, True))
 NAMES = ("v2lite", "v3", "glm47flash", "mistral4", "glm_dsa", "real_rows")
 
 
@@ -135,6 +137,28 @@ def test_debugging_compares_the_ranks_of_two_gpus(
         assert np.median(row_nmse(engine.logits(tokens), want)) <= ACTIVATIONS
         engine.rewind(0)
         assert nmse(engine.decode(tokens[0]), want[0]) <= DECODE
+
+
+@two_gpus
+@pytest.mark.parametrize("split", ["width", "id", "layer"])
+@pytest.mark.parametrize("name", ["v3", "v2lite", "glm_dsa"])
+def test_products_that_send_their_partials_change_no_bit(name: str, split: str) -> None:
+    tokens, found = golden(name)[0], []
+    with mlacli.load(FILES[name], **EXACT, **ON_TWO["graph"], expert_split=split) as engine:
+        engine.decode(tokens[0])
+        steps, way = engine._ranks._steps, engine._ranks._together.collectives.way
+        if way.mail(0, 1024) is None:
+            pytest.skip("the GPUs don't reach each other's memory")
+        for way.products_exchange, way.products_send in FORMS:
+            for stage in steps.stages:
+                stage.graphs.clear()
+            engine.rewind(0)
+            ahead = engine.decode_ahead(tokens[0], 8, Sampler(SamplingParams(temp=0.0)))
+            engine.rewind(0)
+            found.append((ahead, np.stack([engine.decode(token) for token in tokens])))
+    (want_ahead, want), *others = found
+    for ahead, logits in others:
+        assert np.array_equal(logits, want) and ahead == want_ahead
 
 
 @pytest.mark.parametrize("split", ["2 ranks", "2 stages", "none"])

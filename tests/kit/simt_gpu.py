@@ -160,6 +160,9 @@ class SimtCollectives:
         alone = any(gpu.ranks == [rank] for gpu in self.gpus)
         return self.mails[rank] if alone and self.products_send and shape[0] <= 32 else None
 
+    def exchanges(self) -> bool:
+        return False  # GPUs run one after another here
+
     def reduce_add(
         self, gpu_index: int, streams: list[Array], held: tuple[bool, ...], n_floats: int,
         sent: bool = False,
