@@ -17,7 +17,7 @@ from typing import Any
 
 from mlacli.attention_forms import attention_text
 from mlacli.compat import Finding, check, guard, indexer_rules, raise_first_error, settled
-from mlacli.devices import Device, find_devices, host_memory, main_device
+from mlacli.devices import Device, find_devices, host_memory, idle_gpus, main_device
 from mlacli.errors import (
     GgufError,
     MemoryBudgetError,
@@ -203,7 +203,7 @@ def _prepare(file: GgufFile, params: Params) -> Prepared:
 
     split = _settle_mode(arch, params, hp, devices, planned)
     plan = planned(split)
-    findings += tuple(_idle_rules(params, plan))
+    findings += (*_idle_rules(params, plan), *_idle_gpus(params))
     if context.n_ctx > hp.n_ctx_train:
         findings += (_beyond_training(params, plan),)
     context = _clipped(context, plan.n_ctx)
@@ -316,6 +316,18 @@ def _idle_rules(params: Params, plan: ShardPlan) -> Iterator[Finding]:
         yield Finding(
             "warning", flag, "warned", f"{flag} {rule} places nothing: {why}",
             "mlacli plan -v lists the tensors",
+        )  # fmt: skip
+
+
+def _idle_gpus(params: Params) -> Iterator[Finding]:
+    """A warning where GPUs would be taken by default, were CuPy installed."""
+    if "device" in params.typed or params.split.devices != ("cpu",) or params.split.vram:
+        return
+    if n := idle_gpus():
+        yield Finding(
+            "warning", "-dev", "warned",
+            f"this machine's GPUs ({n}) are not used: CuPy is not installed",
+            "install mlacli[cuda13], or mlacli[cuda12] for an older driver; -dev cpu wants the CPU",
         )  # fmt: skip
 
 
