@@ -53,6 +53,10 @@ class SimtGpu(SimtDevice):
             raise MemoryBudgetError(self.name, self._at, self.nbytes)
         return array
 
+    @property
+    def noting(self) -> bool:
+        return self._quiet
+
     def mark(self) -> int:
         return self._at
 
