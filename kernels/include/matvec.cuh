@@ -26,8 +26,9 @@ struct Few {
     static constexpr int zero = is_signed ? 128 : T::zero;  // in the numbers few_fragment() gives
     // 4-bit numbers of rows g + 8 come 16 times as large: that spares a shift.
     static constexpr bool sixteenfold = T::kind == TILE_SMALL && T::over_words == 0;
-    static constexpr float result = whole ? 0x1p69f : FEW_ONE;
-    static constexpr float result8 = sixteenfold ? 0x1p65f : result;
+    static constexpr float unit = SCALE_UNIT<QTYPE>;
+    static constexpr float result = whole ? 0x1p69f * unit : FEW_ONE;
+    static constexpr float result8 = sixteenfold ? 0x1p65f * unit : result;
 };
 
 // ---------------------------------------------------------------- instructions --------------
@@ -212,7 +213,7 @@ __device__ __forceinline__ void few_scaled(
     constexpr float big = 32768.f;
     const unsigned select = 0x7604 | u << 4;
     const float sums[2] = {c[0] + c[1], c[2] + c[3]};
-    const float x = ones * (F::zero ? -FEW_ONE * F::zero : FEW_ONE);
+    const float x = ones * (F::zero ? -FEW_ONE * F::unit * F::zero : FEW_ONE);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const float result = i ? F::result8 : F::result;
@@ -236,8 +237,10 @@ __device__ __forceinline__ void few_scaled(
         } else {
             float s;
             if constexpr (T::d_words == 1) {
-                const float d = half_bits_to_float(w.d[0] >> 16 * i & 0xFFFF) * SCALE_UNIT<QTYPE>;
-                s = __fmaf_rn(few_byte(w.s[i] ^ 0x80808080, select), d, -(big + 128) * d);
+                const float d = half_bits_to_float(w.d[0] >> 16 * i & 0xFFFF);
+                constexpr bool positive = ODD_SCALES<QTYPE>;  // others: the top bit turned
+                s = __fmaf_rn(few_byte(positive ? w.s[i] : w.s[i] ^ 0x80808080, select), d,
+                              -(positive ? big : big + 128) * d);
             } else if constexpr (QTYPE == QT_MXFP4) {
                 s = bf16_bits_to_float(w.s[i] >> 16 * u & 0xFFFF);
             } else {

@@ -93,6 +93,8 @@ constexpr float SCALE_UNIT = QTYPE == QT_IQ1_S || QTYPE == QT_IQ1_M || QTYPE == 
                                      QTYPE == QT_IQ2_XS || QTYPE == QT_IQ2_S
                                  ? 0.125f
                                  : QTYPE == QT_IQ3_XXS ? 0.25f : 1.f;
+template <int QTYPE>
+constexpr bool ODD_SCALES = SCALE_UNIT<QTYPE> != 1.f || QTYPE == QT_IQ3_S;  // 1 + 2 code
 
 // ---------------------------------------------------------------- planes --------------------
 // The planes of a weight. q (h, s, m) of a tile starts at (row_tile * n_col_tiles + col_tile) *

@@ -71,13 +71,25 @@ template <> struct NumberMap<QT_IQ2_S> : MapIq2 {};
 template <> struct NumberMap<QT_IQ1_S> : MapIq1 {};
 template <> struct NumberMap<QT_IQ1_M> : MapIq1 {};
 
+// Bytes of lo and hi by the four nibbles in the low half of x, whose top bits are 0. __byte_perm clears
+// these itself.
+FORCE_INLINE unsigned map8(unsigned x, unsigned lo, unsigned hi) {
+#ifdef __CUDA_ARCH__
+    unsigned r;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(lo), "r"(hi), "r"(x));
+    return r;
+#else
+    return __byte_perm(lo, hi, x);
+#endif
+}
+
 // Bytes of the type's map, each ^ top, for the step's eight nibbles: of the low four, of the high four.
 template <int QTYPE>
 FORCE_INLINE void mapped(unsigned q, unsigned top, unsigned& lo, unsigned& hi) {
     using M = NumberMap<QTYPE>;
     if constexpr (Tile<QTYPE>::kind == TILE_MAP8) {
-        lo = __byte_perm(M::m0 ^ top, M::m1 ^ top, q);
-        hi = __byte_perm(M::m0 ^ top, M::m1 ^ top, q >> 16);
+        lo = map8(q, M::m0 ^ top, M::m1 ^ top);
+        hi = map8(q >> 16, M::m0 ^ top, M::m1 ^ top);
     } else {
         lo = map16(q, M::m0 ^ top, M::m1 ^ top, M::m2 ^ top, M::m3 ^ top);
         hi = map16(q >> 16, M::m0 ^ top, M::m1 ^ top, M::m2 ^ top, M::m3 ^ top);

@@ -42,6 +42,10 @@ _TILES = {
 }  # fmt: skip
 
 
+# Types whose tiles take a third more than their blocks in the file, to more than twice as much.
+GROWN = ("IQ3_XXS", "IQ3_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_S", "IQ1_M")
+
+
 @dataclass(frozen=True, slots=True)
 class TiledShape:
     """Tiles of a weight [*leading, rows, columns] and where its planes begin in its buffer."""

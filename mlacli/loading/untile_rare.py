@@ -116,7 +116,8 @@ def _bits(values: Codes, per: int, width: int) -> Codes:
 def _two_bits(numbers: Bytes) -> Bytes:
     n = (numbers & 3).reshape(*numbers.shape[:-1], 2, 4, 32)
     planes = n << np.arange(0, 8, 2, dtype=np.uint8)[:, None]
-    return np.bitwise_or.reduce(planes, axis=-2).reshape(*numbers.shape[:-1], 64)
+    joined: Bytes = np.bitwise_or.reduce(planes, axis=-2).reshape(*numbers.shape[:-1], 64)
+    return joined
 
 
 def _pack_q2_k(numbers: Bytes, blocks: Bytes) -> None:
