@@ -27,6 +27,7 @@ from mlacli.errors import (
     UsageError,
 )
 from mlacli.loading.gguf_file import GgufFile
+from mlacli.loading.tiles import GROWN
 from mlacli.loading.tokenizer import Tokenizer, has_tokenizer
 from mlacli.models import model_of
 from mlacli.parallel.advice import Speeds, token_us
@@ -119,6 +120,7 @@ class Prepared:
             ("reduce type", context.graph_reduce_type if graph else "-", ""),
             *self._thread_row(),
             *self._host_row(),
+            *self._tiles_row(),
         ]  # fmt: skip
         rows += [(f.flag, f.verdict, f.message) for f in self.findings if f.level == "note"]
         return tuple(rows)
@@ -133,6 +135,18 @@ class Prepared:
         if on_host := sum(rank.host for rank in self.plan.ranks):
             how = "weights that GPUs read over the link; experts are copied ahead for many tokens"
             yield "host memory", f"{on_host / 2**30:.2f} GiB", how
+
+    def _tiles_row(self) -> Iterator[tuple[str, str, str]]:
+        """How GPUs keep the types that take more memory there than in the file."""
+        kinds = {rank.rank: rank.kind for rank in self.plan.ranks}
+        types = {
+            s.qtype.name for s in self.plan.shards
+            if kinds[s.rank] != "cpu" and s.qtype.name in GROWN and len(s.shape) > 1
+        }  # fmt: skip
+        if types:
+            how = "as in the file" if self.plan.small else "in tiles"
+            why = "less memory, half as fast" if self.plan.small else "more memory, twice as fast"
+            yield "weights", f"{', '.join(sorted(types))} {how}", why
 
     def _sparse_row(self) -> Iterator[tuple[str, str, str]]:
         """How cache rows are chosen; nothing for a file without indexer."""

@@ -204,16 +204,20 @@ def test_memory_in_use_is_what_the_plan_says() -> None:
 
 
 def test_a_closed_engine_leaves_the_gpu_free() -> None:
+    """After the second one: the first two load kernels and fill what the driver keeps for itself.
+
+    Six engines one after another kept 4 MiB after the second, 2 of them given back in between.
+    """
     import cupy as cp
 
     free = []
-    for _ in range(3):
+    for _ in range(4):
         engine = mlacli.load(FILES["v3"], **SPLITS["3 ranks"])
         engine.prefill([1, 2, 3])
         engine.close()  # and still referred to
         free.append(cp.cuda.runtime.memGetInfo()[0])
-    print(f"{(free[0] - free[2]) / 1e6:.1f} MB kept")
-    assert free[2] >= free[0] - (8 << 20)  # the second and third find their modules loaded
+    print("MiB kept:", *((free[0] - n) / 2**20 for n in free))
+    assert free[3] >= free[1] - (8 << 20)  # its arena, or kernels loaded anew, would be more
 
 
 @pytest.mark.parametrize("split", ["2 ranks", "2 stages"])
