@@ -23,6 +23,7 @@ from mlacli.backends.cuda_device import Host
 from mlacli.backends.cuda_place import Place
 from mlacli.ops import Step
 from mlacli.parallel.cuda_sizes import FEW, bucket
+from mlacli.sampling import AHEAD
 
 if TYPE_CHECKING:
     from mlacli.backends.cuda_ops import CudaOps
@@ -97,7 +98,7 @@ class Stage:
             return
         graph = self.graphs.get(key)
         if graph is None:
-            graph = self.graphs[key] = self._captured(launches)
+            graph = self.graphs[key] = self.captured(launches)
         for ops, forms in zip(self.ops, graph.forms, strict=True):
             ops.forms |= forms
         for place, replay in zip(self.places, graph.replays, strict=True):
@@ -119,7 +120,8 @@ class Stage:
                 for place in self.places:
                     place.is_dry = False
 
-    def _captured(self, launches: Callable[[], list[Array | None]]) -> _Graph:
+    def captured(self, launches: Callable[[], list[Array | None]]) -> _Graph:
+        """`launches` as graphs that none has been replayed of."""
         before = [ops.forms for ops in self.ops]
         for ops in self.ops:
             ops.forms = set()
@@ -236,14 +238,37 @@ class Steps:
         assert len(kinds) == 1, "the engine asks n_ahead()"
         kind, n_kv = kinds.pop(), n_past + n_steps
         if len(self.stages) == 1:
-            launches = partial(self._drawn, self.stages[0], forwards, n_kv, n_steps)
-            self.stages[0].launch((_AHEAD, n_steps, *kind), launches)
+            left = n_steps
+            while left:  # of two sizes alone, for each has to be captured
+                n = AHEAD if left >= AHEAD else 1
+                launches = partial(self._drawn, self.stages[0], forwards, n_kv, n)
+                self.stages[0].launch((_AHEAD, n, *kind), launches)
+                left -= n
         else:
             for _ in range(n_steps):
                 self._through_stages(forwards, n_kv, kind)
         self.last.device.use()
         ring = self.last.device.get(self.last.sampler.ring)
         return cuda_sampling.produced(ring, n_past + 1, n_steps)
+
+    def capture_ahead(self, forwards: Sequence[Forward], n_ctx: int) -> None:
+        """Captures all that `run_ahead` replays, so that no token waits for it."""
+        n_kvs = [1 << i for i in range(n_ctx.bit_length())]
+        for stage in self.stages:
+            last = stage is self.stages[-1]
+            for n_kv in () if any(ops.makes_copies(1) for ops in stage.ops) else n_kvs:
+                kind = self._kind(1, n_kv)
+                for n in (1, AHEAD) if len(self.stages) == 1 else (1,):
+                    key = (_AHEAD, n, *kind) if last else (1, 1, *kind)
+                    if key in stage.graphs:
+                        continue
+                    for place in stage.places:
+                        place.expect(1)
+                    launches = (
+                        partial(self._drawn, stage, forwards, n_kv, n) if last
+                        else partial(stage.forward, forwards, 1, n_kv, 1)
+                    )  # fmt: skip
+                    stage.graphs[key] = stage.captured(launches)
 
     def _drawn(
         self, stage: Stage, forwards: Sequence[Forward], n_kv: int, n_steps: int
