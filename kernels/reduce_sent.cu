@@ -6,7 +6,7 @@
 // Grid      as reduce_few's for n on the other GPUs; as many threads as take n by twos
 // Assumes   as reduce_few; this GPU has one rank, which is held. The launch before is the product that
 //           sends, and starts this one only when all of it has waited for what was before it
-// Variants  ORDER=0 N_GPUS=2 N_RANKS=2; ORDER=1 N_GPUS=4 N_RANKS=5; ORDER=2 N_GPUS=8 N_RANKS=8
+// Variants  N_GPUS=2 N_RANKS=2; N_GPUS=4 N_RANKS=5; N_GPUS=8 N_RANKS=8
 // Spills    none
 // Numerics  reduce_few's bits
 // Bound by  a packet's way from the slowest GPU
@@ -50,10 +50,9 @@ extern "C" __global__ void reduce_sent(float* x, const void* table, void* own, i
             for (int k = 0; k < 2; k++) sum[k] = any ? sum[k] + v[r][k] : v[r][k];
             any = true;
         }
-        if (ORDER == 0) pdl_wait();
+        pdl_wait();
         *(float2*)(x + i) = make_float2(old[0] + sum[0], old[1] + sum[1]);
-        if (ORDER == 1) pdl_wait();
-    } else if (ORDER < 2) {
+    } else {
         pdl_wait();
     }
     peers.count();

@@ -32,7 +32,7 @@ from mlacli.models import model_of
 from mlacli.parallel.advice import Speeds, token_us
 from mlacli.parallel.memory import active_elements
 from mlacli.parallel.placement import rules, without_effect
-from mlacli.parallel.plan import ShardPlan, check_memory, plan_shards
+from mlacli.parallel.plan import ShardPlan, check_memory, plan_shards, shares_of
 from mlacli.params import ContextParams, Params, SplitMode, SplitParams
 
 _CACHED = {
@@ -197,8 +197,9 @@ def _prepare(file: GgufFile, params: Params) -> Prepared:
 
     def planned(split: SplitParams) -> ShardPlan:
         return plan_shards(
-            model, arch, hp, file.tensors, params.model, split, context, devices, host
-        )
+            model, arch, hp, file.tensors, params.model, split, context, devices, host,
+            _way_of_sums(split, context, devices),
+        )  # fmt: skip
 
     split = _settle_mode(arch, params, hp, devices, planned)
     plan = planned(split)
@@ -282,6 +283,16 @@ def _settle_mode(
             check_memory(plan)
             fitting.append((token_us(plan, hp, Speeds()), mode))
     return replace(split, mode=min(fitting, key=lambda one: one[0])[1]) if fitting else several
+
+
+def _way_of_sums(split: SplitParams, context: ContextParams, devices: tuple[Device, ...]) -> str:
+    """The way of sums between GPUs, refused here where it isn't possible; of others p2p."""
+    if split.mode != "graph" or any(device.kind == "cpu" for device in devices):
+        return "p2p"
+    from mlacli.backends.cuda_ways import way_of_sums
+
+    shares = zip(devices, shares_of(split, devices), strict=True)
+    return way_of_sums(context.comm, [device for device, share in shares if share > 0]) or "p2p"
 
 
 def _runs_as_graph(arch: str, params: Params) -> bool:

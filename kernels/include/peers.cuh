@@ -10,24 +10,29 @@
 // turn, suffice: a GPU begins step s + 2 when s + 1 has ended, for which every other GPU sent
 // something, which it does after it has ended s. So in every step every GPU sends to every other
 // one: a GPU without a partial sets `started`.
+//
+// Who sends. The sum's own kernel, what a product left in its slot (reduce_peer.cu). Or the product,
+// one token's, where it is computed (post.cuh): it waits for the launches before it, so the sum before
+// has ended here when it sends, which is all that the argument above asks of a sender; and the counter
+// is that sum's. What it sends is added up by the next launch (reduce_sent.cu), which begins before the
+// product ends but not before it has waited, so the counter and the residual stream are the last sum's
+// for it too. Or by the product itself: every thread takes the others' packets of the row that it
+// sent. Its CTAs then wait for CTAs of other GPUs, which must not wait for room on theirs: all CTAs of
+// such a product fit their GPU at once, and launches that start early come after all of them. The
+// last CTA to know the step counts it. All ways give equal bits, and GPUs may mix the first two.
 // Sources: the packets are those of NCCL's LL protocol (src/device/prims_ll.h, BSD); the rest own.
 // Tested by: tests/kernels/test_peers.py (all interleavings of a model), tests/gpu/test_collectives.py
 #pragma once
 #include "post.cuh"
 
 #define PEER_CTAS 128
-#define PEER_POLLS 1024  // between looks at the clock and the alarm
 
 // ---------------------------------------------------------------- a step ---------------------
 // A thread's view of one step.
-struct Peers {
+struct Peers : Patience {
     char* mail[N_GPUS];  // by GPU
-    PeerOwn* own;
-    int* alarm;  // the group's error word, in host memory
     unsigned step;
-    int me, limit_ms, polls;
-    bool broken;
-    PeerWord since;
+    int me;
 
     // `table`: addresses of all mails, then the alarm's. What it needs may be read before pdl_wait().
     __device__ __forceinline__ void find(const PeerWord* table, void* words, int gpu, int limit) {
@@ -54,20 +59,6 @@ struct Peers {
     // The flag that `from` raises for this CTA in `gpu`'s mail; `done`: the second of a step.
     __device__ __forceinline__ unsigned* flag(int gpu, int from, int done) const {
         return (unsigned*)mail[gpu] + (done * 16 + from) * PEER_CTAS + blockIdx.x;
-    }
-    // After a poll in vain: whether to give up waiting for `gpu`. From the limit on, in
-    // milliseconds of the device's clock, and after anybody gave up, nobody waits any more.
-    __device__ __forceinline__ bool gives_up(int gpu) {
-        if (broken) return true;
-        between_polls();
-        if (++polls % PEER_POLLS) return false;
-        const PeerWord now = nanoseconds();
-        if (!since) since = now;
-        int word = read_word(alarm);
-        if (!word && now - since <= (PeerWord)limit_ms * 1000000) return false;
-        if (!word) *(volatile int*)alarm = word = 1 + gpu;
-        *(volatile int*)&own->error = word;
-        return broken = true;
     }
     __device__ __forceinline__ void await(const unsigned* at, int gpu) {
         while ((int)(read_flag(at) - step) < 0 && !gives_up(gpu)) {}

@@ -86,6 +86,11 @@ class Ranks:
     ) -> None:
         """What `execute_ahead` will run is made ready now, so that no token waits for it."""
 
+    @property
+    def nccl_bytes(self) -> dict[str, int]:
+        """What NCCL took on each GPU for itself, as measured; empty where it has no part."""
+        return {}
+
     def explained(self) -> AbstractContextManager[None]:
         """Inside, a device's errors come out as MlacliErrors that name it."""
         return nullcontext()

@@ -210,8 +210,8 @@ class CudaDevice:
         self._runtime = cp.cuda.runtime
         self._page = np.frombuffer(cp.cuda.alloc_pinned_memory(_PAGE), np.uint8, _PAGE)
         self._page_in_use = False  # by a copy to the device that may be under way
-        self._inputs = _Ring(_INPUT, _N_INPUTS)
-        self._outputs = _Ring(_OUTPUT, _N_OUTPUTS)
+        self._inputs: Any = _Ring(_INPUT, _N_INPUTS)
+        self._outputs: Any = _Ring(_OUTPUT, _N_OUTPUTS)
         device = cp.cuda.Device()
         self.name, self.index, self.use = name, int(device.id), device.use
         self.on_delay: Callable[[], None] | None = None  # called while a wait takes long
@@ -357,6 +357,12 @@ class CudaDevice:
         with suppress(*cuda_errors.faults()):  # of a launch that failed
             self.use()
             self.stream.synchronize()
+        self.on_delay = self._staging = self._link = None
+        self._page, self._inputs, self._outputs = (
+            np.empty(0, np.uint8),
+            None,
+            None,
+        )  # CuPy keeps them
         if self.failure() is None:
             self.arena.close()
         else:

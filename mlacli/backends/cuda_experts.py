@@ -13,7 +13,7 @@ import numpy as np
 from mlacli.backends import cuda_gemm as gemm
 from mlacli.backends import cuda_matvec as matvec
 from mlacli.backends import cuda_raw as raw
-from mlacli.backends.cuda_acts import Act, Chosen
+from mlacli.backends.cuda_acts import Act, Chosen, Sender
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_group import Mail
 from mlacli.backends.cuda_host_experts import Routed
@@ -24,18 +24,21 @@ if TYPE_CHECKING:
     from mlacli.backends.cuda_ops import CudaOps
 
 
-def send(ops: CudaOps, x: Act, chosen: Chosen | None, w: LayerWeights, mail: Mail) -> bool:
-    """Routed and shared experts of one token as a partial; False where no single launch has it."""
+def sender(ops: CudaOps, x: Act, chosen: Chosen | None, w: LayerWeights) -> Sender | None:
+    """Routed and shared experts of one token; None where no single launch ends them."""
     merged, down, n = w.ffn_gate_up_exps, w.ffn_down_exps, len(x)
     gate, up = (w.ffn_gate_exps, w.ffn_up_exps) if merged is None else (merged, None)
     shared = (w.ffn_gate_shexp, w.ffn_up_shexp, w.ffn_down_shexp)
     if chosen is None or not matvec.sends(n, gate, up, down, *shared):
-        return False
+        return None
     if ops.host_experts.are_fetched(n, (gate, up, down)):
-        return False
-    both = None if w.ffn_down_shexp is None else shared
-    _few(ops, x, chosen, (gate, up, down), both, mail, False)
-    return True
+        return None
+    routed, both = (gate, up, down), None if w.ffn_down_shexp is None else shared
+
+    def launch(mail: Mail) -> None:
+        _few(ops, x, chosen, routed, both, mail, False)
+
+    return Sender(launch, matvec.down_at_once(ops, down, shared[2], chosen.ids.shape[1]))
 
 
 def experts(

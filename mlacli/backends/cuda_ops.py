@@ -8,7 +8,6 @@ experts are in cuda_experts. Knows no CuPy.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial as bound
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from mlacli.backends import cuda_gemm as gemm
 from mlacli.backends import cuda_matvec as matvec
 from mlacli.backends import cuda_plain as plain
 from mlacli.backends import cuda_raw as raw
-from mlacli.backends.cuda_acts import Act, Chosen
+from mlacli.backends.cuda_acts import Act, Chosen, Sender
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_device import Device, Host
 from mlacli.backends.cuda_group import Mail
@@ -160,9 +159,8 @@ class CudaOps(Ops):
     ) -> tuple[Act, Act]:
         stream = self.f32(residual)
         if self.peers is not None:
-            sent = partial is not None and self._bring(partial, self.peers)
             routed, self._routed = self._routed, None
-            self.peers.reduce_add(Brought(stream, partial is not None, routed, sent))
+            self.peers.reduce_add(Brought(stream, partial, routed))
         elif partial is not None and partial.run is not None:
             partial.run(stream, True)
         elif partial is not None:
@@ -188,15 +186,6 @@ class CudaOps(Ops):
         columns = None if output is None else self.f32(self.matmul(x, output))
         return _held(self.peers.gather(columns, len(x)))
 
-    def _bring(self, x: Act, peers: Peers) -> bool:
-        """Launches the partial for the coming sum; whether it goes into the mail, not the slot."""
-        assert x.run is not None, "partials are products that nobody asked for yet"
-        mail = peers.mail(x.shape)
-        if mail is not None and x.send is not None and x.send(mail):
-            return True
-        x.run(peers.slot(x.shape), False)
-        return False
-
     # ---- products ---------------------------------------------------------------------------
 
     def matmul(self, x: Act, w: CudaWeight) -> Act:
@@ -207,14 +196,12 @@ class CudaOps(Ops):
             self.products(x, [(w, y)], add=add)
             return y
 
-        def send(mail: Mail) -> bool:
-            if not matvec.sends(len(x), w):
-                return False
+        def send(mail: Mail) -> None:
             values, norm = self.unnormed(x)
             matvec.products(self, [(w, mail)], values, norm)
-            return True
 
-        return Act((len(x), w.shape[0]), run=run, send=send)
+        sender = Sender(send, matvec.at_once(self, w)) if matvec.sends(len(x), w) else None
+        return Act((len(x), w.shape[0]), run=run, sender=sender)
 
     def project(self, x: Act, q: CudaWeight, kv_a: CudaWeight, r: int) -> tuple[Act, Act, Act]:
         y, kv = self.new((len(x), q.shape[0])), self.new((len(x), kv_a.shape[0]))
@@ -312,7 +299,7 @@ class CudaOps(Ops):
             cuda_experts.experts(self, x, chosen, w, y, add)
             return y
 
-        return Act(x.shape, run=run, send=bound(cuda_experts.send, self, x, chosen, w))
+        return Act(x.shape, run=run, sender=cuda_experts.sender(self, x, chosen, w))
 
     # ---- plumbing ---------------------------------------------------------------------------
 

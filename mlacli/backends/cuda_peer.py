@@ -46,8 +46,7 @@ class PeerWay:
         self.stride = max_floats
         n = len(group.gpus)
         self.push_block, self.pull_block = 128, 512  # threads of a CTA
-        self.products_send = not through_host
-        self.order = 0
+        self.products_send = self.products_exchange = not through_host
         self.shots = 1 if n <= 2 else 2  # of sums that are pulled
         self.pushed = PUSHED // max(1, n - 1)
         self.ctas = power_of_two(min(gpu.device.n_sm for gpu in group.gpus), CTAS)
@@ -83,11 +82,17 @@ class PeerWay:
         ):
             self.memory.clear(gpu.index, own.ptr, own.nbytes)
             self.memory.write(gpu.index, table.ptr, np.array(words, np.uint64))
-            inboxes = [to + _FLAGS + gpu.ranks[0] * ROOM * 8 for to in self.mails]
-            post = np.array([self.group.n_ranks * ROOM * 8, *inboxes], np.uint64)
-            self.memory.write(gpu.index, own.ptr + _POST, post)
+            post = self._post(gpu.ranks[0], mail + _FLAGS)
+            self.memory.write(gpu.index, own.ptr + _POST, np.array(post, np.uint64))
             if not self.through_host and self.mail_bytes:
                 self.memory.clear(gpu.index, mail, self.mail_bytes)
+
+    def _post(self, rank: int, inbox: int) -> list[int]:
+        """What products of the GPU of this rank need to know, from PeerOwn.apart on."""
+        room, me = ROOM * 8, self.group.home(rank)
+        words = [self.group.n_ranks * room, room, inbox, self.alarm.ptr]
+        words.append(me + (self.group.limit_ms << 32))
+        return words + [to + _FLAGS + rank * room for to in self.mails]
 
     def slot(self, rank: int) -> Array:
         gpu = self.group.home(rank)
@@ -116,6 +121,11 @@ class PeerWay:
             return None
         return Mail(self.own[gpu], len(self.group.gpus))
 
+    def exchanges(self) -> bool:
+        """Whether products of all ranks may exchange what they would send."""
+        alone = all(gpu.ranks == [g] for g, gpu in enumerate(self.group.gpus))
+        return alone and self.products_exchange
+
     def reduce_add(
         self, gpu: int, streams: Sequence[Array], held: Sequence[bool], n: int, rounded: bool,
         sent: bool = False,
@@ -139,8 +149,9 @@ class PeerWay:
         group, place = self.group, self.group.gpus[gpu]
         slots = Array.dense(self.heads[gpu] + _HEAD + 4 * first, (1,), np.float32)
         place.device.launch(
-            "reduce_few", (self._push_ctas(n),), self.push_block, *pointers(streams, 4 * first), slots,
-            self.tables[gpu], self.own[gpu], gpu, group.bits(gpu), bits(held), group.silent(held), n, self.homes, self.stride, ROOM,
+            "reduce_few", (self._push_ctas(n),), self.push_block, *pointers(streams, 4 * first),
+            slots, self.tables[gpu], self.own[gpu], gpu, group.bits(gpu), bits(held),
+            group.silent(held), n, self.homes, self.stride, ROOM,
             group.limit_ms, N_GPUS=len(group.gpus), N_RANKS=group.n_ranks, N_MINE=len(place.ranks),
             REDUCE_TYPE=REDUCE_TYPES[group.reduce_type] if rounded else 0,
         )  # fmt: skip
@@ -152,7 +163,7 @@ class PeerWay:
         place.device.launch(
             "reduce_sent", (ctas,), -(-n // (64 * ctas)) * 32, stream, self.tables[gpu],
             self.own[gpu], gpu, bits(held), group.silent(held), n, self.homes, ROOM,
-            group.limit_ms, N_GPUS=len(group.gpus), N_RANKS=group.n_ranks, ORDER=self.order,
+            group.limit_ms, N_GPUS=len(group.gpus), N_RANKS=group.n_ranks,
         )  # fmt: skip
 
     def _push_ctas(self, n: int) -> int:

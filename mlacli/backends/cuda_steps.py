@@ -23,16 +23,17 @@ from mlacli.backends.cuda_device import Host
 from mlacli.backends.cuda_place import Place
 from mlacli.ops import Step
 from mlacli.parallel.cuda_sizes import FEW, bucket
-from mlacli.sampling import AHEAD
 
 if TYPE_CHECKING:
     from mlacli.backends.cuda_ops import CudaOps
+    from mlacli.backends.cuda_together import Together
     from mlacli.params import SamplingParams
 
 Forward = Callable[[Step], "Act | None"]
 # Runs a function of the rank number on the ranks of a stage, in lockstep if there are several.
 Runner = Callable[[Callable[[int], Any]], list[Any]]
 _AHEAD = "ahead"  # steps of one token, by what begins their keys; of others it is their size
+AT_ONCE = 8  # of them in a graph; longer runs replay it
 FEW_SIZES = (1, FEW, 4 * FEW)  # tokens of steps whose kernels are compiled ahead, beside the most
 
 
@@ -52,6 +53,7 @@ class Stage:
 
     places: Sequence[Place]
     run: Runner
+    together: Together | None = None  # the ranks of graph
     graphs: dict[tuple[Any, ...], _Graph] = field(default_factory=dict)
     compiled: set[tuple[Any, ...]] = field(default_factory=set)  # kinds that run without a graph
     logits: Array | None = None  # of the last step
@@ -160,7 +162,7 @@ class Steps:
     """Steps of at most `most` tokens through all stages, one after another."""
 
     def __init__(self, stages: Sequence[Stage], most: int) -> None:
-        self.stages, self.most = tuple(stages), most
+        self.stages, self.most, self.at_once = tuple(stages), most, AT_ONCE
         self.last = self.stages[-1].places[0]
         self._kind = self.last.ops[0].step_kind  # alike on all ranks
 
@@ -239,43 +241,62 @@ class Steps:
         kind, n_kv = kinds.pop(), n_past + n_steps
         if len(self.stages) == 1:
             left = n_steps
-            while left:  # of two sizes alone, for each has to be captured
-                n = AHEAD if left >= AHEAD else 1
-                launches = partial(self._drawn, self.stages[0], forwards, n_kv, n)
-                self.stages[0].launch((_AHEAD, n, *kind), launches)
+            while left:  # in graphs of two sizes alone: each of them has to be captured
+                n = self.at_once if left >= self.at_once else 1
+                self.stages[0].launch(
+                    *self._ahead(self.stages[0], n, forwards, n_kv, kind, sampling)
+                )
                 left -= n
         else:
             for _ in range(n_steps):
-                self._through_stages(forwards, n_kv, kind)
+                self._through_stages(forwards, n_kv, kind, sampling)
         self.last.device.use()
         ring = self.last.device.get(self.last.sampler.ring)
         return cuda_sampling.produced(ring, n_past + 1, n_steps)
 
-    def capture_ahead(self, forwards: Sequence[Forward], n_ctx: int) -> None:
+    def capture_ahead(
+        self, forwards: Sequence[Forward], sampling: SamplingParams, n_ctx: int
+    ) -> None:
         """Captures all that `run_ahead` replays, so that no token waits for it."""
-        n_kvs = [1 << i for i in range(n_ctx.bit_length())]
+        sizes = (1, self.at_once) if len(self.stages) == 1 else (1,)
         for stage in self.stages:
-            last = stage is self.stages[-1]
-            for n_kv in () if any(ops.makes_copies(1) for ops in stage.ops) else n_kvs:
-                kind = self._kind(1, n_kv)
-                for n in (1, AHEAD) if len(self.stages) == 1 else (1,):
-                    key = (_AHEAD, n, *kind) if last else (1, 1, *kind)
-                    if key in stage.graphs:
-                        continue
-                    for place in stage.places:
-                        place.expect(1)
-                    launches = (
-                        partial(self._drawn, stage, forwards, n_kv, n) if last
-                        else partial(stage.forward, forwards, 1, n_kv, 1)
-                    )  # fmt: skip
-                    stage.graphs[key] = stage.captured(launches)
+            if any(ops.makes_copies(1) for ops in stage.ops):
+                continue
+            for n_kv in (1 << i for i in range(n_ctx.bit_length())):  # one of each kind at least
+                for n in sizes:
+                    kind = self._kind(1, n_kv)
+                    key, launches = self._ahead(stage, n, forwards, n_kv, kind, sampling)
+                    if key not in stage.graphs:
+                        for place in stage.places:
+                            place.expect(1)
+                        stage.graphs[key] = stage.captured(launches)
+
+    def _ahead(
+        self, stage: Stage, n: int, forwards: Sequence[Forward], n_kv: int, kind: tuple[Any, ...],
+        sampling: SamplingParams,
+    ) -> tuple[tuple[Any, ...], Callable[[], list[Array | None]]]:  # fmt: skip
+        """The key and the launches of a stage's part in `n` steps; `n` is 1 where others follow."""
+        if stage is not self.stages[-1]:
+            return (1, 1, *kind), partial(stage.forward, forwards, 1, n_kv, 1)
+        apart = stage.together is not None and stage.together.draws_apart(sampling)
+        launches = partial(self._drawn, stage, forwards, n_kv, n, apart)
+        return (_AHEAD, n, apart, *kind), launches
 
     def _drawn(
-        self, stage: Stage, forwards: Sequence[Forward], n_kv: int, n_steps: int
-    ) -> list[Array | None]:
-        """`n_steps` steps of the last stage, each with the draw of the next one's token."""
+        self, stage: Stage, forwards: Sequence[Forward], n_kv: int, n_steps: int,
+        apart: bool = False,
+    ) -> list[Array | None]:  # fmt: skip
+        """`n_steps` steps of the last stage, each with the draw of the next one's token.
+
+        `apart`: from logits that are not joined.
+        """
         found: list[Array | None] = []
         for _ in range(n_steps):
+            if apart and stage.together is not None:
+                with stage.together.apart():
+                    found = stage.forward(forwards, 1, n_kv, 1)
+                stage.together.sample(found)
+                continue
             found = stage.forward(forwards, 1, n_kv, 1)
             for place, logits in zip(stage.places, found, strict=True):
                 assert logits is not None, "the last stage samples"
@@ -283,18 +304,16 @@ class Steps:
         return found
 
     def _through_stages(
-        self, forwards: Sequence[Forward], n_kv: int, kind: tuple[Any, ...]
-    ) -> None:
+        self, forwards: Sequence[Forward], n_kv: int, kind: tuple[Any, ...],
+        sampling: SamplingParams,
+    ) -> None:  # fmt: skip
         """One step; the token that the last stage draws goes back to the others."""
-        *others, last = self.stages
+        others = self.stages[:-1]
         before: Stage | None = None
         for stage in self.stages:
             if before is not None:
                 _hand_over(before, stage, 1)
-            if stage is last:
-                stage.launch((_AHEAD, 1, *kind), partial(self._drawn, stage, forwards, n_kv, 1))
-            else:
-                stage.launch((1, 1, *kind), partial(stage.forward, forwards, 1, n_kv, 1))
+            stage.launch(*self._ahead(stage, 1, forwards, n_kv, kind, sampling))
             before = stage
         for stage in others:
             (place,) = stage.places

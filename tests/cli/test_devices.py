@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from mlacli.backends import cuda_devices
+from mlacli.backends import cuda_devices, cuda_ways
 
 
 @pytest.fixture
@@ -51,6 +51,7 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(cuda_devices, "device_count", lambda: 2)
     monkeypatch.setattr(cuda_devices, "device_memory", lambda name: (40 << 30, 39 << 30))
     monkeypatch.setattr(cuda_devices, "device_capability", lambda name: 90)
+    monkeypatch.setattr(cuda_ways, "obstacle", lambda way, devices: "")
     return module
 
 

@@ -48,7 +48,7 @@ class Fault:
 
     def strike(self, one: Any) -> None:
         """`one` does something now."""
-        if self.kind == "memory" or not self.is_due(one):
+        if self.kind in ("memory", "no fault") or not self.is_due(one):
             return
         self.note()
         if self.kind == "exception":

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from kit.simt_device import SimtDevice
 
-from mlacli import devices, engine
-from mlacli.backends import cuda_collectives, cuda_device, cuda_devices
+from mlacli import devices
+from mlacli.backends import cuda_collectives, cuda_device, cuda_devices, cuda_ways
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_group import GpuPlace, Mail
 from mlacli.devices import Device
@@ -160,6 +160,9 @@ class SimtCollectives:
         alone = any(gpu.ranks == [rank] for gpu in self.gpus)
         return self.mails[rank] if alone and self.products_send and shape[0] <= 32 else None
 
+    def exchanges(self) -> bool:
+        return False  # GPUs run one after another here
+
     def reduce_add(
         self, gpu_index: int, streams: list[Array], held: tuple[bool, ...], n_floats: int,
         sent: bool = False,
@@ -219,6 +222,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch, capability: int = 80) -> None:
     monkeypatch.setattr(devices, "_device", device)
     monkeypatch.setattr(cuda_devices, "use_device", lambda name: None)
     monkeypatch.setattr(SimtGpu, "capability", capability)
+    monkeypatch.setattr(cuda_ways, "obstacle", lambda way, devices: "")
     monkeypatch.setattr(cuda_collectives, "Collectives", SimtCollectives)
     monkeypatch.setattr(cuda_device, "CudaDevice", SimtGpu)
-    monkeypatch.setattr(engine, "bytes_in_use", lambda name: 0)
+    monkeypatch.setattr(devices, "bytes_in_use", lambda name: 0)

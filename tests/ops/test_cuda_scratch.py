@@ -25,7 +25,7 @@ from mlacli.loading.presets import PRESETS, Preset, type_name
 from mlacli.loading.synthetic import SyntheticFile
 from mlacli.parallel import cuda_scratch, memory
 from mlacli.parallel.cuda_scratch import CudaScratch
-from mlacli.parallel.cuda_sizes import most_score_bytes
+from mlacli.parallel.cuda_sizes import Sums, most_score_bytes
 from mlacli.parallel.memory import LOGIT_BYTES, most_logit_rows
 from mlacli.prepare import prepare
 
@@ -228,7 +228,7 @@ def planned_on(capability: int, **flags: Any) -> CudaScratch:
     params = replace(params, split=replace(params.split, vram=(141 << 30,)))
     found = prepare(SyntheticFile(cut("v3")), params)
     shards = found.plan.shards
-    return CudaScratch(found.hparams, found.params.context, shards, capability, 1)
+    return CudaScratch(found.hparams, found.params.context, shards, capability, Sums())
 
 
 def test_devices_that_do_not_expand_take_absorbed_attention_of_all_tokens() -> None:
