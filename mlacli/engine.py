@@ -310,11 +310,12 @@ class Engine(Generation):
         self._turn += 1
 
     def warm_up(self) -> None:
-        """One token computed and forgotten: later ones find memory and kernels in place."""
+        """One token computed and forgotten: later ones find memory, kernels and graphs in place."""
         known, self.timings = self.timings, Timings()
         self.rewind(0)
         self.decode(0)
         self.rewind(0)
+        self._ranks.capture_ahead(self._frequencies, self.params.sampling, self._forwards())
         self.timings = known
         for used in self.forms.values():
             used.clear()

@@ -121,6 +121,13 @@ class CudaRanks(Ranks):
             self._check()
         return ids
 
+    def capture_ahead(
+        self, frequencies: Sequence[float], sampling: SamplingParams, forwards: Sequence[Forward]
+    ) -> None:
+        if self.can_sample(sampling, ()):
+            with self.explained():
+                self.steps(frequencies).capture_ahead(forwards, sampling, self._context.n_ctx)
+
     def steps(self, frequencies: Sequence[float]) -> Steps:
         """Where steps run, made when first asked for: weights and cache lie before its memory."""
         if self._steps is None:
@@ -252,6 +259,9 @@ class CudaRanks(Ranks):
         if between is not None:
             between.stop()
         super().close()
+        if any(ops.device.failure() is not None for ops in self.ops):
+            cuda_errors.abandon(self)
+            return
         for stage in self._steps.stages if self._steps is not None else ():
             stage.graphs.clear()
         try:
