@@ -283,9 +283,10 @@ def combine(ops: Launcher, parts: Parts, v_b: Weight, step: Positions) -> Array:
         return _plain_heads(ops, o_lat, v_b).reshape(n, h * v)
     o = ops.new((n, h * v))
     if parts.stat is not None and n <= _FEW and ops.capability >= 90 and r % 32 == 0:
+        cluster = 8 if 8 * h <= 2 * ops.n_sm else 4  # CTAs of all heads at once, two an SM
         ops.run(
-            "mla_combine", (8 * h, n), 256, o, parts.part, parts.stat, v_b.tiles, step.pos, n, h,
-            parts.splits, parts.top_k, R=r, V=v, WTYPE=v_b.qtype.id, CLUSTER=8,
+            "mla_combine", (cluster * h, n), 256, o, parts.part, parts.stat, v_b.tiles, step.pos, n, h,
+            parts.splits, parts.top_k, R=r, V=v, WTYPE=v_b.qtype.id, CLUSTER=cluster,
         )  # fmt: skip
         return o
     if parts.stat is not None and n > _FEW:

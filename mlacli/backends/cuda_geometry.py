@@ -75,6 +75,7 @@ STREAM = StreamGeometry(8, 2, 3)
 STREAM_MOST = 190 << 10  # bytes of shared memory for all stages of an SM
 WIDE = range(96, 321)  # column tiles of weights that come in pieces
 _PIECE = 40 << 10  # bytes of a piece at most, of all weights that meet in it
+_PIECE_RING = 100 << 10  # bytes under way to an SM: twice as many were slower (kernels/README.md)
 _PIECE_MOST = 224 << 10  # bytes of shared memory of a CTA that has an SM for itself
 
 
@@ -175,8 +176,8 @@ def piece_geometry(
     wide = tiles // pieces
     warps = next(w for w in range(min(16, wide), 0, -1) if wide % w == 0)
     most = -(-n_row_tiles // ops.n_sm)  # row tiles of a CTA
-    stages = min(12, (_PIECE_MOST - 64 * warps * len(ws) * most - 1024) // (nbytes // pieces))
-    if warps < 8 or stages < 3:
+    stages = _PIECE_RING // (nbytes // pieces)
+    if warps < 8 or stages < 2 or _PIECE_RING + 64 * warps * len(ws) * most + 1024 > _PIECE_MOST:
         return None
     return PieceGeometry(warps, pieces, min(stages, pieces * most), wide)
 
@@ -195,11 +196,9 @@ def piece_down_geometry(
     if n_row_tiles < ops.n_sm:
         return None
     warps = next(w for w in range(min(8, tiles), 0, -1) if tiles % w == 0)
-    most = -(-n_row_tiles // ops.n_sm)
     how = PieceGeometry(warps, pieces, 1, tiles)
-    nbytes = max(piece_bytes(how, [w]) for w in ws)
-    stages = min(2 * pieces, (_PIECE_MOST - 64 * warps * most - 1024) // nbytes)
-    return PieceGeometry(warps, pieces, stages, tiles) if warps >= 8 and stages >= 3 else None
+    stages = _PIECE_RING // max(piece_bytes(how, [w]) for w in ws)
+    return PieceGeometry(warps, pieces, stages, tiles) if warps >= 8 and stages >= 2 else None
 
 
 def piece_bytes(how: PieceGeometry, ws: Sequence[Weight]) -> int:

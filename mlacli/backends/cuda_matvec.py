@@ -65,10 +65,10 @@ def products(
     if geometry is None and not add and len(segments) == 1 and streams(ops, segments[0][0], len(x)):
         product_stream(ops, *segments[0], x, norm)
         return
-    if geometry is None and len(x) == 1 and len({w.qtype for w, _ in segments}) == 1:
-        if len(segments) <= 2:
-            total = sum(row_tiles(w.shape[0]) for w, _ in segments)
-            geometry = piece_geometry(ops, [segments[0][0]], total)
+    alike = len(segments) <= 2 and len({w.qtype for w, _ in segments}) == 1
+    if geometry is None and len(x) == 1 and alike:
+        total = sum(row_tiles(w.shape[0]) for w, _ in segments)
+        geometry = piece_geometry(ops, [w for w, _ in segments[:1]], total)
     if isinstance(geometry, PieceGeometry):
         _product_pieces(ops, segments, x, norm, add, geometry)
         return
@@ -132,8 +132,8 @@ def _product_pieces(
     ops.run(
         "products_pieces", (ctas,), 32 * (how.warps + 1), *outs, *absent, *(w.tiles for w in ws),
         *absent, x, _raw(norm), *(w.shape[0] for w in ws), *(0 for _ in absent), ws[0].shape[1],
-        _eps(norm), shared=_piece_bytes(how, ws[:1]),
-        WITH_ADD=int(add), N_ROWS=-(-tiles // ctas), **_pieces(how, ws[0], norm), **_types(ws[:1], 1),
+        _eps(norm), shared=_piece_bytes(how, ws[:1]), WITH_ADD=int(add), N_ROWS=-(-tiles // ctas),
+        **_pieces(how, ws[0], norm), **_types(ws[:1], 1),
     )  # fmt: skip
 
 

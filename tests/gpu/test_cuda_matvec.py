@@ -106,6 +106,23 @@ EXPERTS = {
 }  # fmt: skip
 
 
+WIDE = {
+    "up": few.Experts(
+        ("Q4_K", "Q4_K", "Q6_K"), ("Q4_K", "Q4_K", "Q6_K"), d=7168, f=256, fs=256, n_experts=9,
+        first=2, held=5, n_used=8,
+    ),
+    "down": few.Experts(
+        ("Q4_K", "Q4_K", "Q6_K"), ("Q4_K", "Q4_K", "Q4_K"), d=2304, f=1024, fs=1024, n_experts=9,
+        first=2, held=5, n_used=8, add=True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WIDE.values(), ids=WIDE)
+def test_wide_experts_by_pieces(ops, rng, case) -> None:
+    assert max(few.experts(ops, rng, case)) < BAR
+
+
 @pytest.mark.parametrize("case", EXPERTS.values(), ids=EXPERTS)
 def test_experts(ops, rng, case) -> None:
     assert max(few.experts(ops, rng, case)) < BAR
