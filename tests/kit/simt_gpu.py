@@ -160,7 +160,7 @@ class SimtCollectives:
         alone = any(gpu.ranks == [rank] for gpu in self.gpus)
         return self.mails[rank] if alone and self.products_send and shape[0] <= 32 else None
 
-    def exchanges(self) -> bool:
+    def lone(self) -> bool:
         return False  # GPUs run one after another here
 
     def reduce_add(
