@@ -81,6 +81,16 @@ class Ranks:
         """
         raise AssertionError("can_sample() said no")
 
+    def capture_ahead(
+        self, frequencies: Sequence[float], sampling: SamplingParams, forwards: Sequence[Forward]
+    ) -> None:
+        """What `execute_ahead` will run is made ready now, so that no token waits for it."""
+
+    @property
+    def nccl_bytes(self) -> dict[str, int]:
+        """What NCCL took on each GPU for itself, as measured; empty where it has no part."""
+        return {}
+
     def explained(self) -> AbstractContextManager[None]:
         """Inside, a device's errors come out as MlacliErrors that name it."""
         return nullcontext()

@@ -18,19 +18,17 @@ import numpy as np
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_group import (
     FEW_ROWS,
-    MOST_HERE,
-    MOST_RANKS,
     REDUCE_TYPES,
     GpuPlace,
     Group,
     Mail,
     Way,
 )
-from mlacli.errors import BackendError, RankError, UnsupportedFeature
+from mlacli.backends.cuda_ways import WAYS, check_counts, not_possible, obstacle
+from mlacli.errors import BackendError, RankError
 
 __all__ = ["Collectives", "GpuPlace", "obstacle", "spin_limit"]
 
-WAYS = ("p2p", "nccl", "host")  # in the order of preference
 _GOOD = "the GPUs reach each other's memory"
 _LIMIT_MS = 5000
 _TRIED = 128  # floats of the sum that tries a way
@@ -52,12 +50,7 @@ class Collectives:
         ranks = sorted(rank for gpu in gpus for rank in gpu.ranks)
         assert ranks == list(range(len(ranks))), "every rank is on one GPU"
         assert all(gpu.ranks == sorted(gpu.ranks) for gpu in gpus), "ranks ascend"
-        if len(ranks) > MOST_RANKS or max(len(gpu.ranks) for gpu in gpus) > MOST_HERE:
-            raise UnsupportedFeature(
-                f"{len(ranks)} ranks on {len(gpus)} GPUs: sums between GPUs take at most "
-                f"{MOST_RANKS} ranks, {MOST_HERE} on a GPU",
-                "name each GPU fewer times in -dev",
-            )
+        check_counts([len(gpu.ranks) for gpu in gpus])
         self.group = Group(tuple(gpus), reduce_type, spin_limit())
         self.max_floats = max(_TRIED * 2, -(-max_floats // 64) * 64)
         self.how, self.why, self.way = self._chosen(how)
@@ -79,9 +72,7 @@ class Collectives:
                     way.close()
                     reason = f"sums by {how} fail: {reason}"
             reasons.append(reason)
-        raise BackendError(f"--comm {asked} is not possible: {', and '.join(reasons)}", (
-            "use --comm auto" if asked != "auto" else "use one GPU, or -sm layer"
-        ))  # fmt: skip
+        raise not_possible(asked, ", and ".join(reasons))
 
     def _opened(self, how: str) -> Way:
         from mlacli.backends.cuda_nccl import NcclWay
@@ -194,6 +185,12 @@ class Collectives:
         """Bytes of device memory taken on each GPU."""
         return [int(n) for n in getattr(self.way, "nbytes", [0] * len(self.group.gpus))]
 
+    @property
+    def nccl_bytes(self) -> dict[str, int]:
+        """What NCCL took on each GPU for itself, as measured; empty where it has no part."""
+        taken = getattr(self.way, "taken", [])
+        return dict(zip((gpu.device.name for gpu in self.group.gpus), taken, strict=False))
+
     def close(self) -> None:
         self.way.close()
 
@@ -202,15 +199,3 @@ def spin_limit() -> int:
     """Milliseconds of a device's clock after which a wait for another GPU has failed."""
     said = os.environ.get("MLACLI_SPIN_MS", "")
     return int(said) if said.isdecimal() and int(said) else _LIMIT_MS
-
-
-def obstacle(how: str, devices: Sequence[int]) -> str:
-    """What keeps GPUs of these indices from summing that way; empty when nothing is known."""
-    from mlacli.backends.cuda_nccl import why_not
-    from mlacli.backends.cuda_peer_memory import without_access
-
-    if how == "p2p":
-        return without_access(devices)
-    if how == "nccl":
-        return why_not() or ("NCCL takes a GPU once" if len(set(devices)) < len(devices) else "")
-    return ""

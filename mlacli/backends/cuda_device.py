@@ -206,11 +206,12 @@ class CudaDevice:
         from mlacli.backends.cuda_arena import Arena
         from mlacli.backends.cuda_kernels import Kernels
 
+        cuda_errors.hush()
         self._runtime = cp.cuda.runtime
         self._page = np.frombuffer(cp.cuda.alloc_pinned_memory(_PAGE), np.uint8, _PAGE)
         self._page_in_use = False  # by a copy to the device that may be under way
-        self._inputs = _Ring(_INPUT, _N_INPUTS)
-        self._outputs = _Ring(_OUTPUT, _N_OUTPUTS)
+        self._inputs: Any = _Ring(_INPUT, _N_INPUTS)
+        self._outputs: Any = _Ring(_OUTPUT, _N_OUTPUTS)
         device = cp.cuda.Device()
         self.name, self.index, self.use = name, int(device.id), device.use
         self.on_delay: Callable[[], None] | None = None  # called while a wait takes long
@@ -356,9 +357,16 @@ class CudaDevice:
         with suppress(*cuda_errors.faults()):  # of a launch that failed
             self.use()
             self.stream.synchronize()
-        if self.failure() is not None:
-            cuda_errors.hush()
-        self.arena.close()
+        self.on_delay = self._staging = self._link = None
+        self._page, self._inputs, self._outputs = (
+            np.empty(0, np.uint8),
+            None,
+            None,
+        )  # CuPy keeps them
+        if self.failure() is None:
+            self.arena.close()
+        else:
+            cuda_errors.abandon(self.arena)
 
     def follow(self, other: CudaDevice) -> None:
         other._reached.record(other.stream)
@@ -378,17 +386,25 @@ class CudaDevice:
             try:
                 launches()
             except BaseException:
-                self.use()
-                with suppress(self._runtime.CUDARuntimeError):  # of streams that weren't joined
+                with suppress(*cuda_errors.faults()):  # of streams that weren't joined
+                    self.use()
                     self.stream.end_capture()
                 raise
             self.use()  # captures of several GPUs lie within each other
-            graph = self.stream.end_capture()
+            graph = self._ended()
 
         def replay() -> None:
             graph.launch(self.stream)
 
         return replay
+
+    def _ended(self) -> Any:
+        """The graph of the capture under way."""
+        try:
+            return self.stream.end_capture()
+        except Exception as e:
+            cuda_errors.met_on(self.name, e)
+            raise
 
     def _copy(self, target: int, source: int, nbytes: int) -> None:
         kind = self._runtime.memcpyDefault

@@ -1,11 +1,13 @@
 """CUDA's errors in words that say which GPU and rank failed, and what to do.
 
 An illegal address, say, ends the context of its GPU: every later call of the process there fails
-with the same error, those that free memory too. What was said once is not said again.
+with the same error, those that free memory too, even of other GPUs. So what an engine holds is
+then left to the system, and what was said once is not said again.
 """
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -13,6 +15,7 @@ from typing import Any, Protocol
 from mlacli.backends.cuda_devices import current_device, device_memory
 from mlacli.errors import BackendError, MemoryBudgetError, MlacliError, RankError
 
+_FATAL = range(700, 721)  # cudaErrorIllegalAddress and its like
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation and the driver's code
 # cudaErrorNotReady, and the errors of calls that a stream being captured does not take.
 _ALIVE = (0, 600, *range(900, 909))
@@ -70,7 +73,6 @@ def explained(error: Exception, gpus: Mapping[int, Mortal]) -> MlacliError | Non
     if isinstance(cause, known) or (cause is None and isinstance(error, RankError)):
         for device in gpus.values():
             if (death := device.failure()) is not None:
-                hush()
                 ranks = [rank for rank, other in gpus.items() if other.name == device.name]
                 return _died(device.name, ranks, len(gpus), death)
     if isinstance(error, RankError) and not isinstance(cause, known):
@@ -80,6 +82,7 @@ def explained(error: Exception, gpus: Mapping[int, Mortal]) -> MlacliError | Non
     if not isinstance(cause, known):
         return None
     name = gpus[error.rank].name if isinstance(error, RankError) else current_device()
+    name = getattr(cause, "met_on", name)
     if isinstance(cause, MemoryError) or getattr(cause, "status", 0) == _OUT_OF_MEMORY:
         return out_of_memory(name)
     return BackendError(f"device {name} failed: {words(cause)}", _AGAIN)
@@ -97,15 +100,27 @@ def out_of_memory(name: str) -> MlacliError:
     return MemoryBudgetError(name, None, device_memory(name)[1], hint)
 
 
+def met_on(name: str, error: Exception) -> None:
+    """`error` is of a call for that GPU, wherever else it is caught."""
+    if isinstance(error, faults()) and not hasattr(error, "met_on"):
+        error.met_on = name  # type: ignore[attr-defined]
+
+
+def abandon(held: object) -> None:
+    """Keep it until the process ends: a GPU that died takes nothing back."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
+
+
 def hush() -> None:
-    """A GPU died: objects of CuPy that can't free their memory there no longer print so."""
+    """Events and pages of CuPy that a dead GPU doesn't take back no longer print so."""
     global _hushed
     if _hushed:
         return
     _hushed, before = True, sys.unraisablehook
 
     def hook(what: Any) -> None:
-        if not isinstance(what.exc_value, faults()):
+        error = what.exc_value
+        if not (isinstance(error, faults()) and getattr(error, "status", 0) in _FATAL):
             before(what)
 
     sys.unraisablehook = hook

@@ -22,6 +22,7 @@ from mlacli.backends.cuda_group import REDUCE_TYPES, Group, bits, pointers, powe
 from mlacli.errors import BackendError
 
 _KEPT: dict[tuple[int, ...], list[Any]] = {}  # communicators by devices
+_TAKEN: dict[tuple[int, ...], list[int]] = {}  # bytes of each device that went with them
 _REST = 1.0  # seconds in which GPUs come to rest when a step was broken off
 _WARM = (1, 1 << 10, 1 << 14, 1 << 18, 1 << 22)  # floats: NCCL sets up each size class once
 
@@ -60,11 +61,19 @@ def communicators(devices: tuple[int, ...]) -> list[Any]:
     return _KEPT[devices]
 
 
+def _in_use(device: int) -> int:
+    with cp.cuda.Device(device):
+        free, total = cp.cuda.runtime.memGetInfo()
+    return int(total - free)
+
+
 class NcclWay:
     """all_reduce of each GPU's own sum; all_gather of padded columns."""
 
     def __init__(self, group: Group, max_floats: int) -> None:
-        self.comms = communicators(tuple(gpu.index for gpu in group.gpus))
+        devices = tuple(gpu.index for gpu in group.gpus)
+        before = [_in_use(i) for i in devices]
+        self.comms = communicators(devices)
         from cupy.cuda import nccl
 
         self.group, self.stride, self.nccl, self.aborted = group, max_floats, nccl, False
@@ -77,6 +86,10 @@ class NcclWay:
             with cp.cuda.Device(gpu.index):
                 self.memory.append(cp.cuda.Memory(size))
         self._warm()
+        more = [_in_use(i) - b - n for i, b, n in zip(devices, before, sizes, strict=True)]
+        known = _TAKEN.get(devices, [0] * len(devices))
+        _TAKEN[devices] = [a + max(0, b) for a, b in zip(known, more, strict=True)]
+        self.taken = _TAKEN[devices]  # by NCCL itself
 
     def _warm(self) -> None:
         """Every size class once, before anything is captured."""
@@ -125,7 +138,8 @@ class NcclWay:
             time.sleep(0.001)
         if not dead and not any(device.is_busy for device in devices):
             return
-        _KEPT.pop(tuple(gpu.index for gpu in self.group.gpus), None)
+        for known in (_KEPT, _TAKEN):
+            known.pop(tuple(gpu.index for gpu in self.group.gpus), None)
         self.aborted = True
         for comm in self.comms:
             threading.Thread(target=comm.abort, daemon=True).start()

@@ -21,7 +21,6 @@ from mlacli.backends.cuda_sources import debugging
 from mlacli.backends.cuda_steps import Runner, Stage, Steps
 from mlacli.backends.cuda_together import Collectives, Peers, SharedGpu, Together
 from mlacli.errors import MlacliError, RankError, UnsupportedFeature
-from mlacli.parallel.cuda_sizes import mail_bytes, slot_bytes
 from mlacli.parallel.lockstep import Lockstep
 from mlacli.parallel.ranks import RankGroup
 
@@ -68,10 +67,7 @@ class CudaRanks(Ranks):
         cuda_devices.use_device(rank.device)
         n_rows = 4 * (rank.layers[1] - rank.layers[0])  # a layer's, an indexer's, both with scales
         padding = _PADDING * (len(list(plan.of_rank(rank.rank))) + n_rows)
-        nbytes = rank.weights + rank.cache + rank.scratch + padding
-        if self._together is not None and len({r.device for r in plan.ranks}) > 1:
-            n_ranks, d = len(plan.ranks), self._hp.d  # the collectives have memory of their own
-            nbytes -= slot_bytes(self._context.n_ubatch, d) + mail_bytes(n_ranks)
+        nbytes = rank.weights + rank.cache + rank.scratch - rank.sums + padding
         same: Any = next((x.device for x in self.ops if x.device.name == rank.device), None)
         return cuda_device.CudaDevice(rank.device, nbytes, same)
 
@@ -124,6 +120,13 @@ class CudaRanks(Ranks):
             ids = steps.run_ahead(token, n_past, n_steps, sampling, seed, banned, n_vocab, forwards)
             self._check()
         return ids
+
+    def capture_ahead(
+        self, frequencies: Sequence[float], sampling: SamplingParams, forwards: Sequence[Forward]
+    ) -> None:
+        if self.can_sample(sampling, ()):
+            with self.explained():
+                self.steps(frequencies).capture_ahead(forwards, sampling, self._context.n_ctx)
 
     def steps(self, frequencies: Sequence[float]) -> Steps:
         """Where steps run, made when first asked for: weights and cache lie before its memory."""
@@ -189,6 +192,13 @@ class CudaRanks(Ranks):
         return self.group.run(one_rank)
 
     @property
+    def nccl_bytes(self) -> dict[str, int]:
+        if self._steps is None or self._together is None:
+            return {}
+        found: dict[str, int] = getattr(self._together.collectives, "nccl_bytes", {})
+        return found
+
+    @property
     def _compares(self) -> bool:
         return self._together is not None and self._together.compares
 
@@ -249,6 +259,9 @@ class CudaRanks(Ranks):
         if between is not None:
             between.stop()
         super().close()
+        if any(ops.device.failure() is not None for ops in self.ops):
+            cuda_errors.abandon(self)
+            return
         for stage in self._steps.stages if self._steps is not None else ():
             stage.graphs.clear()
         try:

@@ -9,6 +9,7 @@ import pytest
 from kit import few_tokens as few
 from kit import sent_cases as sent
 from kit.launcher import Launcher
+from kit.raw_cases import RARE
 from kit.simt import why_not
 from kit.simt_device import SimtDevice
 
@@ -33,6 +34,16 @@ def rng() -> np.random.Generator:
 def test_three_weights_of_one_normed_x(ops, rng) -> None:
     segments = [("Q4_0", 37), ("Q8_0", 21), ("Q5_1", 16)]
     assert few.products(ops, rng, 1, 320, segments, normed=True, geometry=Geometry(2, 2)) < BAR
+
+
+@pytest.mark.parametrize("name", RARE)
+def test_types_of_few_bits(ops, rng, name) -> None:
+    """By one token, several, the ring and whole row tiles."""
+    assert few.products(ops, rng, 1, 288, [(name, 37)], skip=96, geometry=Geometry(2, 1)) < BAR
+    assert few.products(ops, rng, 3, 256, [(name, 20)], add=True) < BAR
+    how = Geometry(2, 1, 1, 1, 2)
+    assert few.products(ops, rng, 1, 768, [(name, 40)], normed=True, geometry=how) < BAR
+    assert few.product_stream(ops, rng, 512, name, 100, False, StreamGeometry(2, 1, 2)) < BAR
 
 
 def test_another_ranks_columns_and_the_residual(ops, rng) -> None:

@@ -48,7 +48,7 @@ class Fault:
 
     def strike(self, one: Any) -> None:
         """`one` does something now."""
-        if self.kind == "memory" or not self.is_due(one):
+        if self.kind in ("memory", "no fault") or not self.is_due(one):
             return
         self.note()
         if self.kind == "exception":
@@ -108,6 +108,7 @@ class Fault:
     def wrap_gpu(self) -> None:
         import cupy as cp
 
+        from mlacli.backends import cuda_errors
         from mlacli.backends.cuda_device import CudaDevice
         from mlacli.backends.cuda_ops import CudaOps
 
@@ -115,14 +116,21 @@ class Fault:
         self.wrap(CudaDevice, "send")
         if self.kind == "exception" and self.place != "load":
             self.wrap(CudaOps, "latent_attention", lambda ops: ops.device)
-        plain_capture, plain_memory = CudaDevice.capture, cp.cuda.Memory
+        plain_capture, plain_ended = CudaDevice.capture, CudaDevice._ended
+        plain_memory = cp.cuda.Memory
         n_arenas = 0
+
+        def ended(device: Any) -> Any:
+            if self.kind == "memory" and self.is_due(device):
+                self.note()
+                device.stream.end_capture()
+                error = cp.cuda.runtime.CUDARuntimeError(2)
+                cuda_errors.met_on(device.name, error)
+                raise error
+            return plain_ended(device)
 
         def capture(device: Any, launches: Any) -> Any:
             replay = plain_capture(device, launches)
-            if self.kind == "memory" and self.is_due(device):
-                self.note()
-                raise cp.cuda.runtime.CUDARuntimeError(2)
 
             def struck() -> None:
                 if self.kind != "exception":  # those come out of a forward
@@ -139,7 +147,8 @@ class Fault:
                 raise cp.cuda.runtime.CUDARuntimeError(2)
             return plain_memory(nbytes)
 
-        CudaDevice.capture, cp.cuda.Memory = capture, memory  # type: ignore[method-assign]
+        CudaDevice.capture, CudaDevice._ended = capture, ended  # type: ignore[method-assign]
+        cp.cuda.Memory = memory
         if self.kind == "illegal":
             text = 'extern "C" __global__ void planted(int* at) { at[threadIdx.x] = 1; }'
             self.kernel = cp.RawKernel(text, "planted")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlacli import devices, engine
+from mlacli import devices
 from mlacli.backends import cuda_device, cuda_devices, cuda_ops, cuda_ranks
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_sources import signatures
@@ -302,7 +302,7 @@ def recorded(
     )
     monkeypatch.setattr(cuda_devices, "use_device", lambda name: None)
     monkeypatch.setattr(cuda_device, "CudaDevice", partial(Recorder, capability=capability))
-    monkeypatch.setattr(engine, "bytes_in_use", lambda name: 0)
+    monkeypatch.setattr(devices, "bytes_in_use", lambda name: 0)
     compile_ahead = cuda_ranks.CudaRanks.compile
 
     def compiled(ranks: Any, *args: Any) -> int:

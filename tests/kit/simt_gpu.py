@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from kit.simt_device import SimtDevice
 
-from mlacli import devices, engine
-from mlacli.backends import cuda_collectives, cuda_device, cuda_devices
+from mlacli import devices
+from mlacli.backends import cuda_collectives, cuda_device, cuda_devices, cuda_ways
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_group import GpuPlace, Mail
 from mlacli.devices import Device
@@ -52,6 +52,10 @@ class SimtGpu(SimtDevice):
         if self._at > self.nbytes:
             raise MemoryBudgetError(self.name, self._at, self.nbytes)
         return array
+
+    @property
+    def noting(self) -> bool:
+        return self._quiet
 
     def mark(self) -> int:
         return self._at
@@ -222,6 +226,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch, capability: int = 80) -> None:
     monkeypatch.setattr(devices, "_device", device)
     monkeypatch.setattr(cuda_devices, "use_device", lambda name: None)
     monkeypatch.setattr(SimtGpu, "capability", capability)
+    monkeypatch.setattr(cuda_ways, "obstacle", lambda way, devices: "")
     monkeypatch.setattr(cuda_collectives, "Collectives", SimtCollectives)
     monkeypatch.setattr(cuda_device, "CudaDevice", SimtGpu)
-    monkeypatch.setattr(engine, "bytes_in_use", lambda name: 0)
+    monkeypatch.setattr(devices, "bytes_in_use", lambda name: 0)

@@ -7,15 +7,10 @@ host code and kernels run as they are. `run(seed)` lets the GPUs take turns as d
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from kit.simt import KIT as HERE
-from kit.simt import headers as _include
+from kit.simt import library
 
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_group import GpuPlace, Group, Mail
@@ -116,12 +111,15 @@ class PeerRig:
         works = [work for work in self.works if gpus is None or work[0] in gpus]
         rows = np.array([[*work[:4], len(work[4])] for work in works], np.int32)
         values = np.array([v for work in works for v in work[4]], np.int64)
-        run = _built(self._text())
+        run = library(self._text()).run
+        run.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
+        run.restype = None
         run(len(self.devices), len(rows), rows.ctypes.data, values.ctypes.data, seed)
         self.works.clear()
 
     def _text(self) -> str:
-        parts, makers = [f'#include "{HERE}/simt.h"'], []
+        parts: list[str] = []
+        makers: list[str] = []
         for i, (name, defines) in enumerate(self.variants):
             file, _ = signatures()[name]
             text = source(file).replace('extern "C" __global__', "inline")
@@ -166,22 +164,3 @@ extern "C" void run(int n_devices, int n, const int* rows, const long long* valu
     simt::run_devices(queues, seed);
 }
 """
-
-
-def _built(text: str) -> Any:
-    simt = (HERE / "simt.h").read_text()
-    digest = hashlib.sha256((text + simt).encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / "mlacli-simt"
-    folder.mkdir(exist_ok=True)
-    library = folder / f"peers-{digest}.so"
-    if not library.exists():
-        made = folder / f"{digest}.tmp.so"
-        flags = ["-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=off"]
-        command = ["g++", *flags, f"-I{_include()}", "-x", "c++", "-", "-o", str(made)]
-        done = subprocess.run(command, input=text, text=True, capture_output=True, check=False)
-        assert done.returncode == 0, done.stderr[:4000]
-        made.rename(library)
-    run = ctypes.CDLL(str(library)).run
-    run.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
-    run.restype = None
-    return run

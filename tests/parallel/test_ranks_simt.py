@@ -264,3 +264,22 @@ def test_after_a_step_that_was_broken_off_gpus_count_anew(monkeypatch: pytest.Mo
             engine.decode(1)
         assert (engine.n_kv, calls) == (3, ["reset"])
     assert calls == ["reset", "stop"]
+
+
+@pytest.mark.parametrize(
+    "device, mode", [("cuda0", "none"), ("cuda0,cuda0", "graph"), ("cuda0,cuda1", "layer")]
+)
+def test_after_a_warm_up_no_token_waits_for_a_capture(
+    monkeypatch: pytest.MonkeyPatch, device: str, mode: str
+) -> None:
+    """Also where decode goes from its kernel for few rows to the one for many, at 513."""
+    with recorded(
+        monkeypatch, cut("v2lite", 1), device=device, split_mode=mode, ctx_size=1024
+    ) as engine:
+        engine.warm_up()
+        ready = engine.n_captured
+        engine.n_kv = 501
+        for _ in range(4):
+            engine.decode_ahead(0, 9, Sampler(SamplingParams(temp=0)))
+        assert engine.n_kv > 520
+        assert engine.n_captured == ready
