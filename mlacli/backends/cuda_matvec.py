@@ -57,17 +57,6 @@ def sends(n: int, *weights: Weight) -> bool:
     return n == 1 and takes(*weights)
 
 
-def at_once(ops: Any, w: Weight) -> bool:
-    """Whether all CTAs of one token's product run together."""
-    how, tiles = dense_geometry(ops, [w], 0), [row_tiles(w.shape[0])]
-    return bool(sum(ctas_of(ops, tiles, how, col_tiles(w), 1)) <= how.ctas * ops.n_sm)
-
-
-def down_at_once(ops: Any, down: Weight, shared: Weight | None, n_used: int) -> bool:
-    """The same of experts_down."""
-    return bool(row_tiles(down.shape[1]) <= down_geometry(down, shared, n_used).ctas * ops.n_sm)
-
-
 # ---- dense products -------------------------------------------------------------------------
 
 
@@ -99,7 +88,6 @@ def products(
     absent = [None] * (3 - len(segments))
     zeros = [0] * len(absent)
     outs, mail, post = _targets([out for _, out in segments])
-    add = add or (mail is not None and outs[0] is not None)
     rows = [row_tiles(w.shape[0]) for w in ws]
     ctas = ctas_of(ops, rows, how, 0 if blocks else col_tiles(ws[0]), 1)
     stages, shared = (0, 0) if blocks else ring_of(ops, how, *([w] for w in ws))
@@ -306,7 +294,6 @@ def experts_down(
         return
     how = geometry or down_geometry(down, shared, n_used)
     (out,), mail, post = _targets([y])
-    add = add or (mail is not None and out is not None)
     ragged = any(w.skip or w.shape[-1] != COLS * col_tiles(w) for w in both)
     ops.run(
         "experts_down_few", (row_tiles(d), n), 32 * how.warps(n_used), out, down.tiles,
@@ -356,7 +343,7 @@ def _targets(
     """Arrays to write, the words to send by, and the defines of that."""
     first = outs[0]
     if isinstance(first, Mail):
-        return [first.stream], first.words, {"SEND_TO": first.n_gpus}
+        return [None], first.words, {"SEND_TO": first.n_gpus}
     return [out for out in outs if isinstance(out, Array)], None, {}
 
 
