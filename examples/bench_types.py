@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
+from mlacli.backends import cuda_experts
 from mlacli.backends.cuda_acts import Act, Chosen
 from mlacli.backends.cuda_array import Array
+from mlacli.backends.cuda_host_experts import HostExperts
 from mlacli.backends.cuda_ops import CudaOps
 from mlacli.backends.cuda_weights import CudaWeight
 from mlacli.loading import quant_types
@@ -69,12 +71,14 @@ class Products(CudaOps):
 
     def __init__(self, device: Any) -> None:
         self.device, self.n_sm, self.capability = device, device.n_sm, device.capability
+        self.host_experts = HostExperts(self)
 
 
 class Bench:
     """Products on `device`, weights out of a pool of random bytes."""
 
     def __init__(self, device: Any) -> None:
+        self.raw = False  # GGUF bytes whatever the type
         self.ops, self._at = Products(device), 0
         self._rng = np.random.default_rng(1)
         self._pool = device.take((POOL,), np.uint8)
@@ -83,7 +87,8 @@ class Bench:
             device.copy_in(self._pool[at : at + drawn.size], drawn)
 
     def weight(self, name: str, shape: tuple[int, ...], q: QType) -> CudaWeight:
-        layout = tiled_shape(shape, q) if is_tiled(name, shape, q) else None
+        tiled = not self.raw and is_tiled(name, shape, q)
+        layout = tiled_shape(shape, q) if tiled else None
         nbytes = layout.nbytes if layout else int(np.prod(shape[:-1])) * q.row_bytes(shape[-1])
         if self._at + nbytes > POOL:
             self._at = 0
@@ -109,8 +114,8 @@ class Bench:
             })  # fmt: skip
             ids = np.argsort(self._rng.random((n, e)), -1)[:, : case.used].astype(np.int32)
             chosen = Chosen(ops.put(ids), self._values(ids.shape))
-            yield lambda layer=layer, chosen=chosen: ops._experts(
-                Act(x.shape, x), chosen, layer, y[:, : case.cols], False
+            yield lambda layer=layer, chosen=chosen: cuda_experts.experts(
+                ops, Act(x.shape, x), chosen, layer, y[:, : case.cols], False
             )
 
     def _values(self, shape: tuple[int, ...]) -> Array:
@@ -150,6 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--types", nargs="+", default=list(TYPES))
     parser.add_argument("--cases", type=int, nargs="+", default=list(range(len(CASES))))
+    parser.add_argument("--raw", action="store_true", help="types after Q4_K as GGUF stores them")
     args = parser.parse_args()
     import cupy as cp
 
@@ -161,6 +167,7 @@ def main() -> None:
     mark = device.mark()
     with device.prepared():
         for name in types:
+            bench.raw = args.raw and name != "Q4_K"
             for case in cases:
                 next(bench.launches(case, qtype(name)))()
                 device.rewind(mark)
@@ -171,6 +178,7 @@ def main() -> None:
     of_q4_k: dict[Case, float] = {}
     for name in types:
         q, shown = qtype(name), []
+        bench.raw = args.raw and name != "Q4_K"
         for case in cases:
             us = bench.time_us(case, q)
             rate = case.values() / q.block * q.nbytes / us / 1e3

@@ -19,9 +19,10 @@
 // Tested by tests/gpu/test_cuda_sparse.py
 #include <cuda_fp16.h>
 
+#include "bulk_copy.cuh"
 #include "mma.cuh"
 #include "pdl.cuh"
-#include "wgmma.cuh"
+#include "warpgroup.cuh"
 
 #ifndef HEADS
 #define HEADS 32
@@ -66,7 +67,7 @@ struct Keys64 {
     // d = keys times the N columns staged at `slabs`.
     template <int N>
     __device__ __forceinline__ void multiply(float (&d)[N / 2], const uint4* slabs) const {
-        wgmma_fence();
+        products_begin();
 #pragma unroll
         for (int part = 0; part < 2; part++)
 #pragma unroll
@@ -77,12 +78,12 @@ struct Keys64 {
                     const unsigned four[4] = {half ? u.z : u.x, half ? v.z : v.x,
                                               half ? u.w : u.y, half ? v.w : v.y};
                     const int step = 2 * c + half, slab = part * (WIDTH / 64) + step / 4;
-                    wgmma_f16<N>(d, four, wgmma_descriptor(slabs + slab * N * 8, 32 * (step % 4)),
-                                 part + step > 0);
+                    ::multiply(d, four, slab_along(slabs + slab * N * 8, 32 * (step % 4)),
+                               part + step > 0);
                 }
-        wgmma_commit();
-        wgmma_wait<0>();
-        wgmma_hold(d);
+        products_commit();
+        products_wait<0>();
+        hold(d);
     }
 };
 
@@ -133,7 +134,7 @@ dsa_scores_wgmma(float* scores, const void* parts, const float* head_weights, co
         held[1].load(keys, row0 + 64, last);
         for (int at = first, slot = 0; at < stop; at += TOGETHER, slot ^= 1) {
             cp_async_wait<0>();
-            wgmma_publish();
+            publish_shared();
             __syncthreads();  // these tokens are there, and nobody reads those before any more
             if (at + TOGETHER < stop) stage(at + TOGETHER, slot ^ 1);
             const float2* weights = (const float2*)(staged_weights + slot * 32);
@@ -188,7 +189,7 @@ dsa_scores_wgmma_few(float* scores, const void* parts, const float* head_weights
     Keys64 held[2];
     if (first < tiles) held[0].load(keys, first * 64, last);
     cp_async_wait<0>();
-    wgmma_publish();
+    publish_shared();
     __syncthreads();
     const auto score = [&](const Keys64& these, int tile) {
         const int row = tile * 64 + (threadIdx.x >> 5 & 3) * 16 + g;
@@ -276,23 +277,22 @@ dsa_scores_wgmma_one(float* scores, const void* parts, const float* head_weights
     int slot = 0, turn = 0;
     for (int tile = first; tile < tiles; tile += apart) {
         cp_async_wait<RING - 2>();
-        wgmma_publish();
+        publish_shared();
         barrier();  // this tile is there, and the one before it read by all
         fetch(tile + (RING - 1) * apart, slot ? slot - 1 : RING - 1);
         float v[32] = {};
 #pragma unroll
         for (int b = 0; b < BLOCKS; b++) {
             float d[64];
-            wgmma_fence();
+            products_begin();
 #pragma unroll
             for (int step = 0; step < WIDTH / 16; step++)
-                wgmma_f16<128>(d, a[b][step],
-                               wgmma_descriptor(ring + slot * TILE_PIECES + step / 4 * 1024,
-                                                32 * (step % 4)),
-                               step > 0);
-            wgmma_commit();
-            wgmma_wait<0>();
-            wgmma_hold(d);
+                multiply(d, a[b][step],
+                         slab_along(ring + slot * TILE_PIECES + step / 4 * 1024, 32 * (step % 4)),
+                         step > 0);
+            products_commit();
+            products_wait<0>();
+            hold(d);
 #pragma unroll
             for (int i = 0; i < 32; i++)  // high part's product + low part's
                 v[i] += weight[b] * fmaxf(d[i / 2 * 4 + i % 2] + d[i / 2 * 4 + 2 + i % 2], 0.f);

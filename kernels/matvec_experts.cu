@@ -1,6 +1,7 @@
 // Op        experts_up_few: h[t][s] = silu(gate_e . x[t]) * (up_e . x[t]), e = ids[t][s], and behind
 //           these the shared expert's; x normed as in matvec.cu
-//           experts_down_few: y[t] (or y[t] +=) sum_s weights[t][s] down_e h[t][s] + shared_down h[t][K]
+//           experts_down_few: y[t] (or y[t] +=) sum_s weights[t][s] down_e h[t][s] + shared_down h[t][K].
+//           SEND_TO=N: as in matvec.cu
 // Shapes    h [n, K f + fs], rows ldh apart: slot s at s f, the shared expert at K f; x [n, d], ids and
 //           weights [n, K], y [n, d]; gate, up [E, f, d], down [E, d, f] in tiles (tiles.cuh), the
 //           shared expert's [fs, d] and [d, fs]. fs 0: no shared expert. n <= 8
@@ -19,13 +20,22 @@
 //           WTYPE0=12 WTYPE1=12 WTYPE2=13 WTYPE3=8; EXPERTS_UP=1 N_STAGES=2 N_ROWS=1 N_WARPS=4 N_CTAS=1 N_AHEAD=2 N_COL_TILES=5
 //           AT_EDGE=1 UP_SHIFT=8 WITH_NORM=0 WTYPE0=2 WTYPE1=2 WTYPE2=-1 WTYPE3=-1; EXPERTS_DOWN=1 N_USED=6
 //           N_PARTS=2 N_PARTS_SHARED=4 N_CTAS=1 N_AHEAD=4 N_COL_TILES=22 N_COL_TILES_SHARED=44 AT_EDGE=0
-//           AFTER_UP=1 WITH_ADD=1 WTYPE0=6 WTYPE1=14; EXPERTS_DOWN=1 N_USED=8 N_PARTS=2 N_PARTS_SHARED=0
+//           AFTER_UP=1 WITH_ADD=1 WTYPE0=6 WTYPE1=14; SEND_TO=2 EXPERTS_DOWN=1 N_USED=6
+//           N_PARTS=2 N_PARTS_SHARED=4 N_CTAS=1 N_AHEAD=4 N_COL_TILES=11 N_COL_TILES_SHARED=22 AT_EDGE=0
+//           AFTER_UP=1 WITH_ADD=0 WTYPE0=12 WTYPE1=12; SEND_TO=4 EXPERTS_DOWN=1 N_USED=6
+//           N_PARTS=2 N_PARTS_SHARED=4 N_CTAS=1 N_AHEAD=4 N_COL_TILES=11 N_COL_TILES_SHARED=22 AT_EDGE=0
+//           AFTER_UP=1 WITH_ADD=1 WTYPE0=12 WTYPE1=12; EXPERTS_DOWN=1 N_USED=8 N_PARTS=2 N_PARTS_SHARED=0
 //           N_CTAS=1 N_AHEAD=4 N_COL_TILES=32 N_COL_TILES_SHARED=0 AT_EDGE=1 AFTER_UP=0 WITH_ADD=0
 //           WTYPE0=14 WTYPE1=-1
 // Sources   own
 // Tested by tests/kernels/test_matvec.py, tests/gpu/test_cuda_matvec.py
 #include "matvec_cta.cuh"
 #include "matvec_rows.cuh"
+#include "post.cuh"
+
+#ifndef SEND_TO
+#define SEND_TO 0
+#endif
 
 #ifdef EXPERTS_UP
 // ---------------------------------------------------------------- up ------------------------
@@ -130,12 +140,13 @@ constexpr int ROUTED_WARPS = N_USED * N_PARTS, N_WARPS = ROUTED_WARPS + N_PARTS_
 extern "C" __global__ void __launch_bounds__(32 * N_WARPS, N_CTAS)
 experts_down_few(float* y, const unsigned char* down, const unsigned char* shared_down,
                  const float* h, const int* ids, const float* weights, int d, int f, int fs, int skip,
-                 int shared_skip, int first, int held, long long ldh, long long ldy) {
+                 int shared_skip, int first, int held, long long ldh, long long ldy, const void* mail) {
     __shared__ FewSums<N_WARPS, 1, 1> sums;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, token = blockIdx.y;
     const int row_tiles = (d + 15) / 16;
     const float* x = h + token * ldh;
-    pdl_launch();
+    constexpr bool SENDS = SEND_TO > 0 && !WITH_ADD;
+    if (!SENDS) pdl_launch();  // else behind pdl_wait(): reduce_sent relies on it
     float acc[1][2] = {}, squares = 0.f;
     if (warp < ROUTED_WARPS) {
         using Share = OneShare<N_COL_TILES, N_PARTS, N_AHEAD>;
@@ -170,7 +181,13 @@ experts_down_few(float* y, const unsigned char* down, const unsigned char* share
     const int row = threadIdx.x, o = 16 * blockIdx.x + row;
     float old = 0.f;  // fetched while the other warps finish
     if (WITH_ADD && row < 16 && o < d) old = y[token * ldy + o];
+    Post<SEND_TO> post;
+    post.open(mail);
     __syncthreads();
-    if (row < 16 && o < d) y[token * ldy + o] = old + sums.sum(0, 0, row);
+    if (WITH_ADD && threadIdx.x == blockDim.x - 1) post.count();
+    if (row >= 16 || o >= d) return;
+    const float sum = sums.sum(0, 0, row);
+    if constexpr (SENDS) post.send(o, old + sum);
+    else y[token * ldy + o] = old + post.exchange(o, sum);
 }
 #endif

@@ -10,7 +10,8 @@
 // Sources   own
 // Tested by tests/kernels/test_repack.py, tests/gpu/test_cuda_weights.py
 // Variants  WTYPE=1; WTYPE=30; WTYPE=2; WTYPE=3; WTYPE=6; WTYPE=7; WTYPE=8; WTYPE=20; WTYPE=39;
-//           WTYPE=12; WTYPE=13; WTYPE=14; WTYPE=23
+//           WTYPE=12; WTYPE=13; WTYPE=14; WTYPE=23; WTYPE=10; WTYPE=11; WTYPE=16; WTYPE=17; WTYPE=18;
+//           WTYPE=19; WTYPE=21; WTYPE=22; WTYPE=29
 // Spills    none
 #include "pdl.cuh"
 #include "quants.cuh"
@@ -24,10 +25,47 @@ template <> struct Stored<QT_BF16> { typedef unsigned short Number; };
 template <int QTYPE>
 FORCE_INLINE float largest_number() {
     using T = Tile<QTYPE>;
+    if (QTYPE == QT_IQ3_XXS) return 62.f;
+    if (QTYPE == QT_IQ3_S) return 15.f;
+    if (QTYPE == QT_IQ1_S || QTYPE == QT_IQ1_M) return 9.f;  // eighths
+    if (T::kind == TILE_MAP8) return 43.f;
+    if (QTYPE == QT_Q2_K) return 3.f;
     if (T::kind == TILE_MAP_SIGNED) return 127.f;
     if (QTYPE == QT_MXFP4) return 12.f;
     if (QTYPE == QT_Q8_0) return 128.f;
     return T::zero ? (float)T::zero : T::h_bytes ? 31.f : 15.f;
+}
+
+// Scales' codes of a group of IQ1 to IQ3 as the planes have them: 1 + 2 code, of both halves.
+template <int QTYPE>
+FORCE_INLINE unsigned odd_scales(const unsigned char* b, int g) {
+    unsigned first, last;
+    if constexpr (QTYPE == QT_IQ2_XXS) {
+        first = last = load32<2>(b + 6 + 8 * g) >> 28;
+    } else if constexpr (QTYPE == QT_IQ3_XXS) {
+        first = last = load32<2>(b + 66 + 4 * g) >> 28;
+    } else if constexpr (QTYPE == QT_IQ3_S) {
+        first = last = b[106 + (g >> 1)] >> 4 * (g & 1) & 15;
+    } else if constexpr (QTYPE == QT_IQ1_S) {
+        first = last = load16(b + 34 + 2 * g) >> 12 & 7;
+    } else if constexpr (QTYPE == QT_IQ1_M) {
+        const unsigned s = load16(b + 48 + (g >> 1 << 1)) >> 6 * (g & 1);
+        first = s & 7, last = s >> 3 & 7;
+    } else {
+        const unsigned s = b[(QTYPE == QT_IQ2_XS ? 66 : 74) + g];
+        first = s & 15, last = s >> 4;
+    }
+    return (1 + 2 * first) | (1 + 2 * last) << 8;
+}
+
+// A block's d as the plane has it, and where that is its bytes alone, dmin.
+template <int QTYPE>
+FORCE_INLINE unsigned block_scale(const unsigned char* b) {
+    if constexpr (Tile<QTYPE>::d_words == 2) return load32<4>(b + (QTYPE == QT_Q2_K ? 80 : 0));
+    if constexpr (QTYPE == QT_IQ1_M)  // a nibble each on top of four words
+        return (load16(b + 48) >> 12) | (load16(b + 50) >> 12) << 4 | (load16(b + 52) >> 12) << 8 |
+               (load16(b + 54) >> 12) << 12;
+    return load16(b + (QTYPE == QT_Q6_K ? 208 : QTYPE == QT_Q3_K ? 108 : 0));
 }
 
 // Group g (32 columns) of the block at b: numbers as stored, and what the planes s and m keep.
@@ -37,7 +75,11 @@ FORCE_INLINE void take_group(
         const unsigned char* b, int g, unsigned (&q)[8], unsigned& s, unsigned& m, float& bound) {
     using T = Tile<QTYPE>;
     float scale[2], minimum[2] = {0.f, 0.f};
-    unpack<QTYPE>(b, g, q, scale, minimum);
+    unsigned signs = 0;
+    if constexpr (SignsApart<QTYPE>::yes)
+        unpack_sizes<QTYPE>(b, g, q, signs, scale);
+    else
+        unpack<QTYPE>(b, g, q, scale, minimum);
 #pragma unroll
     for (int k = 0; k < 2; k++) {
         const float most =
@@ -57,6 +99,30 @@ FORCE_INLINE void take_group(
         s = ((low | high << 4) - 32) & 255;
     } else if constexpr (QTYPE == QT_Q6_K) {
         s = load16(b + 192 + 2 * g);
+    } else if constexpr (QTYPE == QT_Q2_K) {
+        s = load16(b + 2 * g);
+    } else if constexpr (QTYPE == QT_Q3_K) {  // as unpack() has them
+        const int at = 2 * g;
+        const unsigned low = load16(b + 96 + (at & 7)) >> 4 * (at >> 3) & 0x0F0F;
+        const unsigned high = load16(b + 104 + (at & 3)) >> 2 * (at >> 2) & 0x0303;
+        const unsigned codes = low | high << 4;
+        s = ((codes & 255) - 32 & 255) | ((codes >> 8) - 32 & 255) << 8;
+    } else if constexpr (SignsApart<QTYPE>::yes) {  // places in a map: of the size, and its sign
+        constexpr int shift = QTYPE == QT_IQ3_S ? 1 : QTYPE == QT_IQ3_XXS ? 3 : 4;
+#pragma unroll
+        for (int k = 0; k < 8; k++)
+            q[k] = (q[k] >> shift & 0x07070707) | spread4(signs >> 4 * k) << (shift == 4 ? 2 : 3);
+        s = odd_scales<QTYPE>(b, g) & (T::thin ? 0xFFFF : 0xFF);
+    } else if constexpr (QTYPE == QT_IQ1_S || QTYPE == QT_IQ1_M) {  // 7, 15, 23 or 9, 17, 25
+        const bool m_type = QTYPE == QT_IQ1_M;
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            const unsigned minus = q[k] >> 1 & 0x01010101, plus = 0x01010101 - minus;
+            q[k] = (q[k] >> 3 & 0x03030303) - plus;
+            if (m_type) q[k] = 4 * q[k] + plus;
+        }
+        s = odd_scales<QTYPE>(b, g);
+        if (!m_type) s |= load16(b + 34 + 2 * g) >> 15 ? 0x9090 : 0x7070;
     } else if constexpr (T::d_words == 2) {  // Q4_K, Q5_K: see k_scales() of quants.cuh
         const unsigned a = b[4 + (g & 3)], c = b[8 + (g & 3)], e = b[12 + (g & 3)];
         s = g < 4 ? a & 63 : (e & 15) | (a >> 2 & 48);
@@ -84,8 +150,19 @@ FORCE_INLINE void write_numbers(
             if constexpr (T::q_bytes == 2048) words[4 * j + i] = x;
             if constexpr (T::q_bytes == 1024) words[2 * j + (i >> 1)] |= x << 8 * (i & 1);
             if constexpr (T::q_bytes == 512) words[j] |= (x & 0x000F000F) << 4 * i;
-            if constexpr (T::h_words == 1) high[0] |= (x >> 4 & 0x00010001) << (4 * j + i);
-            if constexpr (T::h_words == 2)
+            if constexpr (T::kind == TILE_MAP8) {
+                const unsigned two = (x | x >> 8) & 0xFFFF;  // halves in neighbouring bytes
+                words[j >> 1] |= (two & 0x0303) << (16 * (i >> 1) + 4 * (i & 1) + 2 * (j & 1));
+                high[0] |= (two >> 2 & 0x0101) << (16 * (i >> 1) + 4 * (i & 1) + j);
+            } else if constexpr (T::doubled) {
+                words[j >> 1] |= (x >> 2 & 0x00030003) << (4 * i + 2 * (j & 1));
+                high[0] |= (x & 0x00010001) << (4 * i + j);
+            } else if constexpr (T::thin) {
+                words[j >> 1] |= (x & 0x00030003) << (4 * i + 2 * (j & 1));
+                high[0] |= (x >> 2 & 0x00010001) << (4 * i + j);
+            }
+            if constexpr (T::over_words == 1) high[0] |= (x >> 4 & 0x00010001) << (4 * j + i);
+            if constexpr (T::over_words == 2)
                 high[j >> 1] |= (x >> 4 & 0x00030003) << (8 * (j & 1) + 2 * i);
         }
 #pragma unroll
@@ -95,6 +172,7 @@ FORCE_INLINE void write_numbers(
         piece.z = words[4 * u + 2], piece.w = words[4 * u + 3];
         *(uint4*)(q + 512 * u + 16 * lane) = piece;
     }
+    if constexpr (T::thin) *(uint2*)(q + 8 * lane) = make_uint2(words[0], words[1]);
 #pragma unroll
     for (int u = 0; u < T::h_words; u++)
         *(piece32*)(h + 4 * T::h_words * lane + 4 * u) = high[u];
@@ -160,7 +238,7 @@ FORCE_INLINE void repack(
     write_numbers<QTYPE>(at(view.q, tile * T::q_bytes), at(view.h, tile * T::h_bytes),
                          numbers[warp], lane);
     // The second group's scale goes beside the first's.
-    constexpr int shift = T::d_words == 0 || QTYPE == QT_Q6_K ? 16 : 8;
+    constexpr int shift = T::d_words == 0 || T::group == 16 ? 16 : 8;
     s |= __shfl_xor_sync(~0u, s, 16) << shift;
     m |= __shfl_xor_sync(~0u, m, 16) << shift;
     const int word = 2 * (r & 7) + (r >> 3);
@@ -171,10 +249,10 @@ FORCE_INLINE void repack(
             const long long block = (long long)row_tile * (n_col_tiles >> 2) + (col_tile >> 2);
             const unsigned char* b = in + (col_tile >> 2) * QuantTraits<QTYPE>::nbytes;
             if (warp == 0 && T::d_words == 2)
-                *(piece32*)at(view.d, block * 64 + 4 * word) = row < rows ? load32<4>(b) : 0;
+                *(piece32*)at(view.d, block * 64 + 4 * word) = row < rows ? block_scale<QTYPE>(b) : 0;
             if (warp == 0 && T::d_words == 1)
                 *(piece16*)at(view.d, block * 32 + 2 * word) =
-                    row < rows ? load16(b + (QTYPE == QT_Q6_K ? 208 : 0)) : 0;
+                    row < rows ? block_scale<QTYPE>(b) : 0;
         }
     }
 #pragma unroll

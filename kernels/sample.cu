@@ -1,12 +1,15 @@
 // Op        sample: the next token id from logits, by the chain top-k, top-p, min-p, temperature,
 //           draw of mlacli/sampling.py; advances the position
+//           SEND_TO=N (left out: 0): logits are one of N GPUs' vocabulary columns, which start with id
+//           `first`; each sends its candidates to the others, and draws from all of them (post.cuh)
 // Shapes    token [1], pos [1] (in: position of the logits' token; out: of the drawn one), ring
 //           [ring_size], logits [V], chain [64]: temp, top_p, log(min_p) as doubles' bits, seed,
 //           top_k (1..1024, at most V), count of banned ids, the banned ids
 // Dtypes    logits float32; probabilities and their sums float64
 // Grid      (CLUSTER), 1024 threads
 // Assumes   logits 16-byte aligned; banned ids' logits are overwritten with -inf
-// Variants  CLUSTER=1; CLUSTER=8 @9.0
+//           SEND_TO: N top_k <= 1024, top_k at most the least of the GPUs' columns
+// Variants  CLUSTER=1; CLUSTER=8 @9.0; CLUSTER=1 SEND_TO=2; CLUSTER=8 SEND_TO=2 @9.0
 // Spills    none
 // Numerics  the candidates are exactly NumPy's; probabilities differ by an ulp of exp, their sums
 //           by the order of at most 1024 float64 terms: an edge or a draw within 1e-12 of a step may
@@ -19,6 +22,11 @@
 #include "pdl.cuh"
 #define SELECT_BYTES 8192  // shared memory is for the candidates
 #include "select.cuh"
+#include "post.cuh"
+
+#ifndef SEND_TO
+#define SEND_TO 0
+#endif
 
 #define MOST 1024  // candidates
 #define NONE __int_as_float(0xff800000)  // -inf
@@ -164,16 +172,74 @@ __device__ __forceinline__ int drawn(Candidates& c, unsigned long long* space, i
     return min(c.first, c.last);
 }
 
+#if SEND_TO
+// The largest of all GPUs' largest logits, of equals the lowest id; by one thread.
+__device__ __forceinline__ void exchange_best(const void* mail, int& id, float& top) {
+    Post<SEND_TO> post;
+    post.open(mail);
+    post.send(0, top, false), post.send(1, __int_as_float(id), false);
+    post.count_alone();
+    for (int r = 0; r < SEND_TO; r++) {
+        unsigned value, at;
+        if (r == post.me) continue;
+        post.take(r, 0, value, at);
+        const unsigned theirs = ordered(__uint_as_float(value)), ours = ordered(top);
+        if (theirs > ours || (theirs == ours && (int)at < id))
+            id = (int)at, top = __uint_as_float(value);
+    }
+}
+
+// The k largest of all GPUs' k candidates, by ascending id, become c's; all threads of a CTA.
+__device__ __forceinline__ void exchange_candidates(
+        Candidates& c, const void* mail, unsigned long long* space, int k, int first) {
+    const int i = threadIdx.x, of = i / k, at = i - of * k;
+    const bool there = of < SEND_TO;
+    unsigned value = 0, id = 0;
+    Post<SEND_TO> post;
+    post.open(mail);
+    __syncthreads();
+    if (i == 0) post.count_alone();
+    if (i < k) {
+        post.send(2 * i, __uint_as_float(c.value[i]), false);
+        post.send(2 * i + 1, __uint_as_float(c.id[i] + first), false);
+    }
+    if (there && of == post.me)
+        value = c.value[at], id = c.id[at] + first;
+    else if (there)
+        post.take(of, 2 * at, value, id);
+    c.kept[i] = false;
+    // Ranks' ids ascend: equals by id are equals by number.
+    const unsigned long long mine =
+        there ? (unsigned long long)ordered(__uint_as_float(value)) << 32 | (unsigned)(MOST - i) : 0;
+    const int n = SEND_TO * k;
+    const unsigned long long one = sorted(mine, n > 32 ? 1 << (32 - __clz(n - 1)) : 32, space);
+    __syncthreads();
+    if (i < k) c.kept[MOST - (unsigned)one] = true;
+    __syncthreads();
+    unsigned* counts = (unsigned*)space;
+    const unsigned kept = __ballot_sync(~0u, c.kept[i]), lane = i & 31;
+    if (lane == 0) counts[i >> 5] = __popc(kept);
+    __syncthreads();
+    unsigned all;
+    const unsigned place = before_warp(counts, all) + __popc(kept & ((1u << lane) - 1));
+    if (kept >> lane & 1) c.id[place] = id, c.value[place] = value;
+    __syncthreads();
+}
+#endif
+
 extern "C" __global__ void __select_bounds__(SELECT_THREADS)
 sample(int* token, int* pos, int* ring, float* logits, const long long* chain, int n_vocab,
-       int ring_size) {
+       int ring_size, int first, const void* mail) {
     __shared__ SelectShared s;
     __shared__ Candidates c;
     pdl_launch();
     select_clear(s);
     pdl_wait();
     const int n_banned = (int)chain[5];
-    for (int i = threadIdx.x; i < n_banned; i += SELECT_THREADS) logits[chain[6 + i]] = NONE;
+    for (int i = threadIdx.x; i < n_banned; i += SELECT_THREADS) {
+        const long long at = chain[6 + i] - first;
+        if (at >= 0 && at < n_vocab) logits[at] = NONE;
+    }
     if (threadIdx.x < 6) c.chain[threadIdx.x] = chain[threadIdx.x];
     if (threadIdx.x == 6) c.position = pos[0] + 1;
     __syncthreads();  // every CTA of the cluster bans for itself
@@ -189,6 +255,10 @@ sample(int* token, int* pos, int* ring, float* logits, const long long* chain, i
         argmax(share, c);
         if (cluster_rank()) return;
         id = c.first, top = logits[id];
+#if SEND_TO
+        id += first;
+        if (threadIdx.x == 0) exchange_best(mail, id, top);
+#endif
     } else {
         select(share, k, s, [&](int place, int at) {
             peer_store(&c.id[place], 0, (unsigned)at);
@@ -196,6 +266,9 @@ sample(int* token, int* pos, int* ring, float* logits, const long long* chain, i
         });
         cluster_sync();
         if (cluster_rank()) return;
+#if SEND_TO
+        exchange_candidates(c, mail, (unsigned long long*)s.count, k, first);
+#endif
         unsigned key = 0;
         for (int i = threadIdx.x & 31; i < k; i += 32)
             key = max(key, ordered(__uint_as_float(c.value[i])));

@@ -163,6 +163,11 @@ def _n_shares(params: Params) -> int:
     return sum(share > 0 for share in shares)
 
 
+def _n_gpus(params: Params) -> int:
+    """How many different GPUs there are, those of --vram counted."""
+    return len(params.split.vram or {name for name in params.split.devices if name != "cpu"})
+
+
 def _is_lifted(context: ContextParams) -> bool:
     return 0 < context.attention_max_batch < LEAST_SCORES_MIB and not is_blockwise(context)
 
@@ -202,6 +207,8 @@ def _idle(params: Params) -> Iterable[Finding]:
         ("tensor_split", mode == "none", "-sm none uses one device"),
         ("expert_split", mode != "graph", graph_only),
         ("graph_reduce_type", mode != "graph", graph_only),
+        ("comm", mode != "graph", graph_only),
+        ("comm", mode == "graph" and _n_gpus(params) < 2, "there are no sums between GPUs"),
         ("gpu_layers", on_cpu, "all layers are on the CPU"),
         ("n_cpu_moe", on_cpu, "all layers are on the CPU"),
         ("cpu_moe", on_cpu, "all layers are on the CPU"),

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from mlacli.attention_forms import AttentionForm
 from mlacli.backends import Forward, Ranks, open_ranks
-from mlacli.devices import bytes_in_use
 from mlacli.errors import ContextFull, UsageError
 from mlacli.flags import LOADED, library_values, to_params
 from mlacli.generation import SAMPLING_FLAGS, Generation
@@ -28,6 +27,7 @@ from mlacli.loading.page_lock import PageLock
 from mlacli.loading.weights import load_weights, short_name
 from mlacli.ops import ModelWeights, Ops
 from mlacli.parallel.memory import most_logit_rows
+from mlacli.parallel.memory_watch import MemoryWatch
 from mlacli.prepare import Prepared, prepare
 from mlacli.sampling import Sampler
 from mlacli.timings import Timings
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from mlacli.loading.gguf_file import GgufFile
     from mlacli.loading.tokenizer import Tokenizer
+    from mlacli.parallel.memory_watch import Beside
     from mlacli.parallel.shards import Shard
 
     Floats = NDArray[np.float32]
@@ -81,9 +82,7 @@ class Engine(Generation):
         self.forms: dict[Phase, set[AttentionForm]] = {"prefill": set(), "decode": set()}
         self.watch: Watcher | None = None  # is shown the residual stream after every layer
         self.on_ubatch: Callable[[int, int], None] | None = None  # tokens of a prompt done, in all
-        self._used_before = {
-            r.device: bytes_in_use(r.device) if r.kind == "cuda" else 0 for r in prepared.plan.ranks
-        }
+        self._memory = MemoryWatch(prepared.plan)
         try:
             self._ranks = open_ranks(
                 prepared.plan, prepared.params.context, prepared.hparams, prepared.n_threads
@@ -117,6 +116,7 @@ class Engine(Generation):
 
         def count(n: int) -> None:
             nonlocal done
+            self._ranks.group.check()
             done += n
             if progress is not None:
                 progress(done, total)
@@ -137,7 +137,9 @@ class Engine(Generation):
                 cache.add_index(ops, hp.sparse.full, hp.sparse.width, cache_type)
             return weights, cache
 
-        for weights, cache in self._ranks.group.run(one_rank):
+        with self._ranks.explained():
+            loaded = self._ranks.group.run(one_rank)
+        for weights, cache in loaded:
             self._weights.append(weights)
             self._caches.append(cache)
 
@@ -154,7 +156,8 @@ class Engine(Generation):
             return self._ops(shard.rank).download(weight)
 
         file, plan, hp = self.prepared.gguf, self.prepared.plan, self.prepared.hparams
-        return check_tensors(file, plan, hp, download)
+        with self._ranks.explained():
+            return check_tensors(file, plan, hp, download)
 
     @property
     def load_problems(self) -> list[str]:
@@ -211,11 +214,12 @@ class Engine(Generation):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def memory(self) -> dict[str, int]:
-        """Bytes in use now by device: of a GPU, what was added since this engine was opened.
+        """Bytes in use by device: what a GPU has more since opening; the process's CPU pages."""
+        return self._memory.added()
 
-        All CPU ranks are one process: its resident pages.
-        """
-        return {name: bytes_in_use(name) - before for name, before in self._used_before.items()}
+    def memory_beside(self) -> dict[str, Beside]:
+        """Of each GPU, what is in use that the plan doesn't name."""
+        return self._memory.beside(self._ranks.nccl_bytes)
 
     # ---- forward ----------------------------------------------------------------------------
 
@@ -306,11 +310,12 @@ class Engine(Generation):
         self._turn += 1
 
     def warm_up(self) -> None:
-        """One token computed and forgotten: later ones find memory and kernels in place."""
+        """One token computed and forgotten: later ones find memory, kernels and graphs in place."""
         known, self.timings = self.timings, Timings()
         self.rewind(0)
         self.decode(0)
         self.rewind(0)
+        self._ranks.capture_ahead(self._frequencies, self.params.sampling, self._forwards())
         self.timings = known
         for used in self.forms.values():
             used.clear()
@@ -324,7 +329,8 @@ class Engine(Generation):
         for ops, cache in zip(self._ranks.ops, self._caches, strict=True):
             for layer in cache.rows:
                 holders.setdefault(layer, (ops, cache))
-        session_file.save(path, self.prepared, holders, self._ids)
+        with self._ranks.explained():
+            session_file.save(path, self.prepared, holders, self._ids)
 
     def load_session(self, path: str, prompt_ids: Sequence[int]) -> int:
         """Take the rows of as many first tokens of the prompt as the file has; how many."""
@@ -333,7 +339,8 @@ class Engine(Generation):
         self._check_open()
         self.rewind(0)
         ranks = list(zip(self._ranks.ops, self._caches, strict=True))
-        self._ids = session_file.load(path, self.prepared, ranks, prompt_ids)
+        with self._ranks.explained():
+            self._ids = session_file.load(path, self.prepared, ranks, prompt_ids)
         self.n_kv = len(self._ids)
         return self.n_kv
 

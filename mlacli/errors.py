@@ -68,10 +68,10 @@ class PlanError(MlacliError):
 class MemoryBudgetError(MlacliError):
     """A device is too small for its part of the plan."""
 
-    def __init__(self, device: str, need: int, have: int, hint: str = "") -> None:
-        super().__init__(
-            f"device {device} needs {need / 2**30:.2f} GiB, has {have / 2**30:.2f} GiB", hint
-        )
+    def __init__(self, device: str, need: int | None, have: int, hint: str = "") -> None:
+        """`need` is None where something small beside the plan was refused."""
+        what = "ran out of memory" if need is None else f"needs {need / 2**30:.2f} GiB"
+        super().__init__(f"device {device} {what}, has {have / 2**30:.2f} GiB", hint)
         self.device, self.need, self.have = device, need, have
 
 
@@ -98,9 +98,10 @@ class KernelCompileError(BackendError):
 class RankError(BackendError):
     """A rank died; the others were stopped."""
 
-    def __init__(self, rank: int, cause: BaseException) -> None:
-        super().__init__(
-            f"rank {rank} failed: {type(cause).__name__}: {cause}",
-            "set MLACLI_DEBUG=1 to see the traceback",
-        )
-        self.rank = rank
+    def __init__(
+        self, rank: int, cause: BaseException | str, device: str = "",
+        hint: str = "set MLACLI_DEBUG=1 to see the traceback",
+    ) -> None:  # fmt: skip
+        what = cause if isinstance(cause, str) else f"{type(cause).__name__}: {cause}"
+        super().__init__(f"rank {rank}{device and f' ({device})'} failed: {what}", hint)
+        self.rank, self.device = rank, device

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["Sampler", "min_p", "probabilities", "top_k", "top_p", "uniform"]
 
 _DRAW, _XTC = 0, 1  # words of a position's random block
-AHEAD = 8  # tokens that a device draws at one go
+AHEAD = 32  # tokens that a device draws at one go
 
 
 class Grammar(Protocol):

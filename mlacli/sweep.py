@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from mlacli.errors import UsageError
+from mlacli.errors import BackendError, UsageError
 from mlacli.params import SamplingParams
 from mlacli.sampling import AHEAD, Sampler
 
@@ -118,6 +118,14 @@ def sweep(
                 yield row
 
 
+def _memory(engine: Engine) -> dict[str, int]:
+    """Bytes in use; of no device where one failed and doesn't say any more."""
+    try:
+        return engine.memory()
+    except BackendError:
+        return {}
+
+
 class _Run:
     """One engine on its way through the depths, with its own stream of random tokens."""
 
@@ -167,7 +175,7 @@ class _Run:
             shape.pp, shape.tg, n_kv,
             None if failed_pp else t_pp / times,
             None if failed_tg or not measured else t_tg / times,
-            str(engine.params.split.mode), tuple(steps), engine.memory(), engine.peak_memory(),
+            str(engine.params.split.mode), tuple(steps), _memory(engine), engine.peak_memory(),
             "; ".join(filter(None, (failed_tg, failed_pp))), engine.attention_forms,
         )  # fmt: skip
 

@@ -3,219 +3,22 @@
 //
 // Two warpgroups take 256 weight rows (GEMM_ROWS) and up to MOST tokens. Warp w has two row tiles:
 // part 0 is row tile w, part 1 row tile 8 + w (or row tile w of a second weight: gate and up); with
-// PARTS 1 there is no part 1, and 128 rows. A stage holds 64 columns: activations [MOST tokens][64]
-// float16, 128-byte swizzle, and the packed bytes of the row tiles. While the tensor cores work on one
-// part of a warp's rows (PARTS 1: on the stage before), the warp unpacks the other. CTAS fit an SM:
-// with two, one computes while the other waits, and the next kernel's can start beside the last ones. With wgmma a third warpgroup copies; without, all warps copy, a barrier per stage. The ring
-// knows nothing of work items' borders: the next item arrives while this item's results are stored.
+// PARTS 1 there is no part 1, and 128 rows. While the tensor cores work on one part of a warp's rows
+// (PARTS 1: on the stage before), the warp unpacks the other. CTAS fit an SM: with two, one computes
+// while the other waits, and the next kernel's can start beside the last ones. With wgmma a third
+// warpgroup copies; without, all warps copy, a barrier per stage. The ring knows nothing of work
+// items' borders: the next item arrives while this item's results are stored.
 // Sources: A from registers, unpacked in between, and a copying warpgroup with few registers as in
 // CUTLASS's mixed-input kernels; own.
 #pragma once
+#include "gemm_stage.cuh"
 #include "mma.cuh"
 #include "pdl.cuh"
 #include "tiles.cuh"
-#include "wgmma.cuh"
-
-#ifndef MOST
-#define MOST 128
-#endif
-#ifndef PARTS
-#define PARTS 2
-#endif
-#ifndef CTAS
-#define CTAS 1
-#endif
-
-constexpr int GEMM_TILES = 8 * PARTS, GEMM_ROWS = 16 * GEMM_TILES, GEMM_TOKENS = MOST;
-constexpr int GEMM_X_BYTES = GEMM_TOKENS * 128;  // of a stage
+#include "warpgroup.cuh"
 #ifdef WGMMA
-constexpr int GEMM_THREADS = 384, GEMM_COPIERS = 128, GEMM_FIRST_COPIER = 256;
-constexpr int GEMM_AHEAD = STAGES > 3 ? STAGES - 3 : 0;  // stages whose copies are under way
-#else
-constexpr int GEMM_THREADS = 256, GEMM_COPIERS = 256, GEMM_FIRST_COPIER = 0;
-constexpr int GEMM_AHEAD = STAGES - 1;
+#include "bulk_copy.cuh"
 #endif
-constexpr int GEMM_PASS = GEMM_COPIERS / 8;  // tokens of which all threads copy a piece each
-constexpr int GEMM_OWN_TOKENS = (GEMM_TOKENS + GEMM_PASS - 1) / GEMM_PASS;  // that a thread has pieces of
-constexpr int GEMM_OWN_TILES = GEMM_TILES * 32 / GEMM_COPIERS;   // that a warp copies
-
-// ---------------------------------------------------------------- device helpers ------------
-#ifdef SIMT
-typedef unsigned char* SharedAt;
-__device__ __forceinline__ SharedAt shared_at(unsigned char* p) { return p; }
-template <class Pointer>
-__device__ __forceinline__ void keep(Pointer&) {}
-__device__ __forceinline__ void copy16(SharedAt to, int offset, const void* from, bool valid = true) {
-    cp_async16(to + offset, from, valid);
-}
-// The transpose of an 8 x 8 matrix of 16-bit values held as an mma fragment.
-__device__ __forceinline__ unsigned transposed(unsigned pair) {
-    unsigned out;
-    simt::collective(&pair, [&](std::vector<void*>& s) {
-        const int g = simt::lane() / 4, t = simt::lane() % 4;
-        auto at = [&](int i, int j) { return *(unsigned*)s[4 * i + j / 2] >> 16 * (j & 1) & 0xFFFF; };
-        out = at(2 * t, g) | at(2 * t + 1, g) << 16;
-    });
-    return out;
-}
-#else
-typedef unsigned SharedAt;
-__device__ __forceinline__ SharedAt shared_at(unsigned char* p) {
-    return (unsigned)__cvta_generic_to_shared(p);
-}
-// The compiler takes the pointer as it is and doesn't build it anew from others.
-__device__ __forceinline__ void keep(SharedAt& at) { asm volatile("" : "+r"(at)); }
-__device__ __forceinline__ void keep(const unsigned char*& p) { asm volatile("" : "+l"(p)); }
-// cp_async16 to a shared address and an offset, a constant once unrolled.
-__device__ __forceinline__ void copy16(SharedAt to, int offset, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(to + offset), "l"(from) : "memory");
-}
-__device__ __forceinline__ void copy16(SharedAt to, int offset, const void* from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :: "r"(to + offset), "l"(from), "r"(valid ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ unsigned transposed(unsigned pair) {
-    unsigned out;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
-    return out;
-}
-#endif
-
-// The ring's start in dynamic shared memory: the next multiple of 1024, which the swizzle needs.
-__device__ __forceinline__ unsigned char* ring_of(void* shared) {
-    return (unsigned char*)shared + (1024 - ((unsigned)__cvta_generic_to_shared(shared) & 1023) & 1023);
-}
-
-__device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
-__device__ constexpr int max_of(int a, int b) { return a > b ? a : b; }
-
-// float16 of lo and hi, the largest finite number instead of infinity.
-__device__ __forceinline__ unsigned saturated_half2(float lo, float hi) {
-    return half2_of(fminf(fmaxf(lo, -65504.f), 65504.f), fminf(fmaxf(hi, -65504.f), 65504.f));
-}
-
-// Where a row tile's packed bytes lie in a stage: q, then s, m, d, h.
-template <int QTYPE>
-struct StagedTile {
-    using T = Tile<QTYPE>;
-    static constexpr int s = T::q_bytes, m = s + T::s_bytes, d = m + T::m_bytes, h = d + T::d_bytes;
-    static constexpr int end = h + T::h_bytes;
-};
-
-template <> struct StagedTile<-1> {
-    static constexpr int end = 0;
-};
-
-__device__ __forceinline__ int gemm_copier() { return threadIdx.x - GEMM_FIRST_COPIER; }
-// The part that this thread's warp copies, and its first row tile there.
-__device__ __forceinline__ int gemm_own_part() { return gemm_copier() >= GEMM_COPIERS / 2; }
-__device__ __forceinline__ int gemm_own_tile() {
-    return (gemm_copier() >> 5) * GEMM_OWN_TILES & 7;
-}
-
-// A thread's part of copying a work item, as addresses in its next stage: a copy's address registers
-// are busy for a while, so none is used for two copies of a stage. Its pieces are
-//   x: 16 bytes of tokens copier / 8 + GEMM_PASS * i
-//   q: 16 bytes of each 512 of its warp's row tiles; side: at most 16 bytes of the rest of them
-struct GemmSource {
-    const unsigned char *x[GEMM_OWN_TOKENS], *q[GEMM_OWN_TILES], *side[GEMM_OWN_TILES];
-    int tokens, tiles;                   // how many of them there are
-    int q_bytes, side_bytes, side_mask;  // side goes on every stage, or every fourth: mask 3
-    int first, steps;                    // stages: from the first on, before `steps`
-    int column, cols;                    // this thread's column of x; columns of x
-
-    // The first `n` (at least 1, a multiple of GEMM_PASS is copied) tokens: offset(t) is token t's
-    // first element in x, in which the packed columns begin `skip` before the first.
-    template <class Offset>
-    __device__ __forceinline__ void set_x(
-            const unsigned short* from, int n, int n_steps, int skip, int n_cols, Offset offset) {
-        column = 8 * (gemm_copier() & 7) - skip, cols = n_cols, first = 0, steps = n_steps;
-        tokens = (n + GEMM_PASS - 1) / GEMM_PASS;
-#pragma unroll
-        for (int i = 0; i < GEMM_OWN_TOKENS; i++) {
-            const int t = min((gemm_copier() >> 3) + GEMM_PASS * i, n - 1);
-            x[i] = (const unsigned char*)(from + offset(t) + column);
-        }
-    }
-
-    // Row tiles from row_tile on, the first n of them (none may be there).
-    template <int QTYPE>
-    __device__ __forceinline__ void set_tiles(
-            const unsigned char* w, int n_row_tiles, int n_col_tiles, int row_tile, int n) {
-        using T = Tile<QTYPE>;
-        using In = StagedTile<QTYPE>;
-        const TileView<QTYPE> v = tile_view<QTYPE>(w, n_row_tiles, n_col_tiles);
-        const int lane = threadIdx.x & 31, at = T::q_bytes + 16 * lane;  // place of side in the stage
-        tiles = min(n, GEMM_OWN_TILES), q_bytes = T::q_bytes, side_bytes = 0, side_mask = 0;
-        const unsigned char* plane = nullptr;
-        if (at < In::m) plane = v.s + (at - In::s), side_bytes = T::s_bytes;
-        else if (at < In::d) plane = v.m + (at - In::m), side_bytes = T::m_bytes;
-        else if (at < In::h) plane = v.d + (at - In::d), side_bytes = T::d_bytes, side_mask = 3;
-        else if (at < In::end) plane = v.h + (at - In::h), side_bytes = T::h_bytes;
-        const int side_tiles = n_col_tiles >> (side_mask ? 2 : 0);
-#pragma unroll
-        for (int i = 0; i < GEMM_OWN_TILES; i++) {
-            q[i] = v.q + (long long)(row_tile + i) * n_col_tiles * T::q_bytes + 16 * lane;
-            side[i] = plane + (long long)(row_tile + i) * side_tiles * side_bytes;
-        }
-    }
-
-    // Stages from..to - 1 alone, once all is set.
-    __device__ __forceinline__ void narrow(int from, int to) {
-        first = from, steps = to, column += 64 * from;
-#pragma unroll
-        for (int i = 0; i < GEMM_OWN_TOKENS; i++) x[i] += 128 * from;
-#pragma unroll
-        for (int i = 0; i < GEMM_OWN_TILES; i++)
-            q[i] += from * q_bytes, side[i] += (side_mask ? from >> 2 : from) * side_bytes;
-    }
-};
-
-// Whether a stage has room for this thread's token of pass i.
-__device__ __forceinline__ bool own_token(int i) {
-    return GEMM_TOKENS % GEMM_PASS == 0 || (gemm_copier() >> 3) + GEMM_PASS * i < GEMM_TOKENS;
-}
-
-// This thread's part of copying the next stage of `from`. Row tiles and tokens that aren't there leave
-// what was there: it reaches only results that nobody stores.
-__device__ __forceinline__ void copy_tokens(unsigned char* ring, int slot, GemmSource& from) {
-    const int piece = gemm_copier() & 7, token = gemm_copier() >> 3, first = from.column - 8 * piece;
-    SharedAt to = shared_at(ring + slot * GEMM_X_BYTES + token * 128 + ((piece ^ (token & 7)) << 4));
-    keep(to);
-    if (first >= 0 && first + 64 <= from.cols) {
-#pragma unroll
-        for (int i = 0; i < GEMM_OWN_TOKENS; i++)
-            if (i < from.tokens && own_token(i)) copy16(to, i * (GEMM_COPIERS * 16), from.x[i]);
-    } else {  // zeros outside of x
-        const bool valid = from.column >= 0 && from.column < from.cols;
-#pragma unroll
-        for (int i = 0; i < GEMM_OWN_TOKENS; i++)
-            if (i < from.tokens && own_token(i)) copy16(to, i * (GEMM_COPIERS * 16), from.x[i], valid);
-    }
-    from.column += 64;
-#pragma unroll
-    for (int i = 0; i < GEMM_OWN_TOKENS; i++) from.x[i] += 128, keep(from.x[i]);
-}
-
-// The same of weights; `step` is the stage's number.
-template <int TILE_BYTES>
-__device__ __forceinline__ void copy_weights(unsigned char* ring, int slot, GemmSource& from, int step) {
-    SharedAt to = shared_at(ring + STAGES * GEMM_X_BYTES + 16 * (threadIdx.x & 31) +
-                            (slot * GEMM_TILES + (gemm_copier() >> 5) * GEMM_OWN_TILES) * TILE_BYTES);
-    SharedAt to_side = to + from.q_bytes;
-    keep(to), keep(to_side);
-    const int more = (step & from.side_mask) == from.side_mask ? from.side_bytes : 0;
-#pragma unroll
-    for (int i = 0; i < GEMM_OWN_TILES; i++) {
-#pragma unroll
-        for (int u = 0; u < 4; u++)
-            if (512 * u < from.q_bytes && i < from.tiles)
-                copy16(to, i * TILE_BYTES + 512 * u, from.q[i] + 512 * u);
-        if (from.side_bytes && i < from.tiles) copy16(to_side, i * TILE_BYTES, from.side[i]);
-        from.q[i] += from.q_bytes, from.side[i] += more;
-        keep(from.q[i]), keep(from.side[i]);
-    }
-}
 
 // A lane's part of a row tile of a stage.
 template <int QTYPE>
@@ -247,13 +50,13 @@ template <int N>
 __device__ __forceinline__ void multiply_stage(
         float (&d)[N / 2], unsigned (&a)[4][4], const unsigned char* x, bool accumulate) {
 #ifdef WGMMA
-    unsigned long long b[4];
+    Slab b[4];
 #pragma unroll
-    for (int j = 0; j < 4; j++) b[j] = wgmma_descriptor(x, 32 * j);
-    wgmma_fence();
+    for (int j = 0; j < 4; j++) b[j] = slab_along(x, 32 * j);
+    products_begin();
 #pragma unroll
-    for (int j = 0; j < 4; j++) wgmma_f16<N>(d, a[j], b[j], accumulate || j > 0);
-    wgmma_commit();
+    for (int j = 0; j < 4; j++) multiply(d, a[j], b[j], accumulate || j > 0);
+    products_commit();
 #else
     const int lane = threadIdx.x & 31;
     if (!accumulate)
@@ -293,20 +96,20 @@ struct Gemm {
         full = (unsigned long long*)(ring + STAGES * (GEMM_X_BYTES + GEMM_TILES * TILE_BYTES));
         free = full + STAGES;
         if (threadIdx.x < STAGES) {
-            barrier_init(full + threadIdx.x, GEMM_COPIERS);
-            barrier_init(free + threadIdx.x, GEMM_FIRST_COPIER / 32);
+            barrier_init(shared_address(full + threadIdx.x), GEMM_COPIERS);
+            barrier_init(shared_address(free + threadIdx.x), GEMM_FIRST_COPIER / 32);
         }
-        wgmma_publish();
+        publish_shared();
         __syncthreads();
     }
 
     // Runs the copying warpgroup, which then has nothing more to do: true.
     __device__ __forceinline__ bool copies() {
         if (threadIdx.x < GEMM_FIRST_COPIER) {
-            registers_up<CTAS == 1 ? 216 : 96>();
+            take_registers<CTAS == 1 ? 216 : 96>();
             return false;
         }
-        registers_down<CTAS == 1 ? 72 : 48>();
+        give_registers<CTAS == 1 ? 72 : 48>();
         int to = 0, ready = 0, n = 0;  // slot copied to; slot that is full next; stages under way
         unsigned wanted = 1;           // phase of free[to]: at first all are free
         for (int item = blockIdx.x; item < items.n; item += gridDim.x) {
@@ -320,7 +123,7 @@ struct Gemm {
             }
 #pragma unroll 1
             for (int step = from.first; step < from.steps; step++) {
-                barrier_wait(free + to, wanted);
+                barrier_wait(shared_address(free + to), wanted);
                 copy_tokens(ring, to, from);
                 if (!EARLY || step >= early) copy_weights<TILE_BYTES>(ring, to, from, step);
                 cp_async_commit();
@@ -330,8 +133,8 @@ struct Gemm {
                     continue;
                 }
                 cp_async_wait<GEMM_AHEAD>();
-                wgmma_publish();
-                barrier_arrive(full + ready);
+                publish_shared();
+                barrier_arrive(shared_address(full + ready));
                 ready = ready + 1 == STAGES ? 0 : ready + 1;
             }
         }
@@ -345,15 +148,15 @@ struct Gemm {
         if constexpr (LEFT >= 0) {
             if (n > LEFT) {
                 cp_async_wait<LEFT>();
-                wgmma_publish();
-                barrier_arrive(full + ready);
+                publish_shared();
+                barrier_arrive(shared_address(full + ready));
                 ready = ready + 1 == STAGES ? 0 : ready + 1;
             }
             drain<LEFT - 1>(n, ready);
         }
     }
 
-    // Both parts of one item: d0, d1 as in wgmma.cuh, for N tokens.
+    // Both parts of one item: d0, d1 as in warpgroup.cuh, for N tokens.
     template <int QTYPE0, int QTYPE1, int N>
     __device__ __forceinline__ void multiply(
             int steps, float boost0, float boost1, float (&d0)[N / 2], float (&d1)[N / 2]) {
@@ -362,23 +165,23 @@ struct Gemm {
         int before = at;  // slot of the stage before
 #pragma unroll 1
         for (int k = 0; k < steps; k++) {
-            barrier_wait(full + at, phase);
+            barrier_wait(shared_address(full + at), phase);
             const unsigned char* x = ring + at * GEMM_X_BYTES;
             const unsigned char* tile =
                 ring + STAGES * GEMM_X_BYTES + (at * GEMM_TILES + warp) * TILE_BYTES;
-            wgmma_wait<1>();  // a0 is free
+            products_wait<1>();  // a0 is free
             unpack_tile<QTYPE0>(load_staged<QTYPE0>(tile), boost0, a0);
             multiply_stage<N>(d0, a0, x, k > 0);
-            wgmma_wait<1>();  // a1 is free, and the stage before; loads wait so that products go first
-            if (k > 0 && lane == 0) barrier_arrive(free + before);
+            products_wait<1>();  // a1 is free, and the stage before; loads wait so that products go first
+            if (k > 0 && lane == 0) barrier_arrive(shared_address(free + before));
             unpack_tile<QTYPE1>(load_staged<QTYPE1>(tile + GEMM_TILES / 2 * TILE_BYTES), boost1, a1);
             multiply_stage<N>(d1, a1, x, k > 0);
             before = at;
             if (++at == STAGES) at = 0, phase ^= 1;
         }
-        wgmma_wait<0>();
-        if (lane == 0) barrier_arrive(free + before);
-        wgmma_hold(d0), wgmma_hold(d1);
+        products_wait<0>();
+        if (lane == 0) barrier_arrive(shared_address(free + before));
+        hold(d0), hold(d1);
     }
 
     // The only part.
@@ -388,13 +191,13 @@ struct Gemm {
         unsigned a[2][4][4];
         int before = 0;  // slot of the stage before
         auto stage = [&](int k, unsigned (&own)[4][4]) {
-            barrier_wait(full + at, phase);
+            barrier_wait(shared_address(full + at), phase);
             const unsigned char* tile =
                 ring + STAGES * GEMM_X_BYTES + (at * GEMM_TILES + warp) * TILE_BYTES;
             unpack_tile<QTYPE>(load_staged<QTYPE>(tile), boost, own);
             multiply_stage<N>(d, own, ring + at * GEMM_X_BYTES, k > 0);
-            wgmma_wait<1>();  // the stage before and its fragments are free
-            if (k > 0 && lane == 0) barrier_arrive(free + before);
+            products_wait<1>();  // the stage before and its fragments are free
+            if (k > 0 && lane == 0) barrier_arrive(shared_address(free + before));
             before = at;
             if (++at == STAGES) at = 0, phase ^= 1;
         };
@@ -402,9 +205,9 @@ struct Gemm {
 #pragma unroll 1
         for (; k + 1 < steps; k += 2) stage(k, a[0]), stage(k + 1, a[1]);
         if (k < steps) stage(k, a[0]);
-        wgmma_wait<0>();
-        if (lane == 0) barrier_arrive(free + before);
-        wgmma_hold(d);
+        products_wait<0>();
+        if (lane == 0) barrier_arrive(shared_address(free + before));
+        hold(d);
     }
 #else
     GemmSource from;     // of the item that is being copied
@@ -477,6 +280,33 @@ __device__ __forceinline__ void gemm_sync() {
     __syncthreads();
 #endif
 }
+
+// ---------------------------------------------------------------- results -------------------
+__device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
+
+// float16 of lo and hi, the largest finite number instead of infinity.
+__device__ __forceinline__ unsigned saturated_half2(float lo, float hi) {
+    return half2_of(fminf(fmaxf(lo, -65504.f), 65504.f), fminf(fmaxf(hi, -65504.f), 65504.f));
+}
+
+// The transpose of an 8 x 8 matrix of 16-bit values held as an mma fragment.
+#ifdef SIMT
+__device__ __forceinline__ unsigned transposed(unsigned pair) {
+    unsigned out;
+    simt::collective(&pair, [&](std::vector<void*>& s) {
+        const int g = simt::lane() / 4, t = simt::lane() % 4;
+        auto at = [&](int i, int j) { return *(unsigned*)s[4 * i + j / 2] >> 16 * (j & 1) & 0xFFFF; };
+        out = at(2 * t, g) | at(2 * t + 1, g) << 16;
+    });
+    return out;
+}
+#else
+__device__ __forceinline__ unsigned transposed(unsigned pair) {
+    unsigned out;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
+    return out;
+}
+#endif
 
 // Row of part p's registers d[.., 0, 1] in the 128 rows of a part; d[.., 2, 3] are 8 further down.
 __device__ __forceinline__ int gemm_row() { return (threadIdx.x >> 5) * 16 + (threadIdx.x >> 2 & 7); }

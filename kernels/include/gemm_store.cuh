@@ -1,5 +1,5 @@
 // What a product does with its sums: float32 rows, added to float32 rows, or float16 rows.
-// d0, d1 as in wgmma.cuh: weight rows row0 .. row0 + 127 and the next 128 (of `rows`), tokens
+// d0, d1 as in warpgroup.cuh: weight rows row0 .. row0 + 127 and the next 128 (of `rows`), tokens
 // 0 .. n - 1; to(token) is the address of a token's row.
 #pragma once
 #include "gemm.cuh"

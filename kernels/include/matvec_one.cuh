@@ -49,7 +49,7 @@ struct OneStreams<SHARE, Q, REST...> : OneStreams<SHARE, REST...> {
     __device__ __forceinline__ void start(
             const TileView<Q>& v, long long first, int from, int lane) {
         const long long at = first + from;
-        q = v.q + at * T::q_bytes + 16 * lane;
+        q = v.q + at * T::q_bytes + (T::thin ? 8 : 16) * lane;
         h = v.h + at * T::h_bytes + 4 * T::h_words * lane;
         s = v.s + at * T::s_bytes + 8 * (lane >> 2);
         m = v.m + at * T::m_bytes + 8 * (lane >> 2);
@@ -60,6 +60,7 @@ struct OneStreams<SHARE, Q, REST...> : OneStreams<SHARE, REST...> {
 #pragma unroll
         for (int u = 0; u < T::q_words / 4; ++u)
             few_load<4>(q + i * T::q_bytes + 512 * u, valid, w[i].q + 4 * u);
+        if constexpr (T::thin) few_load<2>(q + i * T::q_bytes, valid, w[i].q);
         if constexpr (T::h_words) few_load<T::h_words>(h + i * T::h_bytes, valid, w[i].h);
         if constexpr (T::s_bytes) few_load<2>(s + i * T::s_bytes, valid, w[i].s);
         if constexpr (T::m_bytes) few_load<2>(m + i * T::m_bytes, valid, w[i].m);

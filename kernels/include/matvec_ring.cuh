@@ -68,8 +68,9 @@ struct RingStreams<SHARE, Q, REST...> : RingStreams<SHARE, REST...> {
         const long long tile = first + at;
         const unsigned char* from = view.q + tile * T::q_bytes + 16 * lane;
 #pragma unroll
-        for (int i = 0; i < depth * T::q_bytes / 512; i++)
-            if (i < n * T::q_bytes / 512) ring_copy16(to + 512 * i + 16 * lane, from + 512 * i);
+        for (int i = 0; i < (depth * T::q_bytes + 511) / 512; i++)
+            if (512 * i + (T::thin ? 16 * lane : 0) < n * T::q_bytes)
+                ring_copy16(to + 512 * i + 16 * lane, from + 512 * i);
         // The other planes' pieces of 16 bytes, one after another.
         constexpr int h = depth * T::h_bytes / 16, sc = depth * T::s_bytes / 16;
         constexpr int mi = depth * T::m_bytes / 16, all = h + sc + mi + blocks * T::d_bytes / 16;

@@ -10,83 +10,29 @@
 // turn, suffice: a GPU begins step s + 2 when s + 1 has ended, for which every other GPU sent
 // something, which it does after it has ended s. So in every step every GPU sends to every other
 // one: a GPU without a partial sets `started`.
+//
+// Who sends. The sum's own kernel, what a product left in its slot (reduce_peer.cu). Or the product,
+// one token's, where it is computed (post.cuh): it waits for the launches before it, so the sum before
+// has ended here when it sends, which is all that the argument above asks of a sender; and the counter
+// is that sum's. What it sends is added up by the next launch (reduce_sent.cu), which begins before the
+// product ends but not before it has waited, so the counter and the residual stream are the last sum's
+// for it too. Or by the product itself: every thread takes the others' packets of the row that it
+// sent. Its CTAs then wait for CTAs of other GPUs, which must not wait for room on theirs: all CTAs of
+// such a product fit their GPU at once, and launches that start early come after all of them. The
+// last CTA to know the step counts it. All ways give equal bits, and GPUs may mix the first two.
 // Sources: the packets are those of NCCL's LL protocol (src/device/prims_ll.h, BSD); the rest own.
 // Tested by: tests/kernels/test_peers.py (all interleavings of a model), tests/gpu/test_collectives.py
 #pragma once
-#include "pdl.cuh"
+#include "post.cuh"
 
 #define PEER_CTAS 128
-#define PEER_TICKS 1024  // what the CTAs of a kernel add to the counter together
-#define PEER_POLLS 1024  // between looks at the clock and the alarm
-
-typedef unsigned long long PeerWord;
-
-struct PeerOwn {
-    PeerWord ticks;  // PEER_TICKS a step
-    int error;       // 1 + a GPU that was waited for in vain
-    int pad;
-};
-
-// ---------------------------------------------------------------- memory that others write ---
-// Relaxed: a packet carries its own number; nothing else is read by virtue of it.
-#ifdef SIMT
-inline void put_words(PeerWord* at, PeerWord a, PeerWord b) { at[0] = a, at[1] = b; }
-inline void get_words(const PeerWord* at, PeerWord& a, PeerWord& b) { a = at[0], b = at[1]; }
-inline float4 load_peer(const float* at) { return *(const float4*)at; }
-inline void store_peer(float* at, float4 v) { *(float4*)at = v; }
-inline void raise_flag(unsigned* at, unsigned step) { *at = step; }
-inline unsigned read_flag(const unsigned* at) { return *at; }
-inline int read_word(const int* at) { return *at; }
-inline PeerWord nanoseconds() { return simt::clock += 1000000; }
-inline void between_polls() { simt::yield(); }
-#else
-__device__ __forceinline__ void put_words(PeerWord* at, PeerWord a, PeerWord b) {
-    asm volatile("st.relaxed.sys.global.v2.b64 [%0], {%1, %2};" :: "l"(at), "l"(a), "l"(b) : "memory");
-}
-__device__ __forceinline__ void get_words(const PeerWord* at, PeerWord& a, PeerWord& b) {
-    asm volatile("ld.relaxed.sys.global.v2.b64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(at) : "memory");
-}
-__device__ __forceinline__ float4 load_peer(const float* at) {
-    float4 v;
-    asm volatile("ld.relaxed.sys.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(at) : "memory");
-    return v;
-}
-__device__ __forceinline__ void store_peer(float* at, float4 v) {
-    asm volatile("st.relaxed.sys.global.v4.f32 [%0], {%1, %2, %3, %4};"
-                 :: "l"(at), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
-}
-__device__ __forceinline__ void raise_flag(unsigned* at, unsigned step) {
-    asm volatile("st.release.sys.global.u32 [%0], %1;" :: "l"(at), "r"(step) : "memory");
-}
-__device__ __forceinline__ unsigned read_flag(const unsigned* at) {
-    unsigned v;
-    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
-    return v;
-}
-__device__ __forceinline__ int read_word(const int* at) {
-    int v;
-    asm volatile("ld.relaxed.sys.global.s32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
-    return v;
-}
-__device__ __forceinline__ PeerWord nanoseconds() {
-    PeerWord t;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
-    return t;
-}
-__device__ __forceinline__ void between_polls() {}
-#endif
 
 // ---------------------------------------------------------------- a step ---------------------
 // A thread's view of one step.
-struct Peers {
+struct Peers : Patience {
     char* mail[N_GPUS];  // by GPU
-    PeerOwn* own;
-    int* alarm;  // the group's error word, in host memory
     unsigned step;
-    int me, limit_ms, polls;
-    bool broken;
-    PeerWord since;
+    int me;
 
     // `table`: addresses of all mails, then the alarm's. What it needs may be read before pdl_wait().
     __device__ __forceinline__ void find(const PeerWord* table, void* words, int gpu, int limit) {
@@ -113,20 +59,6 @@ struct Peers {
     // The flag that `from` raises for this CTA in `gpu`'s mail; `done`: the second of a step.
     __device__ __forceinline__ unsigned* flag(int gpu, int from, int done) const {
         return (unsigned*)mail[gpu] + (done * 16 + from) * PEER_CTAS + blockIdx.x;
-    }
-    // After a poll in vain: whether to give up waiting for `gpu`. From the limit on, in
-    // milliseconds of the device's clock, and after anybody gave up, nobody waits any more.
-    __device__ __forceinline__ bool gives_up(int gpu) {
-        if (broken) return true;
-        between_polls();
-        if (++polls % PEER_POLLS) return false;
-        const PeerWord now = nanoseconds();
-        if (!since) since = now;
-        int word = read_word(alarm);
-        if (!word && now - since <= (PeerWord)limit_ms * 1000000) return false;
-        if (!word) *(volatile int*)alarm = word = 1 + gpu;
-        *(volatile int*)&own->error = word;
-        return broken = true;
     }
     __device__ __forceinline__ void await(const unsigned* at, int gpu) {
         while ((int)(read_flag(at) - step) < 0 && !gives_up(gpu)) {}

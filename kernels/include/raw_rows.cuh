@@ -201,7 +201,7 @@ __device__ __forceinline__ void raw_rows(
 
     struct At { int round, segment, span; };
     auto settle = [&](At& at) {
-        while (at.span >= n_spans) {
+        while (at.span >= n_spans && at.round < rounds) {
             at.span -= n_spans;
             if (++at.segment == n_segments) at.segment = 0, at.span = own, at.round++;
         }
@@ -227,7 +227,8 @@ __device__ __forceinline__ void raw_rows(
                 raw_copy16(to + p, row - before + side + p, min(16, left - p - side));
     };
 
-    At ahead = {0, 0, own};
+    // A warp that no round has a span for (few experts may be here) sits all of them out.
+    At ahead = {own < n_spans * n_segments ? 0 : rounds, 0, own};
     settle(ahead);
     At at = ahead;
 #pragma unroll

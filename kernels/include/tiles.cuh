@@ -19,7 +19,7 @@
 // Bits of the h plane for register i of step j, moved to bit `to` of each half.
 template <int QTYPE>
 FORCE_INLINE unsigned high_bits(const TileData<QTYPE>& w, int j, int i, int to) {
-    constexpr int n = Tile<QTYPE>::h_words;
+    constexpr int n = Tile<QTYPE>::over_words;
     if constexpr (n == 0) {
         return 0;
     } else {
@@ -30,16 +30,66 @@ FORCE_INLINE unsigned high_bits(const TileData<QTYPE>& w, int j, int i, int to) 
     }
 }
 
-// Bytes of the type's map for the step's eight nibbles: Ri's halves in byte i of lo and of hi.
+// The eight numbers of step j, or their low four bits, in nibbles.
 template <int QTYPE>
-FORCE_INLINE void mapped(unsigned q, unsigned& lo, unsigned& hi) {
-    if constexpr (QTYPE == QT_MXFP4) {  // + 12
-        lo = map16(q, MAP_MXFP4_0, MAP_MXFP4_1, MAP_MXFP4_2, MAP_MXFP4_3);
-        hi = map16(q >> 16, MAP_MXFP4_0, MAP_MXFP4_1, MAP_MXFP4_2, MAP_MXFP4_3);
-    } else {  // the map holds value + 128: two's complement with the top bit turned
-        constexpr unsigned top = 0x80808080;
-        lo = map16(q, MAP_IQ4_0 ^ top, MAP_IQ4_1 ^ top, MAP_IQ4_2 ^ top, MAP_IQ4_3 ^ top);
-        hi = map16(q >> 16, MAP_IQ4_0 ^ top, MAP_IQ4_1 ^ top, MAP_IQ4_2 ^ top, MAP_IQ4_3 ^ top);
+FORCE_INLINE unsigned nibbles(const TileData<QTYPE>& w, int j) {
+    using T = Tile<QTYPE>;
+    if constexpr (!T::thin) {
+        return w.q[j];
+    } else {
+        if constexpr (T::doubled)
+            return ((j & 1 ? w.q[j >> 1] : w.q[j >> 1] << 2) & 0xCCCCCCCC) | (w.h[0] >> j & 0x11111111);
+        unsigned x = w.q[j >> 1] >> 2 * (j & 1) & 0x33333333;
+        if constexpr (T::h_words) x |= (j < 3 ? w.h[0] << (2 - j) : w.h[0] >> 1) & 0x44444444;
+        return x;
+    }
+}
+
+// Values + 128 of numbers 0 .. 15; where they are + 12, MXFP4's.
+template <int QTYPE> struct NumberMap {
+    static constexpr unsigned m0 = MAP_IQ4_0, m1 = MAP_IQ4_1, m2 = MAP_IQ4_2, m3 = MAP_IQ4_3;
+};
+template <> struct NumberMap<QT_MXFP4> {
+    static constexpr unsigned m0 = MAP_MXFP4_0, m1 = MAP_MXFP4_1, m2 = MAP_MXFP4_2, m3 = MAP_MXFP4_3;
+};
+constexpr unsigned EVEN_128 = 0x80808080;
+template <> struct NumberMap<QT_IQ3_XXS> {  // bit 3: minus
+    static constexpr unsigned m0 = EVEN_128 + MAP_IQ3_XXS_0, m1 = EVEN_128 + MAP_IQ3_XXS_1;
+    static constexpr unsigned m2 = EVEN_128 - MAP_IQ3_XXS_0, m3 = EVEN_128 - MAP_IQ3_XXS_1;
+};
+template <> struct NumberMap<QT_IQ3_S> {
+    static constexpr unsigned m0 = EVEN_128 + MAP_IQ3_S_0, m1 = EVEN_128 + MAP_IQ3_S_1;
+    static constexpr unsigned m2 = EVEN_128 - MAP_IQ3_S_0, m3 = EVEN_128 - MAP_IQ3_S_1;
+};
+struct MapIq2 {  // bit 2: minus
+    static constexpr unsigned m0 = EVEN_128 + MAP_IQ2_0, m1 = EVEN_128 - MAP_IQ2_0, m2 = 0, m3 = 0;
+};
+template <> struct NumberMap<QT_IQ2_XXS> : MapIq2 {};
+template <> struct NumberMap<QT_IQ2_XS> : MapIq2 {};
+template <> struct NumberMap<QT_IQ2_S> : MapIq2 {};
+
+// Bytes of lo and hi by the four nibbles in the low half of x, whose top bits are 0. __byte_perm clears
+// these itself.
+FORCE_INLINE unsigned map8(unsigned x, unsigned lo, unsigned hi) {
+#ifdef __CUDA_ARCH__
+    unsigned r;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(lo), "r"(hi), "r"(x));
+    return r;
+#else
+    return __byte_perm(lo, hi, x);
+#endif
+}
+
+// Bytes of the type's map, each ^ top, for the step's eight nibbles: of the low four, of the high four.
+template <int QTYPE>
+FORCE_INLINE void mapped(unsigned q, unsigned top, unsigned& lo, unsigned& hi) {
+    using M = NumberMap<QTYPE>;
+    if constexpr (Tile<QTYPE>::kind == TILE_MAP8) {
+        lo = map8(q, M::m0 ^ top, M::m1 ^ top);
+        hi = map8(q >> 16, M::m0 ^ top, M::m1 ^ top);
+    } else {
+        lo = map16(q, M::m0 ^ top, M::m1 ^ top, M::m2 ^ top, M::m3 ^ top);
+        hi = map16(q >> 16, M::m0 ^ top, M::m1 ^ top, M::m2 ^ top, M::m3 ^ top);
     }
 }
 
@@ -51,8 +101,9 @@ FORCE_INLINE unsigned stored_bytes(const TileData<QTYPE>& w, int j, int i) {
         const unsigned word = w.q[2 * j + (i >> 1)];
         return i & 1 ? word >> 8 : word;
     } else {
-        unsigned lo, hi;
-        mapped<QTYPE>(w.q[j], lo, hi);
+        unsigned lo, hi;  // signed ones in two's complement: value + 128 with the top bit turned
+        mapped<QTYPE>(nibbles(w, j), QTYPE == QT_MXFP4 ? 0 : 0x80808080, lo, hi);
+        if constexpr (Tile<QTYPE>::kind == TILE_MAP8) return (i & 2 ? hi : lo) >> 8 * (i & 1);
         return __byte_perm(lo, hi, 0x0400 | i | i << 8);
     }
 }
@@ -66,7 +117,8 @@ FORCE_INLINE void biased_fragment(const TileData<QTYPE>& w, int j, unsigned (&r)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         if constexpr (T::kind == TILE_SMALL) {
-            r[i] = 0x43004300 | (w.q[j] >> 4 * i & 0x000F000F) | high_bits<QTYPE>(w, j, i, 4);
+            const unsigned x = nibbles(w, j) >> 4 * i & 0x000F000F;
+            r[i] = 0x43004300 | x << T::doubled | high_bits<QTYPE>(w, j, i, 4);
         } else if constexpr (T::kind == TILE_MAP_SMALL) {
             r[i] = 0x43004300 | (stored_bytes<QTYPE>(w, j, i) & 0x00FF00FF);
         } else if constexpr (T::kind == TILE_BF16) {
@@ -120,11 +172,17 @@ FORCE_INLINE void exact_scales(
         m[i] = 0;
         if constexpr (!T::has_scale) {
             s[i] = 1;
+        } else if constexpr (QTYPE == QT_IQ1_S) {
+            s[i] = half_bits_to_float(w.d[0] >> 16 * i & 0xFFFF) * (float)(w.s[i] >> 8 * u & 15);
+            m[i] = s[i] * -0.125f * (float)(w.s[i] >> (8 * u + 4) & 15);
+        } else if constexpr (QTYPE == QT_Q2_K) {
+            s[i] = half_bits_to_float(w.d[i] & 0xFFFF) * (float)(w.s[i] >> 8 * u & 15);
+            m[i] = half_bits_to_float(w.d[i] >> 16) * -(float)(w.s[i] >> (8 * u + 4) & 15);
         } else if constexpr (T::d_words == 2) {  // Q4_K, Q5_K
             s[i] = half_bits_to_float(w.d[i] & 0xFFFF) * (float)(w.s[i] >> 8 * u & 255);
             m[i] = half_bits_to_float(w.d[i] >> 16) * -(float)(w.s[i] >> (8 * u + 16) & 255);
-        } else if constexpr (T::d_words == 1) {  // Q6_K, IQ4_XS
-            const float d = half_bits_to_float(w.d[0] >> 16 * i & 0xFFFF);
+        } else if constexpr (T::d_words == 1) {
+            const float d = half_bits_to_float(w.d[0] >> 16 * i & 0xFFFF) * SCALE_UNIT<QTYPE>;
             s[i] = d * (float)(signed char)(w.s[i] >> 8 * u);
         } else if constexpr (QTYPE == QT_MXFP4) {
             s[i] = bf16_bits_to_float(w.s[i] >> 16 * u & 0xFFFF);
@@ -168,13 +226,28 @@ FORCE_INLINE HalfScales half_scales(const TileData<QTYPE>& w, int u, float boost
     HalfScales out;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        if constexpr (T::d_words == 2) {  // Q4_K, Q5_K
+        if constexpr (QTYPE == QT_IQ1_S) {
+            const float d = half_bits_to_float(w.d[0] >> 16 * i & 0xFFFF) * boost;
+            const unsigned code = w.s[i] >> 8 * u & 15, least = w.s[i] >> (8 * u + 4) & 15;
+            const unsigned codes = code | code * least << 16 | 0x64006400;
+            const unsigned pair =
+                half2_mul(half2_add(codes, minus_half2(1024)), half2_of(d, d * -0.125f));
+            out.s[i] = twice(pair, 0), out.m[i] = twice(pair, 1);
+        } else if constexpr (QTYPE == QT_Q2_K) {
+            const unsigned d = half2_of(half_bits_to_float(w.d[i] & 0xFFFF) * boost,
+                                        half_bits_to_float(w.d[i] >> 16) * -boost);
+            const unsigned both = w.s[i] >> 8 * u;
+            const unsigned codes = (both & 15) | (both & 240) << 12 | 0x64006400;
+            const unsigned pair = half2_mul(half2_add(codes, minus_half2(1024)), d);
+            out.s[i] = twice(pair, 0), out.m[i] = twice(pair, 1);
+        } else if constexpr (T::d_words == 2) {  // Q4_K, Q5_K
             const unsigned d = half2_of(half_bits_to_float(w.d[i] & 0xFFFF) * boost,
                                         half_bits_to_float(w.d[i] >> 16) * -boost);
             out.s[i] = twice(half2_mul(half_bytes(w.s[i], 0x10, 0), twice(d, 0)), u);
             out.m[i] = twice(half2_mul(half_bytes(w.s[i], 0x32, 0), twice(d, 1)), u);
-        } else if constexpr (T::d_words == 1) {  // Q6_K, IQ4_XS
-            const float d = half_bits_to_float(w.d[0] >> 16 * i & 0xFFFF) * boost;
+        } else if constexpr (T::d_words == 1) {
+            const float d =
+                half_bits_to_float(w.d[0] >> 16 * i & 0xFFFF) * (boost * SCALE_UNIT<QTYPE>);
             const unsigned pair = half_bytes(w.s[i] ^ 0x80808080, u < 2 ? 0x10 : 0x32, 128);
             out.s[i] = twice(half2_mul(pair, half2_of(d, d)), u & 1);
         } else if constexpr (T::kind == TILE_BF16) {
@@ -194,7 +267,12 @@ template <int QTYPE>
 FORCE_INLINE unsigned half_integers(const TileData<QTYPE>& w, int j, int i) {
     using T = Tile<QTYPE>;
     if constexpr (T::kind == TILE_SMALL) {
-        const unsigned q = w.q[j] >> (i & 2 ? 8 : 0);
+        const unsigned q = nibbles(w, j) >> (i & 2 ? 8 : 0);
+        if constexpr (T::doubled) {  // 128 + 2 n out of 1024 + 16 n, or 1024 + 2 n
+            if (i & 1)
+                return half2_fma(and_or<0x00F000F0>(q, 0x64006400), 0x30003000, 0xD848D848);  // - 137
+            return half2_add(and_or<0x001E001E>(q << 1, 0x64006400), minus_half2(1024 + T::zero));
+        }
         if (i & 1) {  // 1024 + 16 n, times 1/16: spares the shift
             const unsigned x = and_or<0x00F000F0>(q, 0x64006400) | high_bits<QTYPE>(w, j, i, 8);
             return half2_fma(x, 0x2C002C00, minus_half2_small(64 + T::zero));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from mlacli.backends.blas import BlasThreads
@@ -79,6 +80,20 @@ class Ranks:
         At least one. `banned` ids are never drawn.
         """
         raise AssertionError("can_sample() said no")
+
+    def capture_ahead(
+        self, frequencies: Sequence[float], sampling: SamplingParams, forwards: Sequence[Forward]
+    ) -> None:
+        """What `execute_ahead` will run is made ready now, so that no token waits for it."""
+
+    @property
+    def nccl_bytes(self) -> dict[str, int]:
+        """What NCCL took on each GPU for itself, as measured; empty where it has no part."""
+        return {}
+
+    def explained(self) -> AbstractContextManager[None]:
+        """Inside, a device's errors come out as MlacliErrors that name it."""
+        return nullcontext()
 
     def take_turn(self) -> None:
         """The BLAS threads are the process's: set them anew where engines work in turns."""

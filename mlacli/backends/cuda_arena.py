@@ -58,7 +58,11 @@ class Arena:
         memory = self._apart.get((self._at, nbytes))
         if memory is None:
             memory = self._apart[self._at, nbytes] = self._allocated(max(1, nbytes))
-            cp.cuda.runtime.memset(memory.ptr, 255, max(1, nbytes))
+            # The ranks' streams don't wait for the default one: what was written there would come
+            # after their first writes. This stream may be waited for while others are captured.
+            stream = cp.cuda.Stream(non_blocking=True)
+            cp.cuda.runtime.memsetAsync(memory.ptr, 255, max(1, nbytes), stream.ptr)
+            stream.synchronize()
         return int(memory.ptr)
 
     def _allocated(self, nbytes: int) -> Any:

@@ -8,6 +8,7 @@ to run. Ranks that share one GPU need none of this: cuda_together.py.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -17,18 +18,17 @@ import numpy as np
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_group import (
     FEW_ROWS,
-    MOST_HERE,
-    MOST_RANKS,
     REDUCE_TYPES,
     GpuPlace,
     Group,
+    Mail,
     Way,
 )
-from mlacli.errors import BackendError, RankError, UnsupportedFeature
+from mlacli.backends.cuda_ways import WAYS, check_counts, not_possible, obstacle
+from mlacli.errors import BackendError, RankError
 
 __all__ = ["Collectives", "GpuPlace", "obstacle", "spin_limit"]
 
-WAYS = ("p2p", "nccl", "host")  # in the order of preference
 _GOOD = "the GPUs reach each other's memory"
 _LIMIT_MS = 5000
 _TRIED = 128  # floats of the sum that tries a way
@@ -50,12 +50,7 @@ class Collectives:
         ranks = sorted(rank for gpu in gpus for rank in gpu.ranks)
         assert ranks == list(range(len(ranks))), "every rank is on one GPU"
         assert all(gpu.ranks == sorted(gpu.ranks) for gpu in gpus), "ranks ascend"
-        if len(ranks) > MOST_RANKS or max(len(gpu.ranks) for gpu in gpus) > MOST_HERE:
-            raise UnsupportedFeature(
-                f"{len(ranks)} ranks on {len(gpus)} GPUs: sums between GPUs take at most "
-                f"{MOST_RANKS} ranks, {MOST_HERE} on a GPU",
-                "name each GPU fewer times in -dev",
-            )
+        check_counts([len(gpu.ranks) for gpu in gpus])
         self.group = Group(tuple(gpus), reduce_type, spin_limit())
         self.max_floats = max(_TRIED * 2, -(-max_floats // 64) * 64)
         self.how, self.why, self.way = self._chosen(how)
@@ -77,9 +72,7 @@ class Collectives:
                     way.close()
                     reason = f"sums by {how} fail: {reason}"
             reasons.append(reason)
-        raise BackendError(f"--comm {asked} is not possible: {', and '.join(reasons)}", (
-            "use --comm auto" if asked != "auto" else "use one GPU, or -sm layer"
-        ))  # fmt: skip
+        raise not_possible(asked, ", and ".join(reasons))
 
     def _opened(self, how: str) -> Way:
         from mlacli.backends.cuda_nccl import NcclWay
@@ -125,14 +118,26 @@ class Collectives:
         """float32 [max_floats] on the rank's GPU, for its partial of the coming reduction."""
         return self.way.slot(rank)
 
+    def mail(self, rank: int, shape: tuple[int, ...]) -> Mail | None:
+        """Where a product sends the rank's partial of the coming reduction by itself.
+
+        None: it fills the slot. What is sent is not rounded, so rows are few.
+        """
+        few = len(shape) == 2 and shape[0] <= FEW_ROWS
+        return self.way.mail(rank, math.prod(shape)) if few else None
+
+    def exchanges(self) -> bool:
+        """Whether products of all ranks, where each has a mail, may do the sum among them."""
+        return self.way.exchanges()
+
     def reduce_add(
         self, gpu_index: int, streams: list[Array], held: tuple[bool, ...], n_floats: int,
-        rounded: bool | None = None,
+        rounded: bool | None = None, sent: bool = False,
     ) -> None:  # fmt: skip
         """streams[i] += the sum of the held ranks' partials, for all ranks of one GPU.
 
         `rounded`: partials are rounded to the reduce type first; None: where streams have more than
-        32 rows.
+        32 rows. `sent`: this GPU's are in the `mail`, by the launch before.
         """
         assert len(streams) == len(self.group.gpus[gpu_index].ranks), "a stream for each rank"
         assert len(held) == self.group.n_ranks and any(held), "some rank holds a partial"
@@ -140,7 +145,8 @@ class Collectives:
         assert self.group.reduce_type != "q8_0" or not rounded or n_floats % 32 == 0
         if rounded is None:
             rounded = streams[0].ndim == 2 and len(streams[0]) > FEW_ROWS
-        self.way.reduce_add(gpu_index, streams, held, n_floats, rounded)
+        assert not (sent and rounded), "what products send has all its bits"
+        self.way.reduce_add(gpu_index, streams, held, n_floats, rounded, sent)
 
     def gather(
         self, gpu_index: int, columns: list[Array | None], widths: list[int], out: Array
@@ -166,6 +172,10 @@ class Collectives:
                 f"{self.group.limit_ms / 1000:g} s"
             ))  # fmt: skip
 
+    def stop(self) -> None:
+        """Ends all waits: what runs will not be used."""
+        self.way.stop()
+
     def reset(self) -> None:
         """Ready again after a failure, when no GPU runs anything any more."""
         self.way.reset()
@@ -175,6 +185,12 @@ class Collectives:
         """Bytes of device memory taken on each GPU."""
         return [int(n) for n in getattr(self.way, "nbytes", [0] * len(self.group.gpus))]
 
+    @property
+    def nccl_bytes(self) -> dict[str, int]:
+        """What NCCL took on each GPU for itself, as measured; empty where it has no part."""
+        taken = getattr(self.way, "taken", [])
+        return dict(zip((gpu.device.name for gpu in self.group.gpus), taken, strict=False))
+
     def close(self) -> None:
         self.way.close()
 
@@ -183,15 +199,3 @@ def spin_limit() -> int:
     """Milliseconds of a device's clock after which a wait for another GPU has failed."""
     said = os.environ.get("MLACLI_SPIN_MS", "")
     return int(said) if said.isdecimal() and int(said) else _LIMIT_MS
-
-
-def obstacle(how: str, devices: Sequence[int]) -> str:
-    """What keeps GPUs of these indices from summing that way; empty when nothing is known."""
-    from mlacli.backends.cuda_nccl import why_not
-    from mlacli.backends.cuda_peer_memory import without_access
-
-    if how == "p2p":
-        return without_access(devices)
-    if how == "nccl":
-        return why_not() or ("NCCL takes a GPU once" if len(set(devices)) < len(devices) else "")
-    return ""

@@ -5,13 +5,16 @@ Ops see the `Device` protocol alone, so that they also run on a recorder that ha
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mlacli.backends import cuda_errors
 from mlacli.backends.cuda_array import Array
 
 if TYPE_CHECKING:
@@ -21,6 +24,10 @@ Host = NDArray[Any]
 _PAGE = 4 << 20  # bytes of page-locked memory for copies
 _INPUT, _N_INPUTS = 64 << 10, 4  # bytes of a step's inputs; steps that may be under way
 _OUTPUT, _N_OUTPUTS = 2 << 20, 2  # likewise, of what is fetched from them
+
+
+_NOT_READY = 600  # cudaErrorNotReady
+_LATE = 1.0  # seconds
 
 
 class Link(Protocol):
@@ -48,6 +55,7 @@ class Device(Protocol):
     name: str
     n_sm: int
     capability: int  # 90 for compute capability 9.0
+    on_delay: Callable[[], None] | None  # called now and then while a wait takes long
 
     def use(self) -> None:
         """Make it this thread's GPU; needed before anything below."""
@@ -141,6 +149,15 @@ class Device(Protocol):
         """Wait until everything launched before is done."""
         ...
 
+    def failure(self) -> Exception | None:
+        """What it died of, so that nothing runs on it any more; None while it lives."""
+        ...
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something that was launched isn't done."""
+        ...
+
     def close(self) -> None:
         """Give all memory back; nothing may be asked of it any more."""
         ...
@@ -189,13 +206,15 @@ class CudaDevice:
         from mlacli.backends.cuda_arena import Arena
         from mlacli.backends.cuda_kernels import Kernels
 
+        cuda_errors.hush()
         self._runtime = cp.cuda.runtime
         self._page = np.frombuffer(cp.cuda.alloc_pinned_memory(_PAGE), np.uint8, _PAGE)
         self._page_in_use = False  # by a copy to the device that may be under way
-        self._inputs = _Ring(_INPUT, _N_INPUTS)
-        self._outputs = _Ring(_OUTPUT, _N_OUTPUTS)
+        self._inputs: Any = _Ring(_INPUT, _N_INPUTS)
+        self._outputs: Any = _Ring(_OUTPUT, _N_OUTPUTS)
         device = cp.cuda.Device()
         self.name, self.index, self.use = name, int(device.id), device.use
+        self.on_delay: Callable[[], None] | None = None  # called while a wait takes long
         self.stream = cp.cuda.Stream(non_blocking=True)
         self._reached = cp.cuda.Event(disable_timing=True)
         self.kernels: Kernels = Kernels(self.stream, None if beside is None else beside.kernels)
@@ -254,7 +273,7 @@ class CudaDevice:
         arrived.record(self.stream)
 
         def waited() -> Host:
-            arrived.synchronize()
+            self._wait(partial(self._runtime.eventQuery, arrived.ptr), arrived.synchronize)
             found: Host = page[: array.nbytes].view(array.dtype).reshape(array.shape).copy()
             return found
 
@@ -311,14 +330,43 @@ class CudaDevice:
         return self.kernels.noting
 
     def synchronize(self) -> None:
-        self.stream.synchronize()
+        self._wait(partial(self._runtime.streamQuery, self.stream.ptr), self.stream.synchronize)
         self._page_in_use = False
 
+    def _wait(self, query: Callable[[], int], wait: Callable[[], None]) -> None:
+        """Where another GPU may be what is waited for, that one is looked at when it takes long."""
+        if self.on_delay is None:
+            wait()
+            return
+        late = time.monotonic() + _LATE
+        while (code := query()) == _NOT_READY:
+            if time.monotonic() > late:
+                self.on_delay()
+                time.sleep(0.005)
+        if code:
+            raise cuda_errors.of_code(code)
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._runtime.streamQuery(self.stream.ptr) == _NOT_READY)
+
+    def failure(self) -> Exception | None:
+        return cuda_errors.failure_of(self.stream)
+
     def close(self) -> None:
-        self.use()
-        with suppress(self._runtime.CUDARuntimeError):  # of a launch that failed
+        with suppress(*cuda_errors.faults()):  # of a launch that failed
+            self.use()
             self.stream.synchronize()
-        self.arena.close()
+        self.on_delay = self._staging = self._link = None
+        self._page, self._inputs, self._outputs = (
+            np.empty(0, np.uint8),
+            None,
+            None,
+        )  # CuPy keeps them
+        if self.failure() is None:
+            self.arena.close()
+        else:
+            cuda_errors.abandon(self.arena)
 
     def follow(self, other: CudaDevice) -> None:
         other._reached.record(other.stream)
@@ -338,17 +386,25 @@ class CudaDevice:
             try:
                 launches()
             except BaseException:
-                self.use()
-                with suppress(self._runtime.CUDARuntimeError):  # of streams that weren't joined
+                with suppress(*cuda_errors.faults()):  # of streams that weren't joined
+                    self.use()
                     self.stream.end_capture()
                 raise
             self.use()  # captures of several GPUs lie within each other
-            graph = self.stream.end_capture()
+            graph = self._ended()
 
         def replay() -> None:
             graph.launch(self.stream)
 
         return replay
+
+    def _ended(self) -> Any:
+        """The graph of the capture under way."""
+        try:
+            return self.stream.end_capture()
+        except Exception as e:
+            cuda_errors.met_on(self.name, e)
+            raise
 
     def _copy(self, target: int, source: int, nbytes: int) -> None:
         kind = self._runtime.memcpyDefault

@@ -18,8 +18,12 @@ def device_count() -> int:
 
 def device_memory(name: str) -> tuple[int, int]:
     """(total, free) bytes of `cudaN`; BackendError says what is missing."""
-    with _device(name):
-        free, total = _cupy(name).cuda.runtime.memGetInfo()
+    device, runtime = _device(name), _cupy(name).cuda.runtime
+    try:
+        with device:
+            free, total = runtime.memGetInfo()
+    except runtime.CUDARuntimeError as e:
+        raise BackendError(f"device {name} is not available: {e}") from e
     return int(total), int(free)
 
 

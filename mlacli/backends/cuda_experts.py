@@ -13,14 +13,32 @@ import numpy as np
 from mlacli.backends import cuda_gemm as gemm
 from mlacli.backends import cuda_matvec as matvec
 from mlacli.backends import cuda_raw as raw
-from mlacli.backends.cuda_acts import Act, Chosen
+from mlacli.backends.cuda_acts import Act, Chosen, Sender
 from mlacli.backends.cuda_array import Array
+from mlacli.backends.cuda_group import Mail
 from mlacli.backends.cuda_host_experts import Routed
 from mlacli.ops import LayerWeights
 from mlacli.parallel.cuda_sizes import FEW
 
 if TYPE_CHECKING:
     from mlacli.backends.cuda_ops import CudaOps
+
+
+def sender(ops: CudaOps, x: Act, chosen: Chosen | None, w: LayerWeights) -> Sender | None:
+    """Routed and shared experts of one token; None where no single launch ends them."""
+    merged, down, n = w.ffn_gate_up_exps, w.ffn_down_exps, len(x)
+    gate, up = (w.ffn_gate_exps, w.ffn_up_exps) if merged is None else (merged, None)
+    shared = (w.ffn_gate_shexp, w.ffn_up_shexp, w.ffn_down_shexp)
+    if chosen is None or not matvec.sends(n, gate, up, down, *shared):
+        return None
+    if ops.host_experts.are_fetched(n, (gate, up, down)):
+        return None
+    routed, both = (gate, up, down), None if w.ffn_down_shexp is None else shared
+
+    def launch(mail: Mail) -> None:
+        _few(ops, x, chosen, routed, both, mail, False)
+
+    return Sender(launch, matvec.down_at_once(ops, down, shared[2], chosen.ids.shape[1]))
 
 
 def experts(
@@ -66,8 +84,8 @@ def _readable(
 
 
 def _few(
-    ops: CudaOps, x: Act, chosen: Chosen, routed: Routed, shared: Routed | None, y: Array,
-    add: bool,
+    ops: CudaOps, x: Act, chosen: Chosen, routed: Routed, shared: Routed | None,
+    y: Array | Mail, add: bool,
 ) -> None:  # fmt: skip
     (gate, up, down), (n, n_used) = routed, chosen.ids.shape
     width = n_used * down.shape[2] + (0 if shared is None else shared[0].shape[0])

@@ -39,7 +39,7 @@ SIXTEENTH = 16.0  # what a product of such activations is to be multiplied with
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How a product runs: include/gemm.cuh's PARTS, CTAS and MOST, and what its kernels take.
+    """How a product runs: include/gemm_stage.cuh's PARTS, CTAS and MOST, and what its kernels take.
 
     An item is 128 * parts rows and `tokens` tokens; `cluster` CTAs share its columns, 0: it has one
     CTA, which takes further items.
@@ -302,7 +302,7 @@ def _most_tiles(order: Sorted) -> int:
 
 
 def _tile_bytes(w: CudaWeight) -> int:
-    """Bytes of one tile of a weight in a stage (StagedTile in kernels/include/gemm.cuh)."""
+    """Bytes of one tile of a weight in a stage (StagedTile in kernels/include/gemm_stage.cuh)."""
     shape = w.layout
     assert shape is not None
     n = shape.all_row_tiles * shape.n_col_tiles

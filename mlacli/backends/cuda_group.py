@@ -50,14 +50,31 @@ class Group:
         return sum(1 << g for g, gpu in enumerate(self.gpus) if not any(held[r] for r in gpu.ranks))
 
 
+@dataclass(frozen=True, slots=True)
+class Mail:
+    """Where a product sends its rank's partial of the coming sum: kernels/include/post.cuh.
+
+    With a stream it exchanges it with all GPUs, and the stream [n, d] += all of them.
+    """
+
+    words: Array  # the GPU's own
+    n_gpus: int
+    stream: Array | None = None
+
+
 class Way(Protocol):
     """How sums and gathers are computed; the arguments are those of `Collectives`."""
 
     def slot(self, rank: int) -> Array: ...
 
+    def mail(self, rank: int, n: int) -> Mail | None: ...
+
+    def exchanges(self) -> bool: ...
+
     def reduce_add(
-        self, gpu: int, streams: Sequence[Array], held: Sequence[bool], n: int, rounded: bool
-    ) -> None: ...
+        self, gpu: int, streams: Sequence[Array], held: Sequence[bool], n: int, rounded: bool,
+        sent: bool = False,
+    ) -> None: ...  # fmt: skip
 
     def gather(
         self, gpu: int, columns: Sequence[Array | None], widths: Sequence[int], out: Array
@@ -66,6 +83,8 @@ class Way(Protocol):
     def failed(self) -> int | None:
         """The GPU that another one waited for in vain."""
         ...
+
+    def stop(self) -> None: ...
 
     def reset(self) -> None: ...
 

@@ -16,12 +16,14 @@ from typing import Any
 
 import cupy as cp
 
+from mlacli.backends import cuda_errors
 from mlacli.backends.cuda_compile import Unit, binaries, capability, target
-from mlacli.backends.cuda_sources import signatures, source
+from mlacli.backends.cuda_sources import debugging, signatures, source
 from mlacli.errors import BackendError
 
 __all__ = ["Kernels", "signatures", "source"]
 
+_REFUSED = (200, 209, 218, 222, 223, 300)  # what modules fail with that the driver can't take
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CTYPES = {"p": ctypes.c_uint64, "i": ctypes.c_int, "l": ctypes.c_longlong, "f": ctypes.c_float}
 
@@ -54,11 +56,18 @@ class _Function:
 
 @dataclass(slots=True)
 class _Loaded:
-    """What one GPU has loaded, for all ranks on it, which load in a thread each."""
+    """What one GPU has loaded, for all its ranks, which load in a thread each, and later engines.
+
+    It stays until the process ends: graphs of a closed engine may still refer to it, and the next
+    engine finds it there.
+    """
 
     modules: dict[Unit, int] = field(default_factory=dict)
     functions: dict[tuple[Any, ...], _Function] = field(default_factory=dict)
     lock: Lock = field(default_factory=Lock)
+
+
+_LOADED: dict[tuple[int, str, bool], _Loaded] = {}  # by GPU, compiler's target, debugging
 
 
 class Kernels:
@@ -78,7 +87,9 @@ class Kernels:
         self._pdl = _Attribute(id=6)  # programmatic stream serialisation
         self._pdl.value[0] = 1
         self._use_pdl = os.environ.get("MLACLI_PDL", "1") != "0" and self.capability >= 90
-        self._loaded: _Loaded = _Loaded() if beside is None else beside._loaded
+        key = int(cp.cuda.Device().id), self.target, debugging()
+        found = _LOADED.setdefault(key, _Loaded()) if beside is None else beside._loaded
+        self._loaded: _Loaded = found
         self._functions = self._loaded.functions
         self._follows = False  # another stream, so that the next kernel must wait for all of it
         self._noted: dict[tuple[Any, ...], None] | None = None
@@ -116,7 +127,8 @@ class Kernels:
             ctypes.byref(config), ctypes.c_void_p(function.ptr), pointers, None
         )
         if code:
-            raise BackendError(f"launching {name} failed with CUDA error {code}")
+            error = cuda_errors.of_code(code)
+            raise BackendError(f"launching {name} failed: {cuda_errors.words(error)}") from error
         self.n_launches += 1
 
     def follow(self) -> None:
@@ -172,6 +184,8 @@ class Kernels:
         try:
             return int(cp.cuda.driver.moduleLoadData(image))
         except cp.cuda.driver.CUDADriverError as e:
+            if e.status not in _REFUSED:
+                raise
             raise BackendError(
                 f"the driver refuses kernels/{unit.file}.cu as {self.target}: {e}",
                 "the driver is older than the compiler: update it, or install mlacli[cuda12]",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_geometry import (
     STREAM,
     STREAM_MOST,
@@ -30,10 +31,10 @@ from mlacli.backends.cuda_geometry import (
     row_bytes,
     row_tiles,
 )
+from mlacli.backends.cuda_group import Mail
 from mlacli.loading.tiles import COLS, ROWS
 
 if TYPE_CHECKING:
-    from mlacli.backends.cuda_array import Array
     from mlacli.models.parts import Routing
 
 Weight = Any
@@ -51,19 +52,42 @@ def routes(gate: Weight) -> bool:
     return gate.tiles is not None or (gate.qtype.name == "F32" and gate.shape[1] % 4 == 0)
 
 
+def sends(n: int, *weights: Weight) -> bool:
+    """Whether products of n tokens on these can send a rank's partial by themselves."""
+    return n == 1 and takes(*weights)
+
+
+def at_once(ops: Any, w: Weight) -> bool:
+    """Whether all CTAs of one token's product run together."""
+    how, tiles = dense_geometry(ops, [w], 0), [row_tiles(w.shape[0])]
+    if piece_geometry(ops, [w], tiles[0]) is not None:
+        return True
+    return bool(sum(ctas_of(ops, tiles, how, col_tiles(w), 1)) <= how.ctas * ops.n_sm)
+
+
+def down_at_once(ops: Any, down: Weight, shared: Weight | None, n_used: int) -> bool:
+    """The same of experts_down."""
+    if piece_down_geometry(ops, down, shared, n_used) is not None:
+        return True
+    return bool(row_tiles(down.shape[1]) <= down_geometry(down, shared, n_used).ctas * ops.n_sm)
+
+
 # ---- dense products -------------------------------------------------------------------------
 
 
 def products(
-    ops: Any, segments: Sequence[tuple[Weight, Array]], x: Array, norm: Norm | None = None,
+    ops: Any, segments: Sequence[tuple[Weight, Array | Mail]], x: Array, norm: Norm | None = None,
     add: bool = False, geometry: Geometry | PieceGeometry | None = None,
 ) -> None:  # fmt: skip
     """out = (normed x) w^T for up to three (w [rows, in], out [n, rows]); `add`: out += it.
 
-    With `add` there is one segment; its out is the residual stream, for example.
+    With `add` there is one segment; its out is the residual stream, for example. An only segment
+    of one token may go into the mail.
     """
-    if geometry is None and not add and len(segments) == 1 and streams(ops, segments[0][0], len(x)):
-        product_stream(ops, *segments[0], x, norm)
+    w, out = segments[0]
+    alone = geometry is None and not add and len(segments) == 1
+    if alone and isinstance(out, Array) and streams(ops, w, len(x)):
+        product_stream(ops, w, out, x, norm)
         return
     alike = len(segments) <= 2 and len({w.qtype for w, _ in segments}) == 1
     if geometry is None and len(x) == 1 and alike:
@@ -73,21 +97,22 @@ def products(
         _product_pieces(ops, segments, x, norm, add, geometry)
         return
     n, blocks = len(x), _blocks(len(x))
-    assert 1 <= len(segments) <= 3 and not (add and len(segments) > 1)
+    assert 1 <= len(segments) <= 3 and not (len(segments) > 1 and (add or isinstance(out, Mail)))
     ws = [w for w, _ in segments]
     how = geometry or dense_geometry(ops, ws, blocks)
     absent = [None] * (3 - len(segments))
     zeros = [0] * len(absent)
-    outs = [out for _, out in segments]
+    outs, mail, post = _targets([out for _, out in segments])
+    add = add or (mail is not None and outs[0] is not None)
     rows = [row_tiles(w.shape[0]) for w in ws]
     ctas = ctas_of(ops, rows, how, 0 if blocks else col_tiles(ws[0]), 1)
     stages, shared = (0, 0) if blocks else ring_of(ops, how, *([w] for w in ws))
     ops.run(
         "products_few", (sum(ctas),), 32 * how.warps, *outs, *absent, *(w.tiles for w in ws),
         *absent, x, _raw(norm), n, ws[0].shape[1], ws[0].skip, *(w.shape[0] for w in ws), *zeros,
-        *ctas, *zeros, _read(x), *map(_stride, outs), *zeros, _eps(norm), shared=shared,
+        *ctas, *zeros, _read(x), *map(_stride, outs), *zeros, _eps(norm), mail, shared=shared,
         N_ROWS=most_rows(rows, ctas), N_STAGES=stages, N_BLOCKS=blocks, WITH_ADD=int(add),
-        WITH_NORM=int(norm is not None), **_columns(ws), **how.defines(), **_types(ws, 3),
+        WITH_NORM=int(norm is not None), **_columns(ws), **how.defines(), **_types(ws, 3), **post,
     )  # fmt: skip
 
 
@@ -119,12 +144,13 @@ def product_stream(
 
 
 def _product_pieces(
-    ops: Any, segments: Sequence[tuple[Weight, Array]], x: Array, norm: Norm | None, add: bool,
-    how: PieceGeometry,
+    ops: Any, segments: Sequence[tuple[Weight, Array | Mail]], x: Array, norm: Norm | None,
+    add: bool, how: PieceGeometry,
 ) -> None:  # fmt: skip
     """products() of one token and one or two weights of a type: see matvec_pieces.cu."""
-    ws, outs = [w for w, _ in segments], [out for _, out in segments]
-    assert len(x) == 1 and len(ws) <= 2 and not (add and len(ws) > 1)
+    ws, (outs, mail, post) = [w for w, _ in segments], _targets([out for _, out in segments])
+    add = add or (mail is not None and outs[0] is not None)
+    assert len(x) == 1 and len(ws) <= 2 and not ((add or mail is not None) and len(ws) > 1)
     absent = [None] * (2 - len(ws))
     tiles = sum(row_tiles(w.shape[0]) for w in ws)
     ctas = min(tiles, ops.n_sm)
@@ -132,8 +158,8 @@ def _product_pieces(
     ops.run(
         "products_pieces", (ctas,), 32 * (how.warps + 1), *outs, *absent, *(w.tiles for w in ws),
         *absent, x, _raw(norm), *(w.shape[0] for w in ws), *(0 for _ in absent), ws[0].shape[1],
-        _eps(norm), shared=_piece_bytes(how, ws[:1]), WITH_ADD=int(add), N_ROWS=-(-tiles // ctas),
-        **_pieces(how, ws[0], norm), **_types(ws[:1], 1),
+        _eps(norm), mail, shared=_piece_bytes(how, ws[:1]), WITH_ADD=int(add),
+        N_ROWS=-(-tiles // ctas), **_pieces(how, ws[0], norm), **_types(ws[:1], 1), **post,
     )  # fmt: skip
 
 
@@ -258,40 +284,43 @@ def experts_up(
 
 
 def experts_down(
-    ops: Any, y: Array, h: Array, ids: Array, weights: Array, down: Weight,
+    ops: Any, y: Array | Mail, h: Array, ids: Array, weights: Array, down: Weight,
     shared: Weight | None = None, add: bool = False, after_up: bool = False,
     geometry: DownGeometry | PieceGeometry | None = None,
 ) -> None:  # fmt: skip
     """y [n, d] = sum over slots of weights * down_e h, and the shared expert's; `add`: y += it.
 
-    `after_up`: the launch before this one on the stream is experts_up's.
+    One token's may go into the mail. `after_up`: the launch before this one on the stream is
+    experts_up's.
     """
     (n, n_used), (held, d, f) = ids.shape, down.shape
     both = (down,) if shared is None else (down, shared)
     fs = 0 if shared is None else shared.shape[1]
+    (out,), mail, post = _targets([y])
+    add = add or (mail is not None and out is not None)
     if geometry is None and n == 1:
         geometry = piece_down_geometry(ops, down, shared, n_used)
     if isinstance(geometry, PieceGeometry):
         ctas = min(row_tiles(d), ops.n_sm)
         ops.run(
-            "experts_down_pieces", (ctas,), 32 * (geometry.warps + 1), y, down.tiles,
-            None if shared is None else shared.tiles, h, ids, weights, d, down.first, held,
+            "experts_down_pieces", (ctas,), 32 * (geometry.warps + 1), out, down.tiles,
+            None if shared is None else shared.tiles, h, ids, weights, d, down.first, held, mail,
             shared=_piece_bytes(geometry, (down,), None if shared is None else (shared,)),
             EXPERTS_DOWN=1, WITH_ADD=int(add), AFTER_UP=int(after_up), N_USED=n_used,
             N_SHARED=geometry.pieces - n_used, N_WARPS=geometry.warps, N_STAGES=geometry.stages,
-            N_ROWS=-(-row_tiles(d) // ctas), N_COL_TILES=col_tiles(down), **_types(both, 2),
+            N_ROWS=-(-row_tiles(d) // ctas), N_COL_TILES=col_tiles(down), **_types(both, 2), **post,
         )  # fmt: skip
         return
     how = geometry or down_geometry(down, shared, n_used)
     ragged = any(w.skip or w.shape[-1] != COLS * col_tiles(w) for w in both)
     ops.run(
-        "experts_down_few", (row_tiles(d), n), 32 * how.warps(n_used), y, down.tiles,
+        "experts_down_few", (row_tiles(d), n), 32 * how.warps(n_used), out, down.tiles,
         None if shared is None else shared.tiles, h, ids, weights, d, f, fs, down.skip,
-        0 if shared is None else shared.skip, down.first, held, _read(h), _stride(y),
+        0 if shared is None else shared.skip, down.first, held, _read(h), _stride(out), mail,
         EXPERTS_DOWN=1, WITH_ADD=int(add), AFTER_UP=int(after_up), N_USED=n_used,
         N_PARTS=how.parts, N_PARTS_SHARED=how.parts_shared, N_AHEAD=how.ahead, N_CTAS=how.ctas,
         N_COL_TILES=col_tiles(down), N_COL_TILES_SHARED=0 if shared is None else col_tiles(shared),
-        AT_EDGE=int(ragged), **_types(both, 2),
+        AT_EDGE=int(ragged), **_types(both, 2), **post,
     )  # fmt: skip
 
 
@@ -326,9 +355,19 @@ def _eps(norm: Norm | None) -> float:
     return 0.0 if norm is None else norm[1]
 
 
-def _stride(x: Array) -> int:
+def _targets(
+    outs: Sequence[Array | Mail],
+) -> tuple[list[Array | None], Array | None, dict[str, int]]:
+    """Arrays to write, the words to send by, and the defines of that."""
+    first = outs[0]
+    if isinstance(first, Mail):
+        return [first.stream], first.words, {"SEND_TO": first.n_gpus}
+    return [out for out in outs if isinstance(out, Array)], None, {}
+
+
+def _stride(x: Array | None) -> int:
     """Elements from one token to the next."""
-    return x.stride(0)
+    return 0 if x is None else x.stride(0)
 
 
 def _read(x: Array) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
+import time
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +22,8 @@ from mlacli.backends.cuda_group import REDUCE_TYPES, Group, bits, pointers, powe
 from mlacli.errors import BackendError
 
 _KEPT: dict[tuple[int, ...], list[Any]] = {}  # communicators by devices
+_TAKEN: dict[tuple[int, ...], list[int]] = {}  # bytes of each device that went with them
+_REST = 1.0  # seconds in which GPUs come to rest when a step was broken off
 _WARM = (1, 1 << 10, 1 << 14, 1 << 18, 1 << 22)  # floats: NCCL sets up each size class once
 
 
@@ -57,14 +61,22 @@ def communicators(devices: tuple[int, ...]) -> list[Any]:
     return _KEPT[devices]
 
 
+def _in_use(device: int) -> int:
+    with cp.cuda.Device(device):
+        free, total = cp.cuda.runtime.memGetInfo()
+    return int(total - free)
+
+
 class NcclWay:
     """all_reduce of each GPU's own sum; all_gather of padded columns."""
 
     def __init__(self, group: Group, max_floats: int) -> None:
-        self.comms = communicators(tuple(gpu.index for gpu in group.gpus))
+        devices = tuple(gpu.index for gpu in group.gpus)
+        before = [_in_use(i) for i in devices]
+        self.comms = communicators(devices)
         from cupy.cuda import nccl
 
-        self.group, self.stride, self.nccl = group, max_floats, nccl
+        self.group, self.stride, self.nccl, self.aborted = group, max_floats, nccl, False
         # Slots of the ranks, then what NCCL reads, then what it writes: a message of each GPU.
         n = len(group.gpus)
         sizes = [(len(gpu.ranks) + 1 + n) * self.stride * 4 for gpu in group.gpus]
@@ -74,6 +86,10 @@ class NcclWay:
             with cp.cuda.Device(gpu.index):
                 self.memory.append(cp.cuda.Memory(size))
         self._warm()
+        more = [_in_use(i) - b - n for i, b, n in zip(devices, before, sizes, strict=True)]
+        known = _TAKEN.get(devices, [0] * len(devices))
+        _TAKEN[devices] = [a + max(0, b) for a, b in zip(known, more, strict=True)]
+        self.taken = _TAKEN[devices]  # by NCCL itself
 
     def _warm(self) -> None:
         """Every size class once, before anything is captured."""
@@ -109,8 +125,29 @@ class NcclWay:
     def failed(self) -> int | None:
         return None  # NCCL ends its own waits
 
+    def stop(self) -> None:
+        """NCCL's kernels wait for ever: where a GPU died or comes to no rest, they are aborted.
+
+        In threads of their own: an abort may wait for a graph, or for a GPU that is no more.
+        """
+        devices = [gpu.device for gpu in self.group.gpus]
+        until = time.monotonic() + _REST
+        while not (dead := any(d.failure() for d in devices)) and any(d.is_busy for d in devices):
+            if time.monotonic() > until:
+                break
+            time.sleep(0.001)
+        if not dead and not any(device.is_busy for device in devices):
+            return
+        for known in (_KEPT, _TAKEN):
+            known.pop(tuple(gpu.index for gpu in self.group.gpus), None)
+        self.aborted = True
+        for comm in self.comms:
+            threading.Thread(target=comm.abort, daemon=True).start()
+
     def reset(self) -> None:
-        """Nothing to do: NCCL keeps no state of ours."""
+        """NCCL keeps no state of ours, and can't be used after an abort."""
+        if self.aborted:
+            raise BackendError("NCCL was stopped after a failure", "load the model again")
 
     def close(self) -> None:
         self.memory.clear()
@@ -130,19 +167,27 @@ class NcclWay:
             self._sent(gpu).ptr, self._received(gpu).ptr, n, nccl.NCCL_FLOAT32, stream.ptr
         )
 
+    def mail(self, rank: int, n: int) -> None:
+        """NCCL sends what lies in slots."""
+
+    def exchanges(self) -> bool:
+        return False
+
     def reduce_add(
-        self, gpu: int, streams: Sequence[Array], held: Sequence[bool], n: int, rounded: bool
-    ) -> None:
+        self, gpu: int, streams: Sequence[Array], held: Sequence[bool], n: int, rounded: bool,
+        sent: bool = False,
+    ) -> None:  # fmt: skip
         """This GPU's ranks in rank order, then the GPUs in NCCL's."""
+        assert not sent, "there is no mail"
         place = self.group.gpus[gpu]
         device, own = place.device, [held[rank] for rank in place.ranks]
-        sent, received = self._sent(gpu), self._received(gpu)
+        total, received = self._sent(gpu), self._received(gpu)
         dry = device.kernels.noting
         if not dry:
-            cp.cuda.runtime.memsetAsync(sent.ptr, 0, 4 * n, device.stream.ptr)
+            cp.cuda.runtime.memsetAsync(total.ptr, 0, 4 * n, device.stream.ptr)
         if dry or any(own):
             device.launch(
-                "reduce_few", (power_of_two(-(-n // 1024), 1 << 14),), 256, *pointers([sent]),
+                "reduce_few", (power_of_two(-(-n // 1024), 1 << 14),), 256, *pointers([total]),
                 self.slot(place.ranks[0]), None, None, 0, (1 << len(own)) - 1, bits(own), 0, n, 0,
                 self.stride, 0, 0, N_GPUS=1, N_RANKS=len(own), N_MINE=1,
                 REDUCE_TYPE=REDUCE_TYPES[self.group.reduce_type] if rounded else 0,

@@ -17,9 +17,10 @@ from mlacli.backends import cuda_gemm as gemm
 from mlacli.backends import cuda_matvec as matvec
 from mlacli.backends import cuda_plain as plain
 from mlacli.backends import cuda_raw as raw
-from mlacli.backends.cuda_acts import Act, Chosen
+from mlacli.backends.cuda_acts import Act, Chosen, Sender
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_device import Device, Host
+from mlacli.backends.cuda_group import Mail
 from mlacli.backends.cuda_host_experts import HostExperts
 from mlacli.backends.cuda_mla import Attention
 from mlacli.backends.cuda_together import Brought, Peers
@@ -158,10 +159,8 @@ class CudaOps(Ops):
     ) -> tuple[Act, Act]:
         stream = self.f32(residual)
         if self.peers is not None:
-            if partial is not None:
-                self._store(partial, self.peers.slot(stream.shape))
             routed, self._routed = self._routed, None
-            self.peers.reduce_add(Brought(stream, partial is not None, routed))
+            self.peers.reduce_add(Brought(stream, partial, routed))
         elif partial is not None and partial.run is not None:
             partial.run(stream, True)
         elif partial is not None:
@@ -187,10 +186,6 @@ class CudaOps(Ops):
         columns = None if output is None else self.f32(self.matmul(x, output))
         return _held(self.peers.gather(columns, len(x)))
 
-    def _store(self, x: Act, into: Array) -> None:
-        assert x.run is not None, "partials are products that nobody asked for yet"
-        x.run(into, False)
-
     # ---- products ---------------------------------------------------------------------------
 
     def matmul(self, x: Act, w: CudaWeight) -> Act:
@@ -201,7 +196,12 @@ class CudaOps(Ops):
             self.products(x, [(w, y)], add=add)
             return y
 
-        return Act((len(x), w.shape[0]), run=run)
+        def send(mail: Mail) -> None:
+            values, norm = self.unnormed(x)
+            matvec.products(self, [(w, mail)], values, norm)
+
+        sender = Sender(send, matvec.at_once(self, w)) if matvec.sends(len(x), w) else None
+        return Act((len(x), w.shape[0]), run=run, sender=sender)
 
     def project(self, x: Act, q: CudaWeight, kv_a: CudaWeight, r: int) -> tuple[Act, Act, Act]:
         y, kv = self.new((len(x), q.shape[0])), self.new((len(x), kv_a.shape[0]))
@@ -299,7 +299,7 @@ class CudaOps(Ops):
             cuda_experts.experts(self, x, chosen, w, y, add)
             return y
 
-        return Act(x.shape, run=run)
+        return Act(x.shape, run=run, sender=cuda_experts.sender(self, x, chosen, w))
 
     # ---- plumbing ---------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from mlacli.backends.cuda_device import Device, Host
 from mlacli.ops import Step
 
 if TYPE_CHECKING:
+    from mlacli.backends.cuda_group import Mail
     from mlacli.backends.cuda_ops import CudaOps
     from mlacli.params import SamplingParams
 
@@ -92,7 +93,7 @@ class Place:
             self.device.copy_in(self.sampler.chain, cuda_sampling.chain_words(*chain))
             self._chain = chain
 
-    def sample(self, logits: Array) -> None:
-        """The next step's token, drawn from logits [1, V]."""
+    def sample(self, logits: Array, mail: Mail | None = None, first: int = 0) -> None:
+        """The next step's token, drawn from logits [1, V]; with a mail, of columns from `first`."""
         self.device.use()
-        cuda_sampling.next_token(self.ops[0], logits, self.sampler)
+        cuda_sampling.next_token(self.ops[0], logits, self.sampler, mail, first)

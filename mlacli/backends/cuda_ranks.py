@@ -6,20 +6,21 @@ under layer each is a stage of its own, with its own graph; a lone rank is a sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlacli.backends import Forward, Ranks, cuda_device, cuda_devices, cuda_sampling
+from mlacli.backends import Forward, Ranks, cuda_device, cuda_devices, cuda_errors, cuda_sampling
 from mlacli.backends.cuda_device import Device, Host
 from mlacli.backends.cuda_ops import CudaOps
 from mlacli.backends.cuda_place import Place
 from mlacli.backends.cuda_sources import debugging
-from mlacli.backends.cuda_steps import Stage, Steps
+from mlacli.backends.cuda_steps import Runner, Stage, Steps
 from mlacli.backends.cuda_together import Collectives, Peers, SharedGpu, Together
-from mlacli.errors import UnsupportedFeature
-from mlacli.parallel.cuda_sizes import mail_bytes, slot_bytes
+from mlacli.errors import MlacliError, RankError, UnsupportedFeature
 from mlacli.parallel.lockstep import Lockstep
 from mlacli.parallel.ranks import RankGroup
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from mlacli.parallel.plan import RankPlan, ShardPlan
     from mlacli.params import ContextParams, SamplingParams
 
+_REST = 6.0  # seconds in which waits between GPUs end by themselves: more than their limit
 _PADDING = 256  # of the arena's addresses
 
 
@@ -50,23 +52,22 @@ class CudaRanks(Ranks):
             self._together = Together(self._lockstep, widths, debugging())
         self.ops = []
         for rank in plan.ranks:
-            device = self._open(plan, rank)
+            with self.explained():
+                device = self._open(plan, rank)
             peers = None if self._together is None else Peers(self._together, rank.rank, device)
             self.ops.append(CudaOps(peers, context, device, hp))
         super().__init__(self.ops, RankGroup(n, self._lockstep, lambda r: self._device(r).use()))
 
     _steps: Steps | None
     _together: Together | None
+    _unsettled = False  # a step was broken off
 
     def _open(self, plan: ShardPlan, rank: RankPlan) -> Device:
         """The rank's GPU with an arena of what the plan says."""
         cuda_devices.use_device(rank.device)
         n_rows = 4 * (rank.layers[1] - rank.layers[0])  # a layer's, an indexer's, both with scales
         padding = _PADDING * (len(list(plan.of_rank(rank.rank))) + n_rows)
-        nbytes = rank.weights + rank.cache + rank.scratch + padding
-        if self._together is not None and len({r.device for r in plan.ranks}) > 1:
-            n_ranks, d = len(plan.ranks), self._hp.d  # the collectives have memory of their own
-            nbytes -= slot_bytes(self._context.n_ubatch, d) + mail_bytes(n_ranks)
+        nbytes = rank.weights + rank.cache + rank.scratch - rank.sums + padding
         same: Any = next((x.device for x in self.ops if x.device.name == rank.device), None)
         return cuda_device.CudaDevice(rank.device, nbytes, same)
 
@@ -79,12 +80,15 @@ class CudaRanks(Ranks):
         self, tokens: Sequence[int], n_past: int, frequencies: Sequence[float],
         out_rows: Sequence[int], forwards: Sequence[Forward], capture: bool = True,
     ) -> Callable[[], Host]:  # fmt: skip
-        steps, capture = self.steps(frequencies), capture and not self._compares
-        fetch = steps.run(tokens, n_past, out_rows, forwards, capture)
+        self._settle()
+        with self.explained():
+            steps, capture = self.steps(frequencies), capture and not self._compares
+            fetch = steps.run(tokens, n_past, out_rows, forwards, capture)
 
         def logits() -> Host:
-            found = fetch()
-            self._check()
+            with self.explained():
+                found = fetch()
+                self._check()
             return found
 
         return logits
@@ -93,7 +97,8 @@ class CudaRanks(Ranks):
         self, frequencies: Sequence[float], forwards: Sequence[Forward],
         report: Callable[[int, int], None] | None = None,
     ) -> int:  # fmt: skip
-        return self.steps(frequencies).compile(forwards, self._context.n_ctx, report)
+        with self.explained():
+            return self.steps(frequencies).compile(forwards, self._context.n_ctx, report)
 
     @property
     def n_captured(self) -> int:
@@ -108,11 +113,20 @@ class CudaRanks(Ranks):
         self, token: int, n_past: int, n_steps: int, frequencies: Sequence[float],
         sampling: SamplingParams, seed: int, banned: Iterable[int], forwards: Sequence[Forward],
     ) -> list[int]:  # fmt: skip
-        steps, n_vocab = self.steps(frequencies), self._hp.n_vocab
-        n_steps = steps.n_ahead(n_past, n_steps)
-        ids = steps.run_ahead(token, n_past, n_steps, sampling, seed, banned, n_vocab, forwards)
-        self._check()
+        self._settle()
+        with self.explained():
+            steps, n_vocab = self.steps(frequencies), self._hp.n_vocab
+            n_steps = steps.n_ahead(n_past, n_steps)
+            ids = steps.run_ahead(token, n_past, n_steps, sampling, seed, banned, n_vocab, forwards)
+            self._check()
         return ids
+
+    def capture_ahead(
+        self, frequencies: Sequence[float], sampling: SamplingParams, forwards: Sequence[Forward]
+    ) -> None:
+        if self.can_sample(sampling, ()):
+            with self.explained():
+                self.steps(frequencies).capture_ahead(forwards, sampling, self._context.n_ctx)
 
     def steps(self, frequencies: Sequence[float]) -> Steps:
         """Where steps run, made when first asked for: weights and cache lie before its memory."""
@@ -122,13 +136,15 @@ class CudaRanks(Ranks):
                 Place(ranks, [self.ops[r] for r in ranks], most, angles) for ranks in self._placed()
             ]
             if self._together is None:
-                stages = [Stage([place], _alone(place)) for place in places]
+                stages = [Stage([place], self._alone(place)) for place in places]
             else:
                 self._together.places = places
                 self._together.collectives = self._collectives(places, most)
-                stages = [Stage(places, self._in_lockstep)]
+                stages = [Stage(places, self._in_lockstep, self._together)]
             for place in places:
                 place.settle()
+            for ops in self.ops if len(places) > 1 else ():
+                ops.device.on_delay = self._look_around
             if len(places) > 1 and self._together is not None:
                 way = self._together.collectives
                 self.sums = f"{way.how} ({way.why})"
@@ -154,12 +170,33 @@ class CudaRanks(Ranks):
         gpus = [between.GpuPlace(d, list(p.ranks)) for d, p in zip(devices, places, strict=True)]
         return between.Collectives(gpus, how, reduce_type, most * self._hp.d)
 
+    def _alone(self, place: Place) -> Runner:
+        """What runs a function on the one rank of a stage."""
+        (rank,) = place.ranks
+
+        def run(fn: Callable[[int], Any]) -> list[Any]:
+            try:
+                return [fn(rank)]
+            except Exception as e:
+                if len(self.ops) == 1 or isinstance(e, MlacliError):
+                    raise
+                raise RankError(rank, e) from e
+
+        return run
+
     def _in_lockstep(self, fn: Callable[[int], Any]) -> list[Any]:
         def one_rank(rank: int) -> Any:
             with self._lockstep.running():
                 return fn(rank)
 
         return self.group.run(one_rank)
+
+    @property
+    def nccl_bytes(self) -> dict[str, int]:
+        if self._steps is None or self._together is None:
+            return {}
+        found: dict[str, int] = getattr(self._together.collectives, "nccl_bytes", {})
+        return found
 
     @property
     def _compares(self) -> bool:
@@ -169,18 +206,67 @@ class CudaRanks(Ranks):
         if self._together is not None:
             self._together.collectives.check()
 
+    # ---- failures ---------------------------------------------------------------------------
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as e:
+            self._unsettled = True
+            gpus = {rank: ops.device for rank, ops in enumerate(self.ops)}
+            known = cuda_errors.explained(e, gpus) if isinstance(e, Exception) else None
+            if known is None:
+                raise
+            raise known from e
+
+    @property
+    def _between(self) -> Collectives | None:
+        """What GPUs wait for each other in."""
+        return None if self._together is None else getattr(self._together, "collectives", None)
+
+    def _settle(self) -> None:
+        """After a step that was broken off: waits for what runs, and has GPUs count anew.
+
+        One may have got its graph and another not, so that they would wait for each other's steps.
+        """
+        if not self._unsettled:
+            return
+        between, until = self._between, time.monotonic() + _REST
+        with self.explained():
+            for ops in self.ops:
+                while between is not None and ops.device.is_busy and time.monotonic() < until:
+                    time.sleep(0.001)
+            if between is not None and any(ops.device.is_busy for ops in self.ops):
+                between.stop()
+            for ops in self.ops:
+                ops.device.use()
+                ops.device.synchronize()
+            if between is not None:
+                between.reset()
+        self._unsettled = False
+
+    def _look_around(self) -> None:
+        """A wait takes long: if that is for a GPU that died, its error, and an end of all waits."""
+        for ops in self.ops:
+            if (death := ops.device.failure()) is not None:
+                if self._between is not None:
+                    self._between.stop()
+                raise death
+
     def close(self) -> None:
+        between = self._between
+        if between is not None:
+            between.stop()
         super().close()
+        if any(ops.device.failure() is not None for ops in self.ops):
+            cuda_errors.abandon(self)
+            return
         for stage in self._steps.stages if self._steps is not None else ():
             stage.graphs.clear()
         try:
-            if self._steps is not None and self._together is not None:
-                self._together.collectives.close()
+            if between is not None:
+                between.close()
         finally:  # also after a GPU failed
             for ops in self.ops:
                 ops.device.close()
-
-
-def _alone(place: Place) -> Callable[[Callable[[int], Any]], list[Any]]:
-    (rank,) = place.ranks
-    return lambda fn: [fn(rank)]

@@ -137,6 +137,7 @@ def _many(ops: CudaOps, x16: Array, w: CudaWeight, out: Array, add: bool) -> Non
     for first in range(0, rows, step := unpacked_rows(*w.shape)):
         mark = ops.device.mark()
         part = _unpacked(ops, w, (min(step, rows - first),), first)
+        ops.device.follow(ops.device)  # products read weights before what ran last has ended
         gemm.products(ops, [(part, out[:, first : first + step])], x16, add=add)
         ops.device.rewind(mark)  # what follows on the stream may overwrite it
 
@@ -230,7 +231,10 @@ def expert_products(
         again = ops.device.mark()
         both = [None if w is None else _unpacked(ops, w, count, first, order) for w in (gate, up)]
         assert both[0] is not None
+        ops.device.follow(ops.device)
         gemm.experts_up(ops, x16, order, n_used, both[0], both[1], h)
         ops.device.rewind(again)
-        gemm.experts_down(ops, h, order, _unpacked(ops, down, count, first, order), part)
+        last = _unpacked(ops, down, count, first, order)
+        ops.device.follow(ops.device)
+        gemm.experts_down(ops, h, order, last, part)
         ops.device.rewind(mark)

@@ -9,7 +9,7 @@ unless greedy, run on the host: they would sort the whole vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlacli.backends.cuda_array import Array
+from mlacli.backends.cuda_group import Mail
 from mlacli.errors import MlacliError
 
 if TYPE_CHECKING:
@@ -69,13 +70,25 @@ def chain_words(
     return words
 
 
-def next_token(ops: Any, logits: Array, state: SamplerState) -> None:
-    """One launch: draws from logits [V] or [1, V], which it may overwrite."""
+def next_token(
+    ops: Any, logits: Array, state: SamplerState, mail: Mail | None = None, first: int = 0
+) -> None:
+    """One launch: draws from logits [V] or [1, V], which it may overwrite.
+
+    With a mail logits are this GPU's columns, from id `first` on: see can_exchange.
+    """
     cluster = 8 if ops.capability >= 90 else 1
+    sends = {} if mail is None else {"SEND_TO": mail.n_gpus}
     ops.run(
         "sample", (cluster,), 1024, state.token, state.pos, state.ring, logits, state.chain,
-        logits.size, RING, CLUSTER=cluster,
+        logits.size, RING, first, None if mail is None else mail.words, CLUSTER=cluster, **sends,
     )  # fmt: skip
+
+
+def can_exchange(params: SamplingParams, widths: Sequence[int]) -> bool:
+    """Whether GPUs with that many columns each can draw from candidates that they exchange."""
+    k = 1 if params.temp <= 0 else params.top_k
+    return k <= min(widths) and k * len(widths) <= _MOST
 
 
 def produced(ring: NDArray[np.int32], first: int, count: int) -> list[int]:

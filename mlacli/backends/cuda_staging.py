@@ -14,6 +14,7 @@ from mlacli.backends.cuda_weights import PIECE
 
 Host = NDArray[Any]
 _SLOTS = 3  # one being filled, one on its way, one that keeps the copy engine busy
+_SMALL = 1 << 20  # bytes of a buffer that CuPy keeps: a small model needs no other
 _MOST_THREADS = 8  # more readers than this gain nothing: memory's own bandwidth is the limit
 
 
@@ -25,9 +26,7 @@ class Staging:
         n_threads = max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)) - 1))
         self._readers = ThreadPoolExecutor(n_threads, "mlacli-read")
         self._n_threads = n_threads
-        pinned = (cp.cuda.PinnedMemoryPointer(cp.cuda.PinnedMemory(PIECE), 0)
-                  for _ in range(_SLOTS))  # fmt: skip
-        self._slots = [np.frombuffer(p, np.uint8, PIECE) for p in pinned]
+        self._slots = [np.empty(0, np.uint8)] * _SLOTS  # made when needed: locking pages is slow
         self._sent = [cp.cuda.Event(block=True, disable_timing=True) for _ in range(_SLOTS)]
 
     def send(self, target: int, host: Host) -> None:
@@ -38,10 +37,14 @@ class Staging:
         """
         turn = self._turn % _SLOTS
         self._turn += 1
-        slot = self._slots[turn][: host.nbytes].view(host.dtype).reshape(host.shape)
         self._sent[turn].synchronize()  # at once for an event that was never recorded
-        for done in [self._readers.submit(np.copyto, to, part) for to, part in
-                     zip(self._parts(slot), self._parts(host), strict=True)]:  # fmt: skip
+        if host.nbytes > len(self._slots[turn]):
+            self._slots[turn] = _locked(_SMALL if host.nbytes <= _SMALL else PIECE)
+        slot = self._slots[turn][: host.nbytes].view(host.dtype).reshape(host.shape)
+        parts = list(zip(self._parts(slot), self._parts(host), strict=True))
+        others = [self._readers.submit(np.copyto, to, part) for to, part in parts[1:]]
+        np.copyto(*parts[0])
+        for done in others:
             done.result()
         kind = cp.cuda.runtime.memcpyHostToDevice
         cp.cuda.runtime.memcpyAsync(target, slot.ctypes.data, slot.nbytes, kind, self._stream.ptr)
@@ -58,3 +61,11 @@ class Staging:
         self._stream.synchronize()
         self._readers.shutdown()
         self._slots = []
+
+
+def _locked(nbytes: int) -> Host:
+    """Page-locked memory; large ones go back to the system."""
+    if nbytes <= _SMALL:
+        return np.frombuffer(cp.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
+    pages = cp.cuda.PinnedMemoryPointer(cp.cuda.PinnedMemory(nbytes), 0)
+    return np.frombuffer(pages, np.uint8, nbytes)

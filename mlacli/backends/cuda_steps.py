@@ -26,12 +26,14 @@ from mlacli.parallel.cuda_sizes import FEW, bucket
 
 if TYPE_CHECKING:
     from mlacli.backends.cuda_ops import CudaOps
+    from mlacli.backends.cuda_together import Together
     from mlacli.params import SamplingParams
 
 Forward = Callable[[Step], "Act | None"]
 # Runs a function of the rank number on the ranks of a stage, in lockstep if there are several.
 Runner = Callable[[Callable[[int], Any]], list[Any]]
 _AHEAD = "ahead"  # steps of one token, by what begins their keys; of others it is their size
+AT_ONCE = 8  # of them in a graph; longer runs replay it
 FEW_SIZES = (1, FEW, 4 * FEW)  # tokens of steps whose kernels are compiled ahead, beside the most
 
 
@@ -51,6 +53,7 @@ class Stage:
 
     places: Sequence[Place]
     run: Runner
+    together: Together | None = None  # the ranks of graph
     graphs: dict[tuple[Any, ...], _Graph] = field(default_factory=dict)
     compiled: set[tuple[Any, ...]] = field(default_factory=set)  # kinds that run without a graph
     logits: Array | None = None  # of the last step
@@ -97,7 +100,7 @@ class Stage:
             return
         graph = self.graphs.get(key)
         if graph is None:
-            graph = self.graphs[key] = self._captured(launches)
+            graph = self.graphs[key] = self.captured(launches)
         for ops, forms in zip(self.ops, graph.forms, strict=True):
             ops.forms |= forms
         for place, replay in zip(self.places, graph.replays, strict=True):
@@ -119,7 +122,8 @@ class Stage:
                 for place in self.places:
                     place.is_dry = False
 
-    def _captured(self, launches: Callable[[], list[Array | None]]) -> _Graph:
+    def captured(self, launches: Callable[[], list[Array | None]]) -> _Graph:
+        """`launches` as graphs that none has been replayed of."""
         before = [ops.forms for ops in self.ops]
         for ops in self.ops:
             ops.forms = set()
@@ -158,7 +162,7 @@ class Steps:
     """Steps of at most `most` tokens through all stages, one after another."""
 
     def __init__(self, stages: Sequence[Stage], most: int) -> None:
-        self.stages, self.most = tuple(stages), most
+        self.stages, self.most, self.at_once = tuple(stages), most, AT_ONCE
         self.last = self.stages[-1].places[0]
         self._kind = self.last.ops[0].step_kind  # alike on all ranks
 
@@ -236,21 +240,63 @@ class Steps:
         assert len(kinds) == 1, "the engine asks n_ahead()"
         kind, n_kv = kinds.pop(), n_past + n_steps
         if len(self.stages) == 1:
-            launches = partial(self._drawn, self.stages[0], forwards, n_kv, n_steps)
-            self.stages[0].launch((_AHEAD, n_steps, *kind), launches)
+            left = n_steps
+            while left:  # in graphs of two sizes alone: each of them has to be captured
+                n = self.at_once if left >= self.at_once else 1
+                self.stages[0].launch(
+                    *self._ahead(self.stages[0], n, forwards, n_kv, kind, sampling)
+                )
+                left -= n
         else:
             for _ in range(n_steps):
-                self._through_stages(forwards, n_kv, kind)
+                self._through_stages(forwards, n_kv, kind, sampling)
         self.last.device.use()
         ring = self.last.device.get(self.last.sampler.ring)
         return cuda_sampling.produced(ring, n_past + 1, n_steps)
 
+    def capture_ahead(
+        self, forwards: Sequence[Forward], sampling: SamplingParams, n_ctx: int
+    ) -> None:
+        """Captures all that `run_ahead` replays, so that no token waits for it."""
+        sizes = (1, self.at_once) if len(self.stages) == 1 else (1,)
+        for stage in self.stages:
+            if any(ops.makes_copies(1) for ops in stage.ops):
+                continue
+            for n_kv in (1 << i for i in range(n_ctx.bit_length())):  # one of each kind at least
+                for n in sizes:
+                    kind = self._kind(1, n_kv)
+                    key, launches = self._ahead(stage, n, forwards, n_kv, kind, sampling)
+                    if key not in stage.graphs:
+                        for place in stage.places:
+                            place.expect(1)
+                        stage.graphs[key] = stage.captured(launches)
+
+    def _ahead(
+        self, stage: Stage, n: int, forwards: Sequence[Forward], n_kv: int, kind: tuple[Any, ...],
+        sampling: SamplingParams,
+    ) -> tuple[tuple[Any, ...], Callable[[], list[Array | None]]]:  # fmt: skip
+        """The key and the launches of a stage's part in `n` steps; `n` is 1 where others follow."""
+        if stage is not self.stages[-1]:
+            return (1, 1, *kind), partial(stage.forward, forwards, 1, n_kv, 1)
+        apart = stage.together is not None and stage.together.draws_apart(sampling)
+        launches = partial(self._drawn, stage, forwards, n_kv, n, apart)
+        return (_AHEAD, n, apart, *kind), launches
+
     def _drawn(
-        self, stage: Stage, forwards: Sequence[Forward], n_kv: int, n_steps: int
-    ) -> list[Array | None]:
-        """`n_steps` steps of the last stage, each with the draw of the next one's token."""
+        self, stage: Stage, forwards: Sequence[Forward], n_kv: int, n_steps: int,
+        apart: bool = False,
+    ) -> list[Array | None]:  # fmt: skip
+        """`n_steps` steps of the last stage, each with the draw of the next one's token.
+
+        `apart`: from logits that are not joined.
+        """
         found: list[Array | None] = []
         for _ in range(n_steps):
+            if apart and stage.together is not None:
+                with stage.together.apart():
+                    found = stage.forward(forwards, 1, n_kv, 1)
+                stage.together.sample(found)
+                continue
             found = stage.forward(forwards, 1, n_kv, 1)
             for place, logits in zip(stage.places, found, strict=True):
                 assert logits is not None, "the last stage samples"
@@ -258,18 +304,16 @@ class Steps:
         return found
 
     def _through_stages(
-        self, forwards: Sequence[Forward], n_kv: int, kind: tuple[Any, ...]
-    ) -> None:
+        self, forwards: Sequence[Forward], n_kv: int, kind: tuple[Any, ...],
+        sampling: SamplingParams,
+    ) -> None:  # fmt: skip
         """One step; the token that the last stage draws goes back to the others."""
-        *others, last = self.stages
+        others = self.stages[:-1]
         before: Stage | None = None
         for stage in self.stages:
             if before is not None:
                 _hand_over(before, stage, 1)
-            if stage is last:
-                stage.launch((_AHEAD, 1, *kind), partial(self._drawn, stage, forwards, n_kv, 1))
-            else:
-                stage.launch((1, 1, *kind), partial(stage.forward, forwards, 1, n_kv, 1))
+            stage.launch(*self._ahead(stage, 1, forwards, n_kv, kind, sampling))
             before = stage
         for stage in others:
             (place,) = stage.places

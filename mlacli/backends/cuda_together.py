@@ -7,21 +7,26 @@ the streams of the ranks on it and forking them again. `Collectives` is how GPUs
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from mlacli.backends import cuda_sampling
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_device import Device
 from mlacli.errors import RankError
 from mlacli.parallel.lockstep import Lockstep
 
 if TYPE_CHECKING:
+    from mlacli.backends.cuda_acts import Act
+    from mlacli.backends.cuda_group import Mail
     from mlacli.backends.cuda_ops import CudaOps
     from mlacli.backends.cuda_place import Place
+    from mlacli.params import SamplingParams
 
 TYPED_FROM = 33  # tokens whose partials are rounded to -grt's type: as numpy_ops.reduce_typed
 _TYPES = {"f32": 0, "f16": 1, "bf16": 2, "q8_0": 3}  # of kernels/shared_gpu.cu
@@ -38,10 +43,22 @@ class Collectives(Protocol):
         """Where the rank's partial of the next sum is to be written, float32, dense."""
         ...
 
+    def mail(self, rank: int, shape: tuple[int, ...]) -> Mail | None:
+        """Where a product may send it by itself, as the last launch before the sum."""
+        ...
+
+    def exchanges(self) -> bool:
+        """Whether products that have a mail, on all ranks, may do the sum among them."""
+        ...
+
     def reduce_add(
-        self, gpu_index: int, streams: list[Array], held: tuple[bool, ...], n_floats: int
-    ) -> None:
-        """Each of the residual streams [n, d] on this GPU += all partials, in rank order."""
+        self, gpu_index: int, streams: list[Array], held: tuple[bool, ...], n_floats: int,
+        rounded: bool | None = None, sent: bool = False,
+    ) -> None:  # fmt: skip
+        """Each of the residual streams [n, d] on this GPU += all partials, in rank order.
+
+        `rounded` None: to the reduce type where rows are many. `sent`: this GPU's are in the mail.
+        """
         ...
 
     def gather(
@@ -54,18 +71,26 @@ class Collectives(Protocol):
         """RankError when a GPU waited too long for another one."""
         ...
 
+    def stop(self) -> None:
+        """Ends all waits: what runs will not be used."""
+        ...
+
+    def reset(self) -> None:
+        """Ready again after a failure, when no GPU runs anything any more."""
+        ...
+
     def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Brought:
-    """What a rank brings to a sum: its residual stream, and whether it wrote a partial.
+    """What a rank brings to a sum: its residual stream, and its partial, which nobody launched yet.
 
     `experts`: the ids that it chose since the last one.
     """
 
     stream: Array
-    held: bool
+    partial: Act | None
     experts: Array | None = None
 
 
@@ -81,18 +106,52 @@ class Together:
         read back after every sum, which no captured step can do.
         """
         self.lockstep, self.widths, self.compares = lockstep, list(widths), compares
+        self._apart = False  # whether logits stay where they are computed
 
     def reduce(self, brought: Sequence[Brought]) -> None:
-        held = tuple(one.held for one in brought)
-        for gpu, place in enumerate(self.places):
-            place.join()
-            streams = [brought[rank].stream for rank in place.ranks]
-            self.collectives.reduce_add(gpu, streams, held, streams[0].size)
-            place.fork()
+        if not self._exchange(brought):
+            held = tuple(one.partial is not None for one in brought)
+            for gpu, place in enumerate(self.places):
+                sent = [self._bring(place, rank, brought[rank]) for rank in place.ranks]
+                place.join()
+                streams = [brought[rank].stream for rank in place.ranks]
+                self.collectives.reduce_add(gpu, streams, held, streams[0].size, sent=all(sent))
+                place.fork()
         if self.compares and not self.places[0].is_dry:
             self._compare("residual streams", {r: one.stream for r, one in enumerate(brought)})
             ids = {r: one.experts for r, one in enumerate(brought) if one.experts is not None}
             self._compare("chosen experts", ids)
+
+    def _exchange(self, brought: Sequence[Brought]) -> bool:
+        """Whether the products of all ranks did the sum themselves."""
+        if not self.collectives.exchanges():
+            return False
+        launches = []
+        for rank, one in enumerate(brought):
+            mail = self.collectives.mail(rank, one.stream.shape)
+            sender = None if one.partial is None else one.partial.sender
+            if mail is None or sender is None or not sender.at_once:
+                return False
+            launches.append(partial(sender.launch, replace(mail, stream=one.stream)))
+        for place in self.places:
+            place.device.use()
+            for rank in place.ranks:
+                launches[rank]()
+        return True
+
+    def _bring(self, place: Place, rank: int, one: Brought) -> bool:
+        """Launches a rank's partial, if it has one; whether that goes into the mail."""
+        if one.partial is None:
+            return False
+        place.device.use()
+        mail = self.collectives.mail(rank, one.stream.shape)
+        if mail is not None and one.partial.sender is not None:
+            one.partial.sender.launch(mail)
+            return True
+        assert one.partial.run is not None, "partials are products that nobody asked for yet"
+        slot = self.collectives.slot(rank)[: one.stream.size]
+        one.partial.run(slot.reshape(*one.stream.shape), False)
+        return False
 
     def _compare(self, what: str, of_rank: Mapping[int, Array]) -> None:
         """RankError when ranks differ in what all of them computed."""
@@ -108,10 +167,34 @@ class Together:
             if same != first:
                 raise RankError(rank, ValueError(f"its {what} are not those of the first rank"))
 
+    def draws_apart(self, sampling: SamplingParams) -> bool:
+        """Whether a token can be drawn without joining the logits."""
+        one = all(self.collectives.mail(rank, (1, 1)) for rank in range(len(self.widths)))
+        exchanges = one and self.collectives.exchanges()
+        return exchanges and cuda_sampling.can_exchange(sampling, self.widths)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Inside, what gather gives to a rank are its own columns."""
+        self._apart = True
+        try:
+            yield
+        finally:
+            self._apart = False
+
+    def sample(self, columns: Sequence[Array | None]) -> None:
+        """The next step's token of each place, drawn from its rank's columns and the others'."""
+        for (rank, place), own in zip(enumerate(self.places), columns, strict=True):
+            mail = self.collectives.mail(rank, (1, 1))
+            assert mail is not None and own is not None, "draws_apart() was asked"
+            place.sample(own, mail, sum(self.widths[:rank]))
+
     def gather(self, brought: Sequence[tuple[Array | None, int]]) -> list[Array]:
         """Of each rank its columns, and how many rows there are; for each rank the logits."""
         n = brought[0][1]
         found: dict[int, Array] = {}
+        if self._apart:
+            return [columns for columns, _ in brought if columns is not None]
         for gpu, place in enumerate(self.places):
             place.join()
             out = place.device.take((n, sum(self.widths)), np.float32)
@@ -129,11 +212,6 @@ class Peers:
     def __init__(self, together: Together, rank: int, device: Device) -> None:
         self.together, self.rank, self.device = together, rank, device
         self.n_reductions = 0
-
-    def slot(self, shape: tuple[int, ...]) -> Array:
-        """Where to write this rank's partial."""
-        slot = self.together.collectives.slot(self.rank)
-        return slot[: math.prod(shape)].reshape(*shape)
 
     def reduce_add(self, mine: Brought) -> None:
         """stream += the sum of all ranks' partials."""
@@ -166,9 +244,16 @@ class SharedGpu:
     def slot(self, rank: int) -> Array:
         return self._slots[rank]
 
+    def mail(self, rank: int, shape: tuple[int, ...]) -> Mail | None:
+        return None
+
+    def exchanges(self) -> bool:
+        return False
+
     def reduce_add(
-        self, gpu_index: int, streams: list[Array], held: tuple[bool, ...], n_floats: int
-    ) -> None:
+        self, gpu_index: int, streams: list[Array], held: tuple[bool, ...], n_floats: int,
+        rounded: bool | None = None, sent: bool = False,
+    ) -> None:  # fmt: skip
         known = zip(streams, self._streams, strict=True)
         assert all(stream.ptr == at.ptr for stream, at in known), "streams don't move"
         type_ = self._type if len(streams[0]) >= TYPED_FROM else 0
@@ -189,6 +274,12 @@ class SharedGpu:
 
     def check(self) -> None:
         """Nobody waits for anybody."""
+
+    def stop(self) -> None:
+        """Likewise."""
+
+    def reset(self) -> None:
+        """Nothing is counted."""
 
     def close(self) -> None:
         """Its memory is the arenas'."""

@@ -245,13 +245,15 @@ def report(line: CommandLine, answerer: Answerer) -> None:
     if line["no_perf"]:
         return
     from mlacli.devices import find_devices
-    from mlacli.parallel.plan_report import memory_rows
+    from mlacli.parallel.plan_report import beside_lines, memory_rows
     from mlacli.params import SplitParams
 
     plan = engine.prepared.plan
     gpus = tuple({rank.device: None for rank in plan.ranks if rank.kind == "cuda"})
     console.timings(answerer.total or engine.timings, engine.peak_memory())
     console.table(*memory_rows(plan, find_devices(SplitParams(devices=gpus))), to_stderr=True)
+    for text in beside_lines(engine.memory_beside()):
+        console.log(text)
 
 
 command = FlagCommand(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mlacli.cli import console
 from mlacli.cli.flag_command import FlagCommand
 from mlacli.cli.start import open_engines, prepared_model, prepared_modes
-from mlacli.cli.sweep_output import RowPrinter, row_values
+from mlacli.cli.sweep_output import RowPrinter, row_values, token_times
 from mlacli.cli.words import CommandLine
 from mlacli.errors import MlacliError, UsageError
 
@@ -57,6 +57,8 @@ def measure(line: CommandLine) -> list[SweepRow]:
             for row in measured:
                 status.clear()
                 show(row)
+                if line["verbose"]:
+                    console.log(token_times(row))
                 console.event("timings", **row_values(row))
                 if row.failed:
                     console.warning(f"N_KV {row.n_kv}, -sm {row.mode}: {row.failed}")

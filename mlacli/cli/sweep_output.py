@@ -116,6 +116,18 @@ def own_values(row: SweepRow) -> dict[str, Any]:
     }
 
 
+def token_times(row: SweepRow) -> str:
+    """How evenly tokens came: a step's time, as jsonl has it in step_p50 and step_p99."""
+    p50, p99 = row.step_percentile(50), row.step_percentile(99)
+    if not p50 or p99 is None:
+        return f"N_KV {row.n_kv}: no tokens"
+    which = f", -sm {row.mode}" if row.mode else ""
+    return (
+        f"N_KV {row.n_kv}{which}: a token took {p50 * 1e3:.3f} ms, at most {p99 * 1e3:.3f} ms "
+        f"({p99 / p50:.2f}x) for 99 of 100"
+    )
+
+
 def _csv_keys(memory: bool) -> list[str]:
     from mlacli.sweep import SweepRow
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mlacli.loading import untile_rare as rare
 from mlacli.loading.quant_types import QType
 from mlacli.loading.tiles import TiledShape, tiled_shape
 
@@ -103,6 +104,13 @@ def _rows(
     elif qtype.name == "Q6_K":
         blocks[..., 192:208] = groups(s, (0, 8, 16, 24), 0xFF)
         blocks[..., 208:] = by_row("d", np.uint16)[..., None].view(np.uint8)
+    elif qtype.name in rare.PACKERS:
+        width = 16 if qtype.name in rare.THIN else 32
+        codes = groups(s, (0, 8, 16, 24) if width == 16 else (0, 8), 0xFF)
+        column = np.arange(0, 256 * n_blocks, width).reshape(n_blocks, -1)
+        own = (column >= skip) & (column < skip + n_in)
+        rare.put_scales(qtype.name, blocks, rare.codes_of(qtype.name, codes, own))
+        rare.put_d(qtype.name, blocks, by_row("d", _U4 if qtype.name == "Q2_K" else np.uint16))
     elif qtype.name == "IQ4_XS":
         codes = (groups(s, (0, 8), 0xFF) + 32) & 0xFF
         column = np.arange(0, 256 * n_blocks, 32).reshape(n_blocks, 8)
@@ -123,8 +131,11 @@ def _numbers(plane: Any, tiles: TiledShape, qtype: QType, n: int) -> Bytes:
         # row tile, column tile, steps, g, t, step, column >= 8, half, row >= 8
         rows: Bytes = lanes.transpose(0, 8, 3, 1, 2, 5, 6, 4, 7).reshape(n, 16, -1)
         return rows
-    q = plane("q", _U4).reshape(n, -1, 8, 4, 4)  # row tile, column tile, g, t, step
-    high_bytes = tiles.planes["h"][1] // max(1, tiles.planes["q"][1] // 512)
+    thin = qtype.name in rare.THIN
+    # row tile, column tile, g, t, step (two steps a word of thin planes)
+    q = plane("q", _U4).reshape(n, -1, 8, 4, 2 if thin else 4)
+    n_tiles = tiles.all_row_tiles * tiles.n_col_tiles
+    high_bytes = tiles.planes["h"][1] // max(1, n_tiles)
     h = None
     if high_bytes:
         h = plane("h", _U4).reshape(n, -1, 8, 4, high_bytes // 128)
@@ -132,6 +143,11 @@ def _numbers(plane: Any, tiles: TiledShape, qtype: QType, n: int) -> Bytes:
     # axes of out: row tile, row >= 8, g, column tile, step, column >= 8, t, half
     for i in range(4):
         for half in range(2):
+            if thin:
+                steps = [rare.thin_numbers(qtype.name, q, h, j, i, half) for j in range(4)]
+                value = np.stack(steps, -1)
+                out[:, i & 1, :, :, :, i >> 1, :, half] = value.transpose(0, 2, 1, 4, 3)
+                continue
             value = q >> np.uint32(4 * i + 16 * half) & 15
             if h is not None and high_bytes == 128:
                 at = 4 * np.arange(4, dtype=np.uint32) + i + 16 * half
@@ -167,12 +183,14 @@ def _restore_foreign(raw: Bytes, edges: Bytes, n_in: int, qtype: QType, skip: in
     blocks = raw.reshape(*raw.shape[:-1], -1, qtype.nbytes)
     n_blocks = blocks.shape[-2]
     for edge, block in ((0, 0), (1, n_blocks - 1)):
-        width = 16 if qtype.name == "Q6_K" else 32
+        width = 16 if qtype.name == "Q6_K" or qtype.name in rare.THIN else 32
         column = 256 * block + np.arange(0, 256, width)
         foreign = ((column < skip) | (column >= skip + n_in)) * np.uint8(255)
         mask = np.zeros(qtype.nbytes, np.uint8)
         if qtype.name == "Q6_K":
             mask[192:208] = foreign
+        elif qtype.name in rare.PACKERS:
+            rare.put_scales(qtype.name, mask, foreign & rare.most_code(qtype.name))
         elif qtype.name == "IQ4_XS":
             mask[2:8] = _iq4_xs_scales(foreign & 63)
         else:
@@ -235,4 +253,5 @@ _PACKERS = {
     "Q4_0": _pack_4(2), "Q4_1": _pack_4(4), "Q5_0": _pack_4(6, 2), "Q5_1": _pack_4(8, 4),
     "Q8_0": _pack_8, "IQ4_NL": _pack_4(2), "MXFP4": _pack_4(1), "Q4_K": _pack_q4_k,
     "Q5_K": _pack_q5_k, "Q6_K": _pack_q6_k, "IQ4_XS": _pack_iq4_xs,
+    **rare.PACKERS,
 }  # fmt: skip

@@ -18,11 +18,10 @@ from mlacli.expanded_sizes import Sizes
 from mlacli.parallel.cuda_sizes import (
     FEW,
     PLAIN_SPLITS,
+    Sums,
     bucket,
-    mail_bytes,
     most_score_bytes,
     on_tensor_cores,
-    slot_bytes,
     slot_tile,
     stays_plain,
     unpacked_bytes,
@@ -65,14 +64,11 @@ class CudaScratch:
 
     def __init__(
         self, hp: Any, context: ContextParams, shards: Iterable[Shard], capability: int,
-        n_ranks: int, n_gpus: int = 1,
+        sums: Sums,
     ) -> None:  # fmt: skip
-        """`shards` of the rank, on a device of this compute capability.
-
-        `n_ranks` on `n_gpus` share each tensor.
-        """
+        """`shards` of the rank, on a device of this compute capability."""
         self.hp, self.context, self.capability = hp, context, capability
-        self.n_ranks, self.n_gpus = n_ranks, n_gpus
+        self.sums, self.n_ranks = sums, sums.n_ranks
         layers: dict[int | None, dict[str, Weight]] = {}
         routed: dict[int | None, list[Shard]] = {}
         for shard in shards:
@@ -103,6 +99,10 @@ class CudaScratch:
         attention = max((self._attention(layer, n, n_ctx) for layer in self._layers), default=0)
         return self._kept(n) + max(attention, self._by_tokens[n])
 
+    def outside(self, n_ctx: int) -> int:
+        """What of it is no part of the rank's arena."""
+        return self.sums.outside(min(self.context.n_ubatch, n_ctx), self.hp.d)
+
     def _kept(self, n: int) -> int:
         """What outlives a half layer: see Place, take_buffers of the ops, and the collectives."""
         hp, kept = self.hp, Taken(n)
@@ -113,11 +113,7 @@ class CudaScratch:
         kept.take(hp.p // 2)
         kept.take(hp.d)  # the residual stream
         kept.nbytes += self._ring
-        if self.n_ranks > 1:
-            kept.nbytes += slot_bytes(n, hp.d)
-            kept.nbytes += 2 * _aligned(8 * self.n_ranks)  # where all ranks have both
-        if self.n_gpus > 1:
-            kept.nbytes += mail_bytes(self.n_ranks)
+        kept.nbytes += self.sums.inside(n, hp.d) + self.sums.outside(n, hp.d)
         return kept.nbytes + 4 * int(hp.p) + _SAMPLER + 4 * _ALIGN  # frequencies; a counter
 
     # ---- attention --------------------------------------------------------------------------

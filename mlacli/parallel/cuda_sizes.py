@@ -6,6 +6,7 @@ see expanded_sizes.py. The ops take their buffers by these, cuda_scratch.py adds
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,14 +30,50 @@ def bucket(n: int, most: int) -> int:
 # ---- sums between GPUs ----------------------------------------------------------------------
 
 
-def slot_bytes(n_ubatch: int, d: int) -> int:
+MAIL_FLOATS = 192 << 10  # of a rank's packets in an inbox: cuda_peer.ROOM
+# What NCCL takes on a GPU for itself: 388 MiB when it starts and 474 at its first sums, measured
+# with 2.28.9 on two H200, 2026-11-22 (mlacli's own buffers aside); on more GPUs not measured.
+NCCL_BYTES = 880 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """How a rank's partials meet those of the others, and the memory that this takes.
+
+    `n_ranks` share each tensor, on `n_gpus`, `n_here` of them on this one. `way`: p2p, nccl, host.
+    """
+
+    n_ranks: int = 1
+    n_gpus: int = 1
+    n_here: int = 1
+    way: str = "p2p"
+
+    def outside(self, n_ubatch: int, d: int) -> int:
+        """A rank's part of what the collectives between GPUs take beside the arenas.
+
+        As in cuda_peer.py and cuda_nccl.py; the ranks of a GPU share evenly.
+        """
+        if self.n_gpus == 1:
+            return 0
+        slot = _slot_bytes(n_ubatch, d)
+        if self.way == "nccl":  # a slot a rank, what it reads, and what it gathers
+            whole = (self.n_here + 1 + self.n_gpus) * slot + NCCL_BYTES
+        else:  # tables and slots; flags and two inboxes
+            mail = 2 * 16 * 128 * 4 + 2 * self.n_ranks * MAIL_FLOATS * 8
+            whole = 1024 + self.n_here * slot + (0 if self.way == "host" else mail)
+        return -(-whole // self.n_here // 256) * 256
+
+    def inside(self, n_ubatch: int, d: int) -> int:
+        """What ranks take from their arenas for it: a partial each, where one GPU has them all."""
+        if self.n_ranks == 1:
+            return 0
+        tables = 2 * -(-8 * self.n_ranks // 256) * 256  # where all ranks have their parts
+        return tables + (_slot_bytes(n_ubatch, d) if self.n_gpus == 1 else 0)
+
+
+def _slot_bytes(n_ubatch: int, d: int) -> int:
     """A rank's partial of a step."""
     return -(-4 * n_ubatch * d // 256) * 256
-
-
-def mail_bytes(n_ranks: int) -> int:
-    """What the others write to a GPU, beside slots: flags and two inboxes (cuda_peer.py)."""
-    return 2 * 16 * 128 * 4 + 2 * n_ranks * (128 << 10) * 8 + 1024
 
 
 # ---- routed experts -------------------------------------------------------------------------

@@ -19,10 +19,11 @@ from mlacli.attention_forms import CachePart, cache_parts
 from mlacli.errors import MemoryBudgetError, PlanError, UsageError
 from mlacli.loading.quant_types import F32
 from mlacli.parallel.cuda_scratch import CudaScratch
+from mlacli.parallel.cuda_sizes import Sums
 from mlacli.parallel.cuts import Range, cut
 from mlacli.parallel.memory import cache_row_bytes, index_row_bytes, scratch_bytes
 from mlacli.parallel.placement import Placement, placed
-from mlacli.parallel.shards import Cutter, Part, Shard, keep_raw
+from mlacli.parallel.shards import Cutter, Part, Shard, grows, keep_raw
 from mlacli.parallel.tensor_uses import tensor_uses
 
 if TYPE_CHECKING:
@@ -30,9 +31,16 @@ if TYPE_CHECKING:
     from mlacli.loading.gguf_file import TensorInfo
     from mlacli.params import ContextParams, ModelParams, SplitParams
 
-Scratch = Callable[[int], int]  # bytes at most in a context of so many tokens
 HOST = "host"  # the name of its memory in tables and errors
 CTX_STEP = 256  # context sizes are rounded up to it, as llama.cpp does with flash attention
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """Bytes at most in a context of so many tokens, and what of them is outside the arena."""
+
+    nbytes: Callable[[int], int]
+    outside: Callable[[int], int] = lambda n_ctx: 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +65,7 @@ class RankPlan:
     capacity: int  # what the device may use, the margin taken off
     host: int = 0  # weights of a GPU's rank in host memory; not in `weights`
     host_capacity: int = 0  # of the host's memory, the margin taken off
+    sums: int = 0  # of `scratch`: what sums between GPUs take for themselves
 
     @property
     def total(self) -> int:
@@ -88,6 +97,7 @@ class ShardPlan:
     ranks: tuple[RankPlan, ...]
     idle: tuple[str, ...]  # devices that hold nothing
     shards: tuple[Shard, ...]
+    small: bool = False  # types that tiles make larger aren't in tiles: it would cost context
 
     def of_rank(self, rank: int) -> Iterator[Shard]:
         return (shard for shard in self.shards if shard.rank == rank)
@@ -96,23 +106,36 @@ class ShardPlan:
 def plan_shards(
     model: ModuleType, arch: str, hp: Any, tensors: Mapping[str, TensorInfo],
     params: ModelParams, split: SplitParams, context: ContextParams,
-    devices: Sequence[Device], host: Device,
+    devices: Sequence[Device], host: Device, way: str = "p2p",
 ) -> ShardPlan:  # fmt: skip
     """The plan of a run in `split.mode` (settled) on `devices`; `context.n_ctx` 0 = what fits.
 
     Layers that -ngl keeps off the GPUs belong to the first one, which reads their weights in the
-    memory of `host`.
+    memory of `host`. `way`: that of sums between GPUs, p2p, nccl or host. Types that tiles make
+    larger lie in tiles where that costs no context.
     """
+    args = (model, arch, hp, tensors, params, split, context, devices, host, way)
+    plan, on_gpu = _plan(*args), any(device.kind != "cpu" for device in devices)
+    fits = plan.n_ctx_fits >= (context.n_ctx or hp.n_ctx_train)
+    return plan if fits or not (on_gpu and any(map(grows, plan.shards))) else _plan(*args, True)
+
+
+def _plan(
+    model: ModuleType, arch: str, hp: Any, tensors: Mapping[str, TensorInfo],
+    params: ModelParams, split: SplitParams, context: ContextParams,
+    devices: Sequence[Device], host: Device, way: str, small: bool = False,
+) -> ShardPlan:  # fmt: skip
     uses = tensor_uses(model, hp, tensors, params.merge_up_gate_experts)
     n_off = _layers_off(split, devices, hp.n_layer)
     parts = _parts(split, devices, n_off, hp.n_layer)
     cutter = Cutter(hp, split.mode or "none", split.expert_split, [p.share for p in parts])
-    shards = keep_raw([s for part in parts for use in uses for s in cutter.shards(use, part)])
+    shards = tuple(s for part in parts for use in uses for s in cutter.shards(use, part))
     if any(device.kind != "cpu" for device in devices):
         placement = Placement(params, n_off, [device.name for device in devices])
         shards = placed(shards, parts, placement)
+    shards = keep_raw(shards, small)
     ranks = _rank_plans(hp, parts, cutter, shards, split.margin, context, host)
-    scratch = _scratch(ranks, parts, hp, context, shards)
+    scratch = _scratch(ranks, parts, hp, context, shards, way)
     fits = _largest_context(ranks, scratch, hp, context)
     wanted = context.n_ctx or min(hp.n_ctx_train, fits) or CTX_STEP
     n_ctx = -(-wanted // CTX_STEP) * CTX_STEP
@@ -120,7 +143,7 @@ def plan_shards(
     return ShardPlan(
         arch, split.mode or "none", split.expert_split, n_ctx, hp.n_ctx_train, fits,
         context.n_ubatch, cache_parts(hp, context), _priced(ranks, scratch, hp, context, n_ctx),
-        tuple(idle), shards,
+        tuple(idle), shards, small,
     )  # fmt: skip
 
 
@@ -162,22 +185,24 @@ def _token_bytes(hp: Any, context: ContextParams, rank: RankPlan) -> int:
 
 def _scratch(
     ranks: Sequence[RankPlan], parts: Sequence[Part], hp: Any, context: ContextParams,
-    shards: Sequence[Shard],
+    shards: Sequence[Shard], way: str,
 ) -> list[Scratch]:  # fmt: skip
     """How each rank's scratch follows from the context size."""
     found: list[Scratch] = []
     of_rank: list[list[Shard]] = [[] for _ in ranks]
     for shard in shards:
         of_rank[shard.rank].append(shard)
-    n_gpus = len({rank.device for rank in ranks}) if parts[0].n_ranks > 1 else 1
+    on_gpu = Counter(rank.device for rank in ranks)
     for rank, part in zip(ranks, parts, strict=True):
         # What GPUs refuse (-mla 0, -fa off) can still be planned: priced as on a CPU.
         if rank.kind != "cpu" and context.mla and context.flash_attn:
-            capability, own = part.device.capability, of_rank[rank.rank]
-            found.append(CudaScratch(hp, context, own, capability, part.n_ranks, n_gpus).nbytes)
+            capability, own, n = part.device.capability, of_rank[rank.rank], part.n_ranks
+            sums = Sums(n, len(on_gpu), on_gpu[rank.device], way) if n > 1 else Sums()
+            on_cuda = CudaScratch(hp, context, own, capability, sums)
+            found.append(Scratch(on_cuda.nbytes, on_cuda.outside))
         else:
             on_cpu = partial(scratch_bytes, hp, context, heads=rank.heads, vocab=rank.vocab)
-            found.append(partial(on_cpu, n_ranks=len(ranks)))
+            found.append(Scratch(partial(on_cpu, n_ranks=len(ranks))))
     return found
 
 
@@ -190,9 +215,10 @@ def _priced(
         replace(
             rank,
             cache=n_ctx * _token_bytes(hp, context, rank),
-            scratch=scratch_of(n_ctx),
+            scratch=of.nbytes(n_ctx),
+            sums=of.outside(n_ctx),
         )
-        for rank, scratch_of in zip(ranks, scratch, strict=True)
+        for rank, of in zip(ranks, scratch, strict=True)
     )
 
 
@@ -210,7 +236,7 @@ def _largest_context(
     return bisect_left(range(1, most + 1), True, key=is_too_much) * CTX_STEP
 
 
-def _shares(split: SplitParams, devices: Sequence[Device]) -> list[float]:
+def shares_of(split: SplitParams, devices: Sequence[Device]) -> list[float]:
     """Each device's share: -ts, else equal within 5% of memory, else by total memory."""
     if split.tensor_split:
         missing = len(devices) - len(split.tensor_split)
@@ -246,13 +272,13 @@ def _parts(split: SplitParams, devices: Sequence[Device], n_host: int, n_layer: 
                 "which -sm graph can't do",
                 "use -sm layer, or leave -ngl out",
             )
-        active = [(d, s) for d, s in zip(devices, _shares(split, devices), strict=True) if s > 0]
+        active = [(d, s) for d, s in zip(devices, shares_of(split, devices), strict=True) if s > 0]
         return [
             Part(i, device, share, (0, n_layer), True, True, len(active), i)
             for i, (device, share) in enumerate(active)
         ]
     if split.mode == "layer":
-        shares = _shares(split, devices)
+        shares = shares_of(split, devices)
         n_host = min(n_host, n_layer - 1)  # one layer is dealt out, to find the first device
         stages = list(zip(devices, shares, cut(n_layer - n_host, shares), strict=True))
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlacli.attention_forms import CachePart
@@ -11,6 +11,7 @@ from mlacli.parallel.shards import Shard
 
 if TYPE_CHECKING:
     from mlacli.devices import Device
+    from mlacli.parallel.memory_watch import Beside
 
 Rows = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
@@ -76,6 +77,18 @@ def memory_rows(plan: ShardPlan, gpus: Sequence[Device]) -> Rows:
     if on_host := sum(rank.host for rank in plan.ranks):
         rows.append((HOST, "-", "-", *map(_mebibytes, (on_host, on_host, 0, 0)), "-"))
     return columns, rows
+
+
+def beside_lines(found: Mapping[str, Beside]) -> list[str]:
+    """One line per GPU: what was measured beside the plan."""
+    lines = []
+    for name, beside in found.items():
+        nccl = f"; NCCL took {_mebibytes(beside.nccl)} MiB" if beside.nccl else ""
+        lines.append(
+            f"{name} beside the plan: {_mebibytes(beside.before)} MiB in use before loading (CUDA, "
+            f"other programs), {_mebibytes(beside.since)} MiB more since (kernels){nccl}"
+        )
+    return lines
 
 
 def _mebibytes(n: int) -> str:

@@ -41,6 +41,14 @@ class _Call:
         self._done = [False] * n_ranks
         self._lock = threading.Lock()
 
+    def wait(self) -> None:
+        """Until all ranks are done; in pieces, for a signal just before a wait does not end it."""
+        while True:
+            try:
+                return self.finished.get(timeout=0.2)
+            except queue.Empty:
+                pass
+
     def work(self, rank: int, exchange: Meeting) -> None:
         """This rank's share; a call that comes twice (see `RankGroup._stop`) is done once."""
         if self._done[rank]:
@@ -75,6 +83,7 @@ class RankGroup:
         self.n_ranks, self.exchange, self._enter = n_ranks, exchange, enter
         self._calls: list[queue.SimpleQueue[_Call | None]] = []
         self._threads: list[threading.Thread] = []
+        self._call: _Call | None = None
         for rank in range(n_ranks if n_ranks > 1 else 0):
             self._calls.append(queue.SimpleQueue())
             thread = threading.Thread(
@@ -96,14 +105,16 @@ class RankGroup:
         if self.n_ranks == 1:
             return [entered(0)]
         assert self._calls, "the group is closed"
-        call = _Call(entered, self.n_ranks)
+        call = self._call = _Call(entered, self.n_ranks)
         try:
             for calls in self._calls:
                 calls.put(call)
-            call.finished.get()
+            call.wait()
         except BaseException:
             self._stop(call)
             raise
+        finally:
+            self._call = None
         assert self.exchange is not None
         if call.first is not None:
             self.exchange.reset()
@@ -111,6 +122,14 @@ class RankGroup:
             raise (error if isinstance(error, MlacliError) else RankError(rank, error)) from error
         results: list[Any] = call.results
         return results
+
+    def check(self) -> None:
+        """Aborted in a rank whose call has been interrupted, or has failed on another rank.
+
+        For those that work long without meeting the others.
+        """
+        if self._call is not None and (self._call.cancelled or self._call.first is not None):
+            raise Aborted
 
     def close(self) -> None:
         """End the threads, also of a call that was interrupted twice."""

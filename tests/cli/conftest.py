@@ -165,6 +165,9 @@ class FakeEngine:
     def memory(self):
         return {"cpu": 32 << 20}
 
+    def memory_beside(self):
+        return {}
+
     def decode_ahead(self, token_id, n, sampler):
         return []
 
@@ -221,6 +224,7 @@ def fake_model(monkeypatch):
             "plan_rows": rows,
             "shard_rows": lambda plan: (("tensor", "rank"), [("output.weight", "0")]),
             "memory_rows": lambda plan, gpus: (("memory", "self"), [("cpu", "12")]),
+            "beside_lines": lambda found: [],
             "plan_as_dict": lambda plan: {"n_ctx": plan.n_ctx},
         },
     }

@@ -25,6 +25,7 @@ class Engine:
     def __enter__(self): return self
     def __exit__(self, *e): pass
     def peak_memory(self): return 0
+    def memory_beside(self): return {{}}
     def warm_up(self): pass
     def take_turn(self): pass
     def generate_ids(self, ids, n_predict, sampler):
@@ -41,7 +42,8 @@ def prepare(path, params):
 rows = lambda plan: (("a",), [("b",)])
 for name, names in {{"prepare": dict(prepare=prepare), "engine": dict(Engine=Engine),
                     "parallel.plan_report": dict(plan_rows=rows, shard_rows=rows,
-                         plan_as_dict=lambda plan: {{}}, memory_rows=lambda plan, gpus: rows(plan)),
+                         plan_as_dict=lambda plan: {{}}, memory_rows=lambda plan, gpus: rows(plan),
+                         beside_lines=lambda found: []),
                     }}.items():
     sys.modules["mlacli." + name] = types.ModuleType(name)
     vars(sys.modules["mlacli." + name]).update(names)

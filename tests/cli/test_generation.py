@@ -182,6 +182,18 @@ def test_the_memory_table_of_gpus_adds_up():
     assert row["total"] == row["free"] + row["self"] + row["unaccounted"]
 
 
+def test_what_is_measured_beside_the_plan():
+    from mlacli.parallel.memory_watch import Beside
+    from mlacli.parallel.plan_report import beside_lines
+
+    (line, other) = beside_lines({
+        "cuda0": Beside(500 << 20, 14 << 20, 470 << 20), "cuda1": Beside(500 << 20, -1 << 20, 0),
+    })  # fmt: skip
+    assert line.startswith("cuda0 beside the plan: 500 MiB in use before loading")
+    assert "14 MiB more since" in line and line.endswith("NCCL took 470 MiB")
+    assert "-1.0 MiB more since" in other and "NCCL" not in other
+
+
 def test_warm_up_by_default_and_not(mlacli, fake_model):
     mlacli("run-model", "-p", "x")
     assert fake_model.calls[:2] == [("turn", None), ("warm",)]

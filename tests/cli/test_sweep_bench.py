@@ -66,6 +66,13 @@ def test_jsonl_keys_are_those_of_the_original(mlacli, fake_model):
     ]
 
 
+def test_verbose_says_how_evenly_tokens_came(mlacli, fake_model):
+    lines = [x for x in mlacli(*FLAGS, "-v").err.splitlines() if "for 99 of 100" in x]
+    assert len(lines) == 4
+    assert re.match(r"N_KV 0, -sm \w+: a token took [\d.]+ ms, at most [\d.]+ ms \(", lines[0])
+    assert not any("for 99 of" in x for x in mlacli(*FLAGS).err.splitlines())
+
+
 @pytest.mark.parametrize("words", [FLAGS, ("run-model", "-m", "toy.gguf", "-p", "hello")])
 def test_verbose_says_which_attention_ran(mlacli, fake_model, words):
     line = "attention  prefill toy form, decode other form\n"

@@ -3,16 +3,12 @@
 import numpy as np
 import pytest
 from kit import few_tokens as few
-from kit.tiled import qtype_of
+from kit.tiled import TILED, qtype_of
 
 from mlacli.backends.cuda_geometry import STREAM, Geometry, StreamGeometry
 from mlacli.models.parts import Routing
 
 BAR = 1e-9  # x keeps 16 bits of its mantissa, everything else 24
-TYPES = (
-    "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "Q4_K", "Q5_K",
-    "Q6_K", "IQ4_XS",
-)  # fmt: skip
 V2L, V3 = Routing(6, False), Routing(8, True, 8, 4, True, 2.5)
 
 
@@ -22,7 +18,7 @@ def rng() -> np.random.Generator:
 
 
 @pytest.mark.parametrize("n", [1, 3, 8])
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", TILED)
 def test_every_type(ops, rng, name, n) -> None:
     n_in = {256: 1024, 32: 992, 1: 1000}[qtype_of(name).block]
     assert few.products(ops, rng, n, n_in, [(name, 205)], normed=n != 3, add=n == 3) < BAR
@@ -56,7 +52,7 @@ def test_shapes_of_models(ops, rng, case) -> None:
     assert few.products(ops, rng, n, n_in, [segment], normed=n == 1, geometry=how) < BAR
 
 
-@pytest.mark.parametrize("case", [("Q6_K", 2048, 102400), ("Q5_1", 1024, 30005)], ids=str)
+@pytest.mark.parametrize("case", [("Q6_K", 2048, 102400), ("Q5_1", 1024, 30005), ("IQ1_M", 2048, 30000)], ids=str)
 def test_a_large_weight(ops, rng, case) -> None:
     name, n_in, rows = case
     if ops.capability < 90:

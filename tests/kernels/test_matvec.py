@@ -7,7 +7,9 @@ every type and real sizes.
 import numpy as np
 import pytest
 from kit import few_tokens as few
+from kit import sent_cases as sent
 from kit.launcher import Launcher
+from kit.raw_cases import RARE
 from kit.simt import why_not
 from kit.simt_device import SimtDevice
 
@@ -32,6 +34,16 @@ def rng() -> np.random.Generator:
 def test_three_weights_of_one_normed_x(ops, rng) -> None:
     segments = [("Q4_0", 37), ("Q8_0", 21), ("Q5_1", 16)]
     assert few.products(ops, rng, 1, 320, segments, normed=True, geometry=Geometry(2, 2)) < BAR
+
+
+@pytest.mark.parametrize("name", RARE)
+def test_types_of_few_bits(ops, rng, name) -> None:
+    """By one token, several, the ring and whole row tiles."""
+    assert few.products(ops, rng, 1, 288, [(name, 37)], skip=96, geometry=Geometry(2, 1)) < BAR
+    assert few.products(ops, rng, 3, 256, [(name, 20)], add=True) < BAR
+    how = Geometry(2, 1, 1, 1, 2)
+    assert few.products(ops, rng, 1, 768, [(name, 40)], normed=True, geometry=how) < BAR
+    assert few.product_stream(ops, rng, 512, name, 100, False, StreamGeometry(2, 1, 2)) < BAR
 
 
 def test_another_ranks_columns_and_the_residual(ops, rng) -> None:
@@ -109,6 +121,21 @@ def test_merged_experts_of_a_part_of_the_ranks(ops, rng) -> None:
 def test_route(ops, rng, routing) -> None:
     padded = routing.sigmoid
     assert few.route(ops, rng, 1 + padded, 64, 32, routing, bias=padded, padded=padded) < BAR
+
+
+@pytest.mark.parametrize("case, how", [
+    ((2, 0, 4), Geometry(2, 2, 1, 2)), ((3, 1, 7), Geometry(2, 2, 1, 1, 2)), ((2, 1, 0), None),
+])  # fmt: skip
+def test_a_product_sends_what_it_would_store(ops, rng, case, how) -> None:
+    sent.product(ops, rng, case, "Q6_K", 150, 400, 32, how)
+
+
+@pytest.mark.parametrize("case, after_up, shared", [
+    ((2, 1, 3), False, None), ((4, 2, 4), True, "Q8_0"),
+])  # fmt: skip
+def test_experts_send_what_they_would_store(ops, rng, case, after_up, shared) -> None:
+    how = DownGeometry(2, 0 if shared is None else 2, 2)
+    sent.experts(ops, rng, case, ("Q4_K", shared), after_up=after_up, geometry=how)
 
 
 def test_an_error_in_a_weight_is_seen(ops, rng, monkeypatch) -> None:

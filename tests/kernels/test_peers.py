@@ -3,6 +3,7 @@
 The model walks through all interleavings; the kernels run on kit/simt.h with drawn ones.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,41 @@ def test_three_gpus_never_mistake_a_message(sizes: tuple[int, ...]) -> None:
     assert wrong_outcome(Protocol(3), sizes, (0, None, 2)) == ""
 
 
+@pytest.mark.parametrize("sending", [(0, 1), (1,)], ids=str)
+@pytest.mark.parametrize("silent", [(None,) * 4, (0, 1, None, 0), (1, None, 0, None)], ids=str)
+def test_products_that_send_come_in_no_order_to_be_mistaken(
+    sending: tuple[int, ...], silent: tuple[int | None, ...]
+) -> None:
+    protocol = Protocol(2, sending=sending)
+    for sizes in ((1, 2, 1, 2), (2, 1, 1, 2), (2, 2, 1, 1)):
+        assert wrong_outcome(protocol, sizes, silent) == ""
+
+
+@pytest.mark.parametrize("n_gpus, sizes", [(2, (1, 2, 1, 2)), (2, (2, 1, 2)), (3, (1, 1, 1))])
+def test_products_that_exchange_come_in_no_order_to_be_mistaken(
+    n_gpus: int, sizes: tuple[int, ...]
+) -> None:
+    """Each packet's CTA sends and takes by itself; also after sums of the other kinds."""
+    for exchanging in ((True,) * 4, (True, False, True, False), (False, True, True, True)):
+        for sending in ((), (0, 1)):
+            protocol = Protocol(n_gpus, sending=sending, exchanging=exchanging)
+            assert wrong_outcome(protocol, sizes) == ""
+
+
+@pytest.mark.parametrize("silent", [(None,) * 3, (0, None, 2)], ids=str)
+def test_three_products_that_send_come_in_no_order_to_be_mistaken(
+    silent: tuple[int | None, ...],
+) -> None:
+    assert wrong_outcome(Protocol(3, sending=(0, 1, 2)), (1, 1, 1), silent) == ""
+    assert wrong_outcome(Protocol(3, sending=(0, 2)), (1, 2, 1), silent) == ""
+
+
 def test_the_model_finds_what_the_protocol_is_for() -> None:
+    assert "step" in wrong_outcome(Protocol(2, sending=(0, 1), waits=False), (1, 1, 1))
+    assert "step" in wrong_outcome(Protocol(2, inboxes=1, sending=(0, 1)), (1, 1, 1))
+    exchanging = (True,) * 3
+    assert "step" in wrong_outcome(Protocol(2, exchanging=exchanging, waits=False), (2, 2, 2))
+    assert "step" in wrong_outcome(Protocol(2, 1, exchanging=exchanging), (2, 2, 2))
     assert "step" in wrong_outcome(Protocol(2, inboxes=1), (1, 1, 1))
     assert "step" in wrong_outcome(Protocol(2, nods=False), (1, 1, 1, 1), (None, 0, 0, None))
     assert "step" in wrong_outcome(Protocol(2, numbers=False), (2, 1, 2))
@@ -67,14 +102,26 @@ class Case:
             first = self.rng.standard_normal(1 << 12).astype(np.float32)
             self.streams[rank], self.want[rank] = self.rig.put(first), first
 
-    def reduce(self, n: int, held: tuple[bool, ...], rounded: bool = False) -> None:
-        """One more sum; every GPU's product writes its partials just before."""
+    def reduce(
+        self, n: int, held: tuple[bool, ...], rounded: bool = False, sending: tuple[int, ...] = (),
+        exchange: bool = False,
+    ) -> None:  # fmt: skip
+        """One more sum; every GPU's product writes its partials just before, or sends them."""
         group = self.rig.group
         parts = self.rng.standard_normal((group.n_ranks, n)).astype(np.float32)
         for g, gpu in enumerate(group.gpus):
+            streams = [self.streams[rank][:n] for rank in gpu.ranks]
+            mail = self.way.mail(gpu.ranks[0], n) if g in sending or exchange else None
+            if exchange:
+                assert mail is not None and all(held) and self.way.exchanges()
+                self.rig.send(g, replace(mail, stream=streams[0]), self.rig.put(parts[g]))
+                continue
+            if mail is not None and held[gpu.ranks[0]]:
+                self.rig.send(g, mail, self.rig.put(parts[gpu.ranks[0]]))
+                self.way.reduce_add(g, streams, held, n, rounded, sent=True)
+                continue
             for rank in gpu.ranks:
                 self.rig.copy(g, self.way.slot(rank)[:n], self.rig.put(parts[rank]))
-            streams = [self.streams[rank][:n] for rank in gpu.ranks]
             self.way.reduce_add(g, streams, held, n, rounded)
         typed = [
             typed_as(parts[r], self.reduce_type if rounded else "f32") for r in range(len(held))
@@ -117,6 +164,50 @@ def test_pushed_sums_are_numpys(name: str) -> None:
             case.reduce(n, held)
         case.rig.run(seed)
         case.check()
+
+
+@needs_shim
+@pytest.mark.parametrize("name, sending", [
+    ("two", (0, 1)), ("two", (1,)), ("three", (0, 1, 2)), ("three", (0, 2)), ("uneven", (1,)),
+])  # fmt: skip
+def test_sums_of_what_products_sent_are_numpys(name: str, sending: tuple[int, ...]) -> None:
+    """Also beside GPUs whose products don't send, GPUs without a partial, and longer messages."""
+    case = Case(SHARED[name])
+    case.way.pushed = 3000
+    n_ranks = case.rig.group.n_ranks
+    for seed in range(4):
+        for i, held in enumerate(masks(n_ranks) * 2):
+            case.reduce((4, 1024, 36, 300, 2048, 4)[i % 6], held, sending=sending)
+            if i % 3 == 2:
+                case.reduce((3004, 64)[i % 2], held)
+        case.rig.run(seed)
+        case.check()
+
+
+@needs_shim
+@pytest.mark.parametrize("name", ["two", "three"])
+def test_sums_that_products_do_among_them_are_numpys(name: str) -> None:
+    """Also between sums of every other kind."""
+    case = Case(SHARED[name])
+    case.way.pushed = 3000
+    n_ranks = case.rig.group.n_ranks
+    whole = (True,) * n_ranks
+    for seed in range(6):
+        for i, held in enumerate(masks(n_ranks)):
+            case.reduce((4, 300, 2048)[i % 3], whole, exchange=True)
+            case.reduce((36, 1024, 4)[(i + seed) % 3], held, sending=(0, 1)[: i % 3])
+            case.reduce((1024, 36, 3004)[i % 3], whole, exchange=i % 3 < 2)
+        case.rig.run(seed)
+        case.check()
+
+
+@needs_shim
+def test_only_lone_ranks_send_short_messages_themselves() -> None:
+    way = Case(SHARED["uneven"]).way
+    assert way.mail(0, 7168) is not None and way.mail(0, 1 << 20) is None
+    assert way.mail(1, 7168) is None and way.mail(2, 4) is None and not way.exchanges()
+    way.products_send = False
+    assert way.mail(0, 7168) is None
 
 
 @needs_shim
@@ -179,19 +270,23 @@ def test_gathered_columns_are_in_rank_order(
 
 
 @needs_shim
-@pytest.mark.parametrize("pushed", [0, 4096])
-def test_a_dead_gpu_is_noticed_and_nobody_waits_again(pushed: int) -> None:
+@pytest.mark.parametrize("pushed, sending, exchange", [
+    (0, (), False), (4096, (), False), (4096, (0, 1, 2), False), (4096, (), True),
+])  # fmt: skip
+def test_a_dead_gpu_is_noticed_and_nobody_waits_again(
+    pushed: int, sending: tuple[int, ...], exchange: bool
+) -> None:
     case = Case(SHARED["three"], limit_ms=30)
     case.way.pushed = pushed
     for n in (64, 128, 64):
-        case.reduce(n, (True,) * 3)
+        case.reduce(n, (True,) * 3, sending=sending, exchange=exchange)
     case.rig.run(0, gpus={0, 2})
     assert case.way.failed() == 1
     case.way.reset()
     assert case.way.failed() is None
     for rank, stream in case.streams.items():  # what the failed steps left is anybody's guess
         case.rig.write(0, stream.ptr, case.want[rank])
-    case.reduce(64, (True,) * 3)
+    case.reduce(64, (True,) * 3, sending=sending, exchange=exchange)
     case.rig.run(0)
     case.check()
 

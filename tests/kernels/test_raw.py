@@ -84,6 +84,41 @@ def test_experts(ops, rng, case) -> None:
     assert cases.experts(ops, rng, case) < FEW
 
 
+def test_warps_left_without_work(rng) -> None:
+    """A row tile's warps are shared out for all chosen experts, of which only some are here."""
+    ops = cases.RawOps(SimtDevice(n_sm=132))
+    for here in (1, 5):
+        case = cases.Experts(("Q3_K", "Q3_K", "Q3_K"), 1, 3, 7, d=256, f=768, first=1, here=here)
+        assert cases.experts(ops, rng, case) < FEW
+
+
+class Ordered(SimtDevice):
+    """Notes launches, and where what follows waits for all before it to have ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order: list[str] = []
+
+    def follow(self, other) -> None:
+        assert other is self
+        self.order.append("follow")
+
+    def launch(self, name: str, *args, **how) -> None:
+        self.order.append(name)
+        super().launch(name, *args, **how)
+
+
+def test_products_wait_for_the_tiles_that_they_read(rng) -> None:
+    """gemm_split.cu reads weights before the kernel that ran last has ended."""
+    device = Ordered()
+    ops = cases.RawOps(device)
+    assert cases.dense(ops, rng, "Q2_K", 9, 256, 40) < MANY
+    case = cases.Experts(("IQ1_S", "IQ1_S", "Q3_K"), n=9, f=256)
+    assert cases.experts(ops, rng, case) < MANY
+    after = [b for a, b in zip(device.order, device.order[1:], strict=False) if a == "unpack_tiles"]
+    assert after == ["follow", "unpack_tiles", "follow", "follow"], device.order
+
+
 def test_many_tokens_in_parts(ops, rng, monkeypatch) -> None:
     monkeypatch.setattr(cuda_sizes, "_UNPACKED", 1)
     assert cases.dense(ops, rng, "IQ3_S", 9, 512, 300) < MANY

@@ -27,6 +27,13 @@ def test_tokens_are_those_of_the_sampler(ops: Any, n_vocab: int) -> None:
     assert sampling_cases.check(ops, n_vocab, ("", "ties"), 1) == 0
 
 
+@pytest.mark.parametrize("widths, ended", [((600, 903), 4), ((70, 1100), 7), ((65, 64, 80), 2)])
+def test_tokens_drawn_from_candidates_of_several_gpus(
+    ops: Any, widths: tuple[int, ...], ended: int
+) -> None:
+    sampling_cases.check_apart(ops, widths, ended, ("", "ties", "equal"))
+
+
 def test_banned_ids(ops: Any) -> None:
     sampling_cases.check_banned(ops, 1500)
 

@@ -64,7 +64,8 @@ int main(int argc, char** argv) {
     case T: return unpack<T>(n_row_tiles, n_col_tiles, buffer);
         CASE(QT_F16) CASE(QT_BF16) CASE(QT_Q4_0) CASE(QT_Q4_1) CASE(QT_Q5_0) CASE(QT_Q5_1)
         CASE(QT_Q8_0) CASE(QT_IQ4_NL) CASE(QT_MXFP4) CASE(QT_Q4_K) CASE(QT_Q5_K) CASE(QT_Q6_K)
-        CASE(QT_IQ4_XS)
+        CASE(QT_IQ4_XS) CASE(QT_Q2_K) CASE(QT_Q3_K) CASE(QT_IQ3_XXS) CASE(QT_IQ3_S) CASE(QT_IQ2_XXS)
+        CASE(QT_IQ2_XS) CASE(QT_IQ2_S) CASE(QT_IQ1_S) CASE(QT_IQ1_M)
     }
     return 2;
 }

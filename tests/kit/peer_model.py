@@ -1,8 +1,10 @@
 """The one-shot sum of kernels/include/peers.cuh as a state machine, walked through in all orders.
 
 A GPU's step: send its packets to every other GPU one by one, wait for every packet of theirs one by
-one, end. GPUs take these moves in any order; two that don't touch each other's mail are not told
-apart by the search, which keeps the states it has seen.
+one, end. Where products send, a GPU has two programs that run beside each other: the product waits
+for the sum before and sends to all, itself too; the sum, which begins when the product has waited,
+takes what comes and ends when the product has ended. GPUs take these moves in any order; two that
+don't touch each other's mail are not told apart by the search, which keeps the states it has seen.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ class Protocol:
     inboxes: int = 2  # used in turn
     nods: bool = True  # a GPU without a partial says that it is there
     numbers: bool = True  # packets carry their step's number instead of just being there
+    sending: tuple[int, ...] = ()  # GPUs whose products send by themselves
+    waits: bool = True  # which they do when the sum before has ended
+    exchanging: tuple[bool, ...] = ()  # steps that products do among them
 
 
 def wrong_outcome(
@@ -31,18 +36,22 @@ def wrong_outcome(
     `sizes`: packets of each step's message; `silent`: the GPU that has none in a step.
     """
     silent = silent or (None,) * len(sizes)
-    n = protocol.n_gpus
-    programs = [_program(protocol, gpu, sizes, silent) for gpu in range(n)]
-    # State: each GPU's place in its program, and the mail {(to, inbox, from, packet): step}.
+    owners, programs = [], []
+    for gpu in range(protocol.n_gpus):
+        for program in _programs(protocol, gpu, sizes, silent):
+            owners.append(gpu)
+            programs.append(program)
+    n = len(programs)
+    # State: the place in each program, and the mail {(to, inbox, from, packet): step}.
     todo: list[State] = [((0,) * n, frozenset())]
     seen = set(todo)
     while todo:
         places, mail = todo.pop()
         moved = False
-        for gpu in range(n):
-            if places[gpu] == len(programs[gpu]):
+        for at, gpu in enumerate(owners):
+            if places[at] == len(programs[at]):
                 continue
-            kind, key, step = programs[gpu][places[gpu]]
+            kind, key, step = programs[at][places[at]]
             held = dict(mail)
             if kind == "send":
                 held[key] = step
@@ -60,7 +69,7 @@ def wrong_outcome(
                     if found != step:
                         return f"GPU {gpu} takes step {found} for step {step}"
             moved = True
-            now = (*places[:gpu], places[gpu] + 1, *places[gpu + 1 :])
+            now = (*places[:at], places[at] + 1, *places[at + 1 :])
             state = (now, frozenset(held.items()))
             if state not in seen:
                 seen.add(state)
@@ -71,12 +80,64 @@ def wrong_outcome(
     return ""
 
 
+Move = tuple[str, tuple[Any, ...], int]  # (what, where, step)
+
+
+def _programs(
+    protocol: Protocol, gpu: int, sizes: tuple[int, ...], silent: tuple[int | None, ...]
+) -> list[list[Move]]:
+    """A GPU's moves, of its products and of its sums; of a product's CTAs where these exchange."""
+    if protocol.exchanging:
+        return _exchanging(protocol, gpu, sizes)
+    if gpu not in protocol.sending:
+        return [_program(protocol, gpu, sizes, silent)]
+    gpus, product, sums = range(protocol.n_gpus), list[Move](), list[Move]()
+    for step, (size, out) in enumerate(zip(sizes, silent, strict=True), 1):
+        inbox = step % protocol.inboxes
+        if protocol.waits:
+            product.append(("nod", (gpu, "sum"), step - 1))
+        product.append(("send", (gpu, "begun"), step))
+        if out != gpu:
+            product += [("send", (g, inbox, gpu, i), step) for g in gpus for i in range(size)]
+        product.append(("send", (gpu, "product"), step))
+        nods = [("send", (g, "flag", gpu), step) for g in gpus if g != gpu]
+        if out == gpu:  # nothing was sent: an ordinary sum, which waits first
+            sums += [("nod", (gpu, "product"), step), *nods]
+        sums.append(("nod", (gpu, "begun"), step))
+        sums += [("take", (gpu, inbox, g, i), step) for g in gpus if g != out for i in range(size)]
+        sums.append(("nod", (gpu, "product"), step))
+        if out is not None and out != gpu:
+            sums.append(("nod", (gpu, "flag", out), step))
+        sums.append(("send", (gpu, "sum"), step))
+    return [product, sums]
+
+
+def _exchanging(protocol: Protocol, gpu: int, sizes: tuple[int, ...]) -> list[list[Move]]:
+    """Of each packet's CTA, which waits, sends and takes; and of what ends when all have ended."""
+    others = [g for g in range(protocol.n_gpus) if g != gpu]
+    ctas, end = [list[Move]() for _ in range(max(sizes))], list[Move]()
+    for step, (size, exchanging) in enumerate(zip(sizes, protocol.exchanging, strict=False), 1):
+        inbox = step % protocol.inboxes
+        to_me = gpu in protocol.sending and not exchanging  # a sum of its own takes it from there
+        for cta, moves in enumerate(ctas[:size]):
+            i = (cta + step // 2) % size  # products give CTAs other rows
+            if protocol.waits:
+                moves.append(("nod", (gpu, "sum"), step - 1))
+            moves += [("send", (g, inbox, gpu, i), step) for g in others + [gpu] * to_me]
+            moves += [("take", (gpu, inbox, g, i), step) for g in others]
+            moves += [("take", (gpu, inbox, gpu, i), step)] * to_me
+            moves.append(("send", (gpu, "cta", cta), step))
+        end += [("nod", (gpu, "cta", cta), step) for cta in range(size)]
+        end.append(("send", (gpu, "sum"), step))
+    return [*ctas, end]
+
+
 def _program(
     protocol: Protocol, gpu: int, sizes: tuple[int, ...], silent: tuple[int | None, ...]
-) -> list[tuple[str, tuple[Any, ...], int]]:
-    """A GPU's moves: (what, where, step)."""
+) -> list[Move]:
+    """The moves of a GPU whose sums send what products left in its memory."""
     others = [g for g in range(protocol.n_gpus) if g != gpu]
-    moves: list[tuple[str, tuple[Any, ...], int]] = []
+    moves: list[Move] = []
     for step, (size, out) in enumerate(zip(sizes, silent, strict=True), 1):
         inbox = step % protocol.inboxes
         if out != gpu:

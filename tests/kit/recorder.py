@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlacli import devices, engine
+from mlacli import devices
 from mlacli.backends import cuda_device, cuda_devices, cuda_ops, cuda_ranks
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_sources import signatures
@@ -79,6 +79,7 @@ class Recorder:
     units: set[tuple[str, tuple[tuple[str, Any], ...]]] = field(default_factory=set)
     n_reads: int = 0
     n_compiled: int = 0
+    is_busy: bool = False
     peak: int = 0
     loaded: int = 0  # bytes of weights and cache
     host_bytes: int = 0
@@ -222,6 +223,9 @@ class Recorder:
     def close(self) -> None:
         """Memory is kept, to be looked at."""
 
+    def failure(self) -> None:
+        """It lives."""
+
     def synchronize(self) -> None:
         assert not self._capturing, "a step waits for the device"
 
@@ -298,7 +302,7 @@ def recorded(
     )
     monkeypatch.setattr(cuda_devices, "use_device", lambda name: None)
     monkeypatch.setattr(cuda_device, "CudaDevice", partial(Recorder, capability=capability))
-    monkeypatch.setattr(engine, "bytes_in_use", lambda name: 0)
+    monkeypatch.setattr(devices, "bytes_in_use", lambda name: 0)
     compile_ahead = cuda_ranks.CudaRanks.compile
 
     def compiled(ranks: Any, *args: Any) -> int:

@@ -1,12 +1,15 @@
 """Cases of the device sampler, run on a Launcher of any device and compared with the Sampler."""
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from kit.sent_cases import TICKS, Inboxes
 
 from mlacli.backends import cuda_sampling
+from mlacli.backends.cuda_group import Mail
 from mlacli.errors import MlacliError
 from mlacli.params import SamplingParams
 from mlacli.sampling import Sampler, uniform
@@ -45,20 +48,59 @@ class Driven:
         self.ops = ops
         token, pos = ops.put(np.array([7], np.int32)), ops.put(np.array([99], np.int32))
         self.state = cuda_sampling.new_state(ops.device.take, token, pos)
+        banned = sorted(banned)
+        params = replace(params, ignore_eos=bool(banned) or params.ignore_eos)
         self.host = Sampler(params, frozenset(banned))
         words = cuda_sampling.chain_words(params, self.host.seed, n_vocab, banned)
         ops.device.copy_in(self.state.chain, words)
 
-    def __call__(self, logits: np.ndarray, position: int) -> int:
+    def __call__(
+        self, logits: np.ndarray, position: int, mail: Mail | None = None, first: int = 0
+    ) -> int:
         """The device's id for `position`; asserts that state and ring agree."""
         ops, state = self.ops, self.state
         ops.device.copy_in(state.pos, np.array([position - 1], np.int32))
-        cuda_sampling.next_token(ops, ops.put(logits), state)
+        cuda_sampling.next_token(ops, ops.put(logits), state, mail, first)
         token, pos, ring = (ops.get(x) for x in (state.token, state.pos, state.ring))
         assert pos[0] == position
         drawn = cuda_sampling.produced(ring, position, 1)[0]
         assert drawn == token[0]
         return drawn
+
+
+def check_apart(ops: Any, widths: tuple[int, ...], ended: int, kinds: Iterable[str]) -> None:
+    """Every GPU of several draws the Sampler's token from its columns and others' candidates."""
+    rng, n_vocab = np.random.default_rng(2), sum(widths)
+    firsts = np.cumsum([0, *widths])
+    for params in CHAINS:
+        if not cuda_sampling.can_exchange(params, widths):
+            continue
+        driven = Driven(ops, params, n_vocab, banned=range(0, n_vocab, 97))
+        for kind, me in itertools.product(kinds, range(len(widths))):
+            logits, position = logits_of(rng, n_vocab, kind), int(rng.integers(1, 1 << 20))
+            want = driven.host.next(logits, position)
+            logits_there = np.where(np.arange(n_vocab) % 97 == 0, -np.inf, logits)
+            k = params.top_k if params.temp > 0 else 1
+            parts = np.stack([
+                candidates(logits_there[a:b].astype(np.float32), a, k)
+                for a, b in itertools.pairwise(firsts)
+            ])  # fmt: skip
+            boxes = Inboxes(ops, rng, (len(widths), me, ended), 2 * k, parts)
+            own = logits[firsts[me] : firsts[me + 1]]
+            got = driven(own, position, boxes.mail, int(firsts[me]))
+            near = params.temp > 0 and admissible(driven.host, logits_there, position)
+            assert got == want or (near and got in near), (params, kind, me, got, want)
+            sent = boxes.sent([g for g in range(len(widths)) if g != me])
+            assert np.array_equal(sent.view(np.uint32), parts[me].view(np.uint32))
+            words = ops.get(boxes.words)
+            assert words[0] // TICKS == boxes.step and words[1] == 0, "one step was counted"
+
+
+def candidates(logits: np.ndarray, first: int, k: int) -> np.ndarray:
+    """Bits of the k largest and their ids, by ascending id, in turns."""
+    at = np.sort(np.argsort(-logits, kind="stable")[:k])
+    both = np.stack([logits[at].view(np.uint32), (at + first).astype(np.uint32)], 1)
+    return both.reshape(-1).view(np.float32)
 
 
 def admissible(sampler: Sampler, logits: np.ndarray, position: int) -> set[int]:

@@ -6,7 +6,9 @@
 // which calls the functions below. kit/simt.py compiles it, and gives dynamic shared memory its size.
 // What it can't show: races between barriers, memory order, speed.
 #pragma once
+#undef _FORTIFY_SOURCE  // its longjmp takes a jump to another fiber's stack for a mistake
 #include <math.h>
+#include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -60,11 +62,12 @@ struct Stack {
     }
 };
 struct Fiber {
-    ucontext_t context;
+    ucontext_t start;  // where it begins; from then on it goes on at `at`
+    jmp_buf at;        // a jump costs no system call, as a change of context does
     Stack stack;
     uint3 thread;
     int linear = 0;
-    bool done = false;
+    bool begun = false, done = false;
 };
 struct Cta {
     std::vector<Fiber> fibers;
@@ -73,7 +76,7 @@ struct Cta {
     Barrier all, named[16];
     std::vector<int> live_in_warp;
     int live = 0;
-    ucontext_t scheduler;
+    jmp_buf scheduler;
 };
 inline Cta* cta;
 inline Fiber* current;
@@ -83,7 +86,17 @@ inline std::function<void()> body;
 inline const std::function<void()>* starting = &body;  // what a fiber runs that begins now
 inline unsigned long long clock;  // nanoseconds, of kernels that look at it
 
-inline void yield() { swapcontext(&current->context, &cta->scheduler); }
+// From a fiber to the scheduler, until the scheduler resumes it.
+inline void yield() {
+    if (!_setjmp(current->at)) _longjmp(cta->scheduler, 1);
+}
+inline void resume(Fiber& fiber) {
+    current = &fiber;
+    if (_setjmp(cta->scheduler)) return;
+    if (fiber.begun) _longjmp(fiber.at, 1);
+    fiber.begun = true;
+    setcontext(&fiber.start);
+}
 
 inline void arrive(Barrier& b, const int& expected) {
     const int mine = b.generation;
@@ -129,11 +142,11 @@ inline void fill(Cta& now, dim3 block) {
         now.live_in_warp[i / 32]++;
         f.linear = i;
         f.thread = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
-        getcontext(&f.context);
-        f.context.uc_stack.ss_sp = f.stack.take();
-        f.context.uc_stack.ss_size = STACK;
-        f.context.uc_link = nullptr;
-        makecontext(&f.context, entry, 0);
+        getcontext(&f.start);
+        f.start.uc_stack.ss_sp = f.stack.take();
+        f.start.uc_stack.ss_size = STACK;
+        f.start.uc_link = nullptr;
+        makecontext(&f.start, entry, 0);
     }
 }
 
@@ -168,10 +181,7 @@ inline void run_devices(const std::vector<std::vector<Work>>& queues, unsigned s
         cta = device.ctas[x].get(), block_index = {x, 0, 0}, starting = &work.all;
         grid_size = dim3(work.grid), block_size = dim3(work.block);
         for (Fiber& f : cta->fibers)
-            if (!f.done && draw() % 4) {
-                current = &f;
-                swapcontext(&cta->scheduler, &f.context);
-            }
+            if (!f.done && draw() % 4) resume(f);
         bool live = false;
         for (auto& one : device.ctas) live |= one->live > 0;
         if (live) continue;
@@ -194,10 +204,7 @@ inline void launch(dim3 grid, dim3 block, K kernel, A... args) {
                 fill(now, block);
                 while (now.live)
                     for (Fiber& f : now.fibers)
-                        if (!f.done) {
-                            current = &f;
-                            swapcontext(&now.scheduler, &f.context);
-                        }
+                        if (!f.done) resume(f);
             }
 }
 

@@ -35,6 +35,9 @@ class SimtDevice:
     def rewind(self, mark: int) -> None:
         """Nothing is used twice."""
 
+    def follow(self, other: Any) -> None:
+        """What is launched here has ended when the launch returns."""
+
     def copy_in(self, array: Array, host: np.ndarray) -> None:
         ctypes.memmove(array.ptr, np.ascontiguousarray(host).ctypes.data, array.nbytes)
 

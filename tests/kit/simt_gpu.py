@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from kit.simt_device import SimtDevice
 
-from mlacli import devices, engine
-from mlacli.backends import cuda_collectives, cuda_device, cuda_devices
+from mlacli import devices
+from mlacli.backends import cuda_collectives, cuda_device, cuda_devices, cuda_ways
 from mlacli.backends.cuda_array import Array
-from mlacli.backends.cuda_group import GpuPlace
+from mlacli.backends.cuda_group import GpuPlace, Mail
 from mlacli.devices import Device
 from mlacli.errors import MemoryBudgetError
 
@@ -33,6 +33,7 @@ class SimtGpu(SimtDevice):
 
     n_sm, capability = 4, 80
     n_compiled = 0
+    is_busy = False
 
     def __init__(self, name: str, nbytes: int, beside: Any = None) -> None:
         self.name, self.nbytes = name, nbytes
@@ -51,6 +52,10 @@ class SimtGpu(SimtDevice):
         if self._at > self.nbytes:
             raise MemoryBudgetError(self.name, self._at, self.nbytes)
         return array
+
+    @property
+    def noting(self) -> bool:
+        return self._quiet
 
     def mark(self) -> int:
         return self._at
@@ -119,6 +124,9 @@ class SimtGpu(SimtDevice):
     def synchronize(self) -> None:
         """Nothing is under way."""
 
+    def failure(self) -> None:
+        """It lives."""
+
 
 class SimtCollectives:
     """Sums between SimtGpus: all at once, when the last GPU launches its part."""
@@ -132,23 +140,41 @@ class SimtCollectives:
         self.n_ranks = sum(len(gpu.ranks) for gpu in gpus)
         self.slots = [self.memory.take((max_floats,), "f4") for _ in range(self.n_ranks)]
         self.table = self._table(self.slots)
+        self.products_send, self.n_sent = True, 0
+        self.packets = [self.memory.take((max_floats, 2), "f4") for _ in range(self.n_ranks)]
+        posts = [np.array([0, 0, 0, box.ptr], np.uint64) for box in self.packets]
+        self.mails = [Mail(self._put(post), 1) for post in posts]
         self.streams: dict[int, Array] = {}
         self.streams_table: Array | None = None
         self.parts: dict[int, Array | None] = {}
         self.outs: list[Array] = []
 
     def _table(self, arrays: Sequence[Array]) -> Array:
-        host = np.array([array.ptr for array in arrays], np.int64)
-        table = self.memory.take(host.shape, host.dtype)
-        self.memory.copy_in(table, host)
-        return table
+        return self._put(np.array([array.ptr for array in arrays], np.int64))
+
+    def _put(self, host: np.ndarray) -> Array:
+        array = self.memory.take(host.shape, host.dtype)
+        self.memory.copy_in(array, host)
+        return array
 
     def slot(self, rank: int) -> Array:
         return self.slots[rank]
 
+    def mail(self, rank: int, shape: tuple[int, ...]) -> Mail | None:
+        alone = any(gpu.ranks == [rank] for gpu in self.gpus)
+        return self.mails[rank] if alone and self.products_send and shape[0] <= 32 else None
+
+    def exchanges(self) -> bool:
+        return False  # GPUs run one after another here
+
     def reduce_add(
-        self, gpu_index: int, streams: list[Array], held: tuple[bool, ...], n_floats: int
-    ) -> None:
+        self, gpu_index: int, streams: list[Array], held: tuple[bool, ...], n_floats: int,
+        sent: bool = False,
+    ) -> None:  # fmt: skip
+        if sent:
+            (rank,), device = self.gpus[gpu_index].ranks, self.gpus[gpu_index].device
+            args, self.n_sent = (self.slots[rank], self.packets[rank], 1, 1, 2), self.n_sent + 1
+            device.launch("copy_columns", (n_floats,), 1, *args, N_GPUS=1, N_RANKS=1)
         self.streams |= zip(self.gpus[gpu_index].ranks, streams, strict=True)
         if gpu_index < len(self.gpus) - 1:
             return
@@ -177,6 +203,12 @@ class SimtCollectives:
     def check(self) -> None:
         """Nobody waits."""
 
+    def stop(self) -> None:
+        """Nobody waits."""
+
+    def reset(self) -> None:
+        """Nothing is counted."""
+
     def close(self) -> None:
         """Its memory is an arena's."""
 
@@ -194,6 +226,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch, capability: int = 80) -> None:
     monkeypatch.setattr(devices, "_device", device)
     monkeypatch.setattr(cuda_devices, "use_device", lambda name: None)
     monkeypatch.setattr(SimtGpu, "capability", capability)
+    monkeypatch.setattr(cuda_ways, "obstacle", lambda way, devices: "")
     monkeypatch.setattr(cuda_collectives, "Collectives", SimtCollectives)
     monkeypatch.setattr(cuda_device, "CudaDevice", SimtGpu)
-    monkeypatch.setattr(engine, "bytes_in_use", lambda name: 0)
+    monkeypatch.setattr(devices, "bytes_in_use", lambda name: 0)

@@ -7,22 +7,18 @@ host code and kernels run as they are. `run(seed)` lets the GPUs take turns as d
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from kit.simt import KIT as HERE
-from kit.simt import headers as _include
+from kit.simt import library
 
 from mlacli.backends.cuda_array import Array
-from mlacli.backends.cuda_group import GpuPlace, Group
+from mlacli.backends.cuda_group import GpuPlace, Group, Mail
 from mlacli.backends.cuda_sources import signatures, source
 
 _C = {"p": "void*", "i": "int", "l": "long long"}
-COPY = -1
+# Stand-ins for products; the latter two beyond the variant that gathers what they send.
+COPY, SENDS, EXCHANGES = -1, 1000, 2000
 
 
 class RigDevice:
@@ -104,17 +100,31 @@ class PeerRig:
         """In the GPU's order: what a product would write."""
         self.note(gpu, COPY, 1, 1, [to.ptr, source.ptr, source.nbytes])
 
+    def send(self, gpu: int, mail: Mail, partial: Array) -> None:
+        """In the GPU's order: what a product would send of `partial`, or exchange."""
+        defines = {"N_GPUS": mail.n_gpus, "N_RANKS": self.group.n_ranks}
+        at = self.variant("reduce_sent", defines)
+        n = partial.size
+        if mail.stream is None:
+            self.note(gpu, at + SENDS, 3, 32, [mail.words.ptr, partial.ptr, n])
+        else:
+            values = [mail.words.ptr, partial.ptr, mail.stream.ptr, n]
+            self.note(gpu, at + EXCHANGES, 3, 32, values)
+
     def run(self, seed: int, gpus: set[int] | None = None) -> None:
         """All that was launched, or that on `gpus` alone; launches are forgotten."""
         works = [work for work in self.works if gpus is None or work[0] in gpus]
         rows = np.array([[*work[:4], len(work[4])] for work in works], np.int32)
         values = np.array([v for work in works for v in work[4]], np.int64)
-        run = _built(self._text())
+        run = library(self._text()).run
+        run.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
+        run.restype = None
         run(len(self.devices), len(rows), rows.ctypes.data, values.ctypes.data, seed)
         self.works.clear()
 
     def _text(self) -> str:
-        parts, makers = [f'#include "{HERE}/simt.h"'], []
+        parts: list[str] = []
+        makers: list[str] = []
         for i, (name, defines) in enumerate(self.variants):
             file, _ = signatures()[name]
             text = source(file).replace('extern "C" __global__', "inline")
@@ -123,12 +133,33 @@ class PeerRig:
             macros = [key for key, _ in defines]
             macros += ["UNROLL", "PEER_CTAS", "PEER_TICKS", "PEER_POLLS"]
             parts += [f"#define {key} {value}" for key, value in defines]
-            parts += [f"namespace variant{i} {{", text, "}"]
+            sender = _SENDER if name == "reduce_sent" else ""
+            parts += [f"namespace variant{i} {{", text, sender, "}"]
             parts += [f"#undef {key}" for key in macros]
             makers.append(f"case {i}: return bound(variant{i}::{name}, at);")
+            if sender:
+                makers.append(f"case {i + SENDS}: return bound(variant{i}::send_partial, at);")
+                bound = f"bound(variant{i}::exchange_partial, at)"
+                makers.append(f"case {i + EXCHANGES}: return {bound};")
         return "\n".join(parts) + _RUN.replace("CASES", "\n".join(makers))
 
 
+_SENDER = """
+inline void send_partial(const void* words, const float* partial, int n) {
+    Post<N_GPUS> post;
+    post.open(words);
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x)
+        post.send(i, partial[i]);
+}
+inline void exchange_partial(const void* words, const float* partial, float* x, int n) {
+    Post<N_GPUS> post;
+    post.open(words);
+    __syncthreads();
+    if (threadIdx.x == 0) post.count();
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x)
+        x[i] += post.exchange(i, partial[i]);
+}
+"""
 _RUN = """
 template <class A> A value(const long long*& at) { return (A)*at++; }
 template <class... A> std::function<void()> bound(void (*kernel)(A...), const long long* at) {
@@ -148,22 +179,3 @@ extern "C" void run(int n_devices, int n, const int* rows, const long long* valu
     simt::run_devices(queues, seed);
 }
 """
-
-
-def _built(text: str) -> Any:
-    simt = (HERE / "simt.h").read_text()
-    digest = hashlib.sha256((text + simt).encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / "mlacli-simt"
-    folder.mkdir(exist_ok=True)
-    library = folder / f"peers-{digest}.so"
-    if not library.exists():
-        made = folder / f"{digest}.tmp.so"
-        flags = ["-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=off"]
-        command = ["g++", *flags, f"-I{_include()}", "-x", "c++", "-", "-o", str(made)]
-        done = subprocess.run(command, input=text, text=True, capture_output=True, check=False)
-        assert done.returncode == 0, done.stderr[:4000]
-        made.rename(library)
-    run = ctypes.CDLL(str(library)).run
-    run.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
-    run.restype = None
-    return run

@@ -17,19 +17,34 @@ from mlacli.loading.tiles import TiledShape, tiled_shape
 
 TILED = (
     "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "Q4_K", "Q5_K",
-    "Q6_K", "IQ4_XS",
+    "Q6_K", "IQ4_XS", "Q2_K", "Q3_K", "IQ3_XXS", "IQ3_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_S",
+    "IQ1_M",
 )  # fmt: skip
 # Largest |stored number less zero| of the types: the header's bound is made of it.
 MOST = {
     "Q4_0": 8, "Q4_1": 15, "Q5_0": 16, "Q5_1": 31, "Q8_0": 128, "IQ4_NL": 127, "MXFP4": 12,
     "Q4_K": 15, "Q5_K": 31, "Q6_K": 32, "IQ4_XS": 127,
+    "Q2_K": 3, "Q3_K": 4, "IQ3_XXS": 62, "IQ3_S": 15, "IQ2_XXS": 43, "IQ2_XS": 43, "IQ2_S": 43,
+    "IQ1_S": 1.125, "IQ1_M": 9,
 }  # fmt: skip
-ZERO = {"Q4_0": 8, "Q5_0": 16, "Q6_K": 32}
+ZERO = {"Q4_0": 8, "Q5_0": 16, "Q6_K": 32, "Q3_K": 4}
+THIN = ("Q2_K", "Q3_K", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_S", "IQ1_M")
+SIXTEENS = (*THIN, "Q6_K")  # scales of 16 columns each
 IQ4 = np.array(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32
 )
 FP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
-TABLES = {"IQ4_NL": IQ4, "IQ4_XS": IQ4, "MXFP4": FP4}
+IQ2 = np.array([8, 25, 43, 0, -8, -25, -43, 0], np.float32)
+IQ1 = np.array([-7, 1, 9, 0, -9, -1, 7, 0], np.float32)  # in eighths
+IQ3_XXS, IQ3_S = (
+    np.array([*sizes, *(-n for n in sizes)], np.float32)
+    for sizes in ((4, 12, 20, 28, 36, 44, 52, 62), range(1, 16, 2))
+)
+TABLES = {
+    "IQ4_NL": IQ4, "IQ4_XS": IQ4, "MXFP4": FP4, "IQ3_XXS": IQ3_XXS, "IQ3_S": IQ3_S,
+    "IQ2_XXS": IQ2, "IQ2_XS": IQ2, "IQ2_S": IQ2,
+    "IQ1_M": np.arange(-9, 23, 2, dtype=np.float32),
+}  # fmt: skip
 
 
 def qtype_of(name: str) -> QType:
@@ -158,6 +173,79 @@ class Parts:
         self.scale_code, self.d = code.astype(np.uint32) & 255, b[..., :2]
         self.numbers = self._nibbles(b[..., 8:].reshape(*b.shape[:2], 8, 16))
 
+    @staticmethod
+    def _two_bits(b: np.ndarray) -> np.ndarray:
+        b = b.reshape(*b.shape[:2], 2, 1, 32)
+        return b >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
+
+    def _q2_k(self, b: np.ndarray) -> None:
+        self.numbers, code = self._two_bits(b[..., 16:80]), b[..., :16].astype(np.uint32)
+        self.scale = _half(b[..., 80:82])[..., None] * (code & 15).astype(np.float32)
+        self.minimum = -_half(b[..., 82:84])[..., None] * (code >> 4).astype(np.float32)
+        self.scale_code, self.d = code, b[..., 80:84]
+
+    def _q3_k(self, b: np.ndarray) -> None:
+        top = b[..., None, :32] >> np.arange(8, dtype=np.uint8)[:, None] & 1
+        self.numbers = self._two_bits(b[..., 32:96]).reshape(top.shape) | top << 2
+        high = b[..., None, 104:108] >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
+        code = self._nibbles(b[..., 96:104]) | high.reshape(*b.shape[:2], 16) << 4
+        code = code.astype(np.int32) - 32
+        self.scale = _half(b[..., 108:])[..., None] * code.astype(np.float32)
+        self.scale_code, self.d = code.astype(np.uint32) & 255, b[..., 108:]
+
+    def _mapped(self, b: np.ndarray, name: str, d: np.ndarray, code: np.ndarray) -> None:
+        """IQ1 to IQ3: numbers out of gguf-py's values for d = 1; `code` of 32 or 16 columns."""
+        unit = {"1": 0.125, "2": 0.125, "3": 0.25 if name == "IQ3_XXS" else 1.0}[name[2]]
+        odd, ones = 1 + 2 * code.astype(np.uint32), b.copy()
+        if name == "IQ1_M":
+            tops = np.array([0, 0, 0xC000, 0x3000], np.uint16)
+            words = np.ascontiguousarray(b[..., 48:]).view(np.uint16) & 0x0FFF | tops
+            ones[..., 48:] = words.view(np.uint8)
+        else:
+            ones[..., :2] = np.float16(1)[None].view(np.uint8)
+        values = dequantize(ones.reshape(len(b), -1), T[name]).reshape(*b.shape[:2], 256)
+        scale = odd.astype(np.float32) * np.float32(unit)
+        numbers = np.rint(values / np.repeat(scale, 256 // code.shape[-1], axis=-1)).astype(int)
+        table = np.zeros(256, np.uint8)
+        values = IQ1 if name.startswith("IQ1") else TABLES[name]
+        table[values.astype(int)] = np.arange(len(values))
+        self.numbers = table[numbers]
+        self.scale, self.scale_code = _half(d)[..., None] * scale, odd
+        self.d = d
+
+    def _iq2_xxs(self, b: np.ndarray) -> None:
+        self._mapped(b, "IQ2_XXS", b[..., :2], b[..., 9:66:8] >> 4)
+
+    def _iq2_xs(self, b: np.ndarray) -> None:
+        code = np.stack([b[..., 66:] & 15, b[..., 66:] >> 4], -1).reshape(*b.shape[:2], 16)
+        self._mapped(b, "IQ2_XS", b[..., :2], code)
+
+    def _iq2_s(self, b: np.ndarray) -> None:
+        code = np.stack([b[..., 74:] & 15, b[..., 74:] >> 4], -1).reshape(*b.shape[:2], 16)
+        self._mapped(b, "IQ2_S", b[..., :2], code)
+
+    def _iq3_xxs(self, b: np.ndarray) -> None:
+        self._mapped(b, "IQ3_XXS", b[..., :2], b[..., 69::4] >> 4)
+
+    def _iq3_s(self, b: np.ndarray) -> None:
+        code = np.stack([b[..., 106:] & 15, b[..., 106:] >> 4], -1).reshape(*b.shape[:2], 8)
+        self._mapped(b, "IQ3_S", b[..., :2], code)
+
+    def _iq1_s(self, b: np.ndarray) -> None:
+        self._mapped(b, "IQ1_S", b[..., :2], b[..., 35::2] >> 4 & 7)
+        minus = self.numbers.reshape(*b.shape[:2], 8, 32)[..., 0] >> 2
+        least, self.numbers = np.where(minus, 9, 7), self.numbers & 3
+        self.minimum = -self.scale * least.astype(np.float32)
+        self.scale = 8 * self.scale
+        self.scale_code = self.scale_code | least.astype(np.uint32) << 4
+
+    def _iq1_m(self, b: np.ndarray) -> None:
+        words = np.ascontiguousarray(b[..., 48:]).view(np.uint16).astype(np.uint32)
+        tops = (words >> 12 << np.arange(0, 16, 4, dtype=np.uint32)).sum(-1).astype(np.uint16)
+        code = words[..., None] >> np.arange(0, 12, 3, dtype=np.uint32) & 7
+        self._mapped(b, "IQ1_M", tops[..., None].view(np.uint8), code.reshape(*b.shape[:2], 16))
+        self.numbers = 4 * (self.numbers & 3) + 1 - (self.numbers >> 2)
+
 
 def _bound(sizes: np.ndarray) -> np.float32:
     """The largest finite one."""
@@ -187,6 +275,16 @@ def _number_planes(lanes: np.ndarray, name: str) -> dict[str, np.ndarray]:
         v = v.swapaxes(-1, -2).reshape(*lanes.shape[:3], 2, 16)  # [.., lane, pair of steps, bytes]
         return {"q": v.transpose(0, 1, 3, 2, 4)}
     at = 4 * register[:, None] + half
+    if name in THIN:
+        if name.startswith("IQ2"):
+            at = 16 * (register >> 1)[:, None] + 4 * (register & 1)[:, None] + half // 2
+        steps = 2 * np.arange(2, dtype=np.uint32)[:, None, None]
+        low, third = (lanes >> 2, lanes & 1) if name == "IQ1_M" else (lanes & 3, lanes >> 2)
+        pairs = low.reshape(*lanes.shape[:3], 2, 2, 4, 2)
+        planes = {"q": (pairs << (at + steps)).sum((-1, -2, -3), dtype=np.uint32)}
+        steps = np.arange(4, dtype=np.uint32)[:, None, None]
+        planes["h"] = (third << (at + steps)).sum((-1, -2, -3), dtype=np.uint32)
+        return planes
     planes = {"q": ((lanes & 15) << at).sum((-1, -2), dtype=np.uint32)}
     if name in ("Q5_0", "Q5_1", "Q5_K"):
         at = register[:, None] + half + 4 * np.arange(4, dtype=np.uint32)[:, None, None]
@@ -209,7 +307,7 @@ def _scale_words(parts: Parts, name: str, padded: Callable[..., np.ndarray]) -> 
         planes = {"s": codes[..., 0] | codes[..., 2] << 16}
         if parts.min_code is not None:
             planes["m"] = minima[..., 0] | minima[..., 2] << 16
-    elif name == "Q6_K":
+    elif name in SIXTEENS:
         planes = {"s": (codes << np.arange(0, 32, 8, dtype=np.uint32)).sum(-1, dtype=np.uint32)}
     else:
         planes = {"s": codes[..., 0] | codes[..., 2] << 8}
@@ -243,7 +341,7 @@ def tile_weight(raw: np.ndarray, name: str, shape: tuple[int, ...], skip: int = 
         parts = Parts(flat, name)
         lanes = _fragments(padded(parts.numbers, 1), layout).astype(np.uint32)
         size = np.abs(parts.scale) * np.float32(MOST[name])
-        if parts.minimum is not None:
+        if parts.minimum is not None and name != "IQ1_S":
             size = size + np.abs(parts.minimum)
         column = 16 * np.arange(parts.scale.shape[1])
         foreign = (column < skip) | (column >= skip + n_in)

@@ -178,3 +178,26 @@ def test_an_interrupt_stops_all_ranks() -> None:
         group.run(work)
     group.close()
     assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_rank_that_works_alone_learns_that_the_call_is_over(interrupted: bool) -> None:
+    group, main = RankGroup(2, Exchange(2, join)), threading.main_thread().ident
+
+    def work(rank: int):
+        if rank:
+            if not interrupted:
+                raise ValueError("boom")
+            signal.pthread_kill(main, signal.SIGINT)
+        for _ in range(5000):
+            group.check()
+            time.sleep(0.001)
+        raise AssertionError("nobody told it")
+
+    start = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt if interrupted else RankError):
+        group.run(work)
+    assert time.perf_counter() - start < 4
+    group.check()  # of no call
+    assert group.run(lambda rank: rank) == [0, 1]
+    group.close()

@@ -3,6 +3,7 @@
 The plain kernels (capability 7.5) are few enough to compile here; `-m slow` adds those of tiles.
 """
 
+import signal
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,8 @@ from kit.simt_gpu import simulated
 
 import mlacli
 from mlacli.backends.cuda_place import Place
+from mlacli.backends.cuda_steps import Stage
+from mlacli.backends.cuda_together import SharedGpu
 from mlacli.errors import MlacliError, RankError, UnsupportedFeature
 from mlacli.loading.presets import PRESETS
 from mlacli.params import SamplingParams
@@ -76,6 +79,29 @@ def test_kernels_of_tiles(
     print(f"{name}: {nmse(many, want[:n]):.1e} {nmse(singly, want[:n]):.1e}")
     assert np.median([nmse(a, b) for a, b in zip(many, want, strict=False)]) <= MANY
     assert nmse(singly, want[:n]) <= DECODE
+
+
+@needs_simt
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["width", "id", "layer"])
+@pytest.mark.parametrize("name", ["v3", "v2lite"])
+def test_products_that_send_change_no_bit(
+    monkeypatch: pytest.MonkeyPatch, name: str, split: str
+) -> None:
+    simulated(monkeypatch)
+    flags = {"device": "cuda0,cuda1", "split_mode": "graph", "expert_split": split}
+    tokens, found = golden(name)[0][:3], []
+    for send in (True, False):
+        with mlacli.load(FILES[name], **EXACT, **flags) as engine:
+            engine.decode(1)
+            engine.rewind(0)
+            way: Any = engine._ranks._together.collectives
+            before, way.products_send = way.n_sent, send
+            for stage in engine._ranks._steps.stages:
+                stage.graphs.clear()
+            found.append(np.stack([engine.decode(token) for token in tokens]))
+            assert (way.n_sent > before) == send
+    assert np.array_equal(*found)
 
 
 @needs_simt
@@ -220,3 +246,40 @@ def test_a_cpu_beside_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     simulated(monkeypatch)
     with pytest.raises(UnsupportedFeature, match="computes no layers beside a GPU"):
         mlacli.load(FILES["v3"], device="cpu,cuda0", split_mode="layer")
+
+
+def test_after_a_step_that_was_broken_off_gpus_count_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("reset", "stop"):
+        monkeypatch.setattr(SharedGpu, name, lambda self, name=name: calls.append(name))
+    flags = {"device": "cuda0,cuda0", "split_mode": "graph"}
+    with recorded(monkeypatch, cut("v2lite", 1), **flags) as engine:
+        engine.decode(1)
+        with monkeypatch.context() as broken:
+            broken.setattr(Stage, "launch", lambda *args: signal.raise_signal(signal.SIGINT))
+            with pytest.raises(KeyboardInterrupt):
+                engine.decode(1)
+        assert (engine.n_kv, calls) == (1, [])
+        for _ in range(2):
+            engine.decode(1)
+        assert (engine.n_kv, calls) == (3, ["reset"])
+    assert calls == ["reset", "stop"]
+
+
+@pytest.mark.parametrize(
+    "device, mode", [("cuda0", "none"), ("cuda0,cuda0", "graph"), ("cuda0,cuda1", "layer")]
+)
+def test_after_a_warm_up_no_token_waits_for_a_capture(
+    monkeypatch: pytest.MonkeyPatch, device: str, mode: str
+) -> None:
+    """Also where decode goes from its kernel for few rows to the one for many, at 513."""
+    with recorded(
+        monkeypatch, cut("v2lite", 1), device=device, split_mode=mode, ctx_size=1024
+    ) as engine:
+        engine.warm_up()
+        ready = engine.n_captured
+        engine.n_kv = 501
+        for _ in range(4):
+            engine.decode_ahead(0, 9, Sampler(SamplingParams(temp=0)))
+        assert engine.n_kv > 520
+        assert engine.n_captured == ready
