@@ -52,7 +52,9 @@ def test_shapes_of_models(ops, rng, case) -> None:
     assert few.products(ops, rng, n, n_in, [segment], normed=n == 1, geometry=how) < BAR
 
 
-@pytest.mark.parametrize("case", [("Q6_K", 2048, 102400), ("Q5_1", 1024, 30005), ("IQ1_M", 2048, 30000)], ids=str)
+@pytest.mark.parametrize(
+    "case", [("Q6_K", 2048, 102400), ("Q5_1", 1024, 30005), ("IQ1_M", 2048, 30000)], ids=str
+)
 def test_a_large_weight(ops, rng, case) -> None:
     name, n_in, rows = case
     if ops.capability < 90:
