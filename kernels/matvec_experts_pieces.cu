@@ -16,7 +16,7 @@
 // Variants  EXPERTS_UP=1 N_STAGES=6 N_PIECES=4 N_ROWS=5 N_WARPS=14 N_COL_TILES=112 WITH_NORM=1 WTYPE0=12 WTYPE1=12
 //           WTYPE2=12 WTYPE3=12; EXPERTS_DOWN=1 N_USED=8 N_SHARED=1 N_STAGES=12 N_ROWS=4 N_WARPS=8 N_COL_TILES=16
 //           WITH_ADD=0 AFTER_UP=1 WTYPE0=14 WTYPE1=14; SEND_TO=2 EXPERTS_DOWN=1 N_USED=8
-//           N_SHARED=1 N_STAGES=7 N_ROWS=4 N_WARPS=8 N_COL_TILES=16 WITH_ADD=1 AFTER_UP=1 WTYPE0=14 WTYPE1=14; EXPERTS_UP=1 N_STAGES=4 N_PIECES=4 N_ROWS=2 N_WARPS=8
+//           N_SHARED=1 N_STAGES=7 N_ROWS=4 N_WARPS=8 N_COL_TILES=16 WITH_ADD=0 AFTER_UP=1 WTYPE0=14 WTYPE1=14; EXPERTS_UP=1 N_STAGES=4 N_PIECES=4 N_ROWS=2 N_WARPS=8
 //           N_COL_TILES=96 WITH_NORM=1 WTYPE0=12 WTYPE1=12 WTYPE2=13 WTYPE3=8
 // Sources   own
 // Tested by tests/kernels/test_matvec.py, tests/gpu/test_cuda_matvec.py
@@ -167,7 +167,7 @@ experts_down_pieces(float* y, const unsigned char* down, const unsigned char* sh
     const int row_tiles = (d + 15) / 16, n = (row_tiles - (int)blockIdx.x + ctas - 1) / ctas;
     if (threadIdx.x == 0) pieces.init(N_WARPS);
     __syncthreads();
-    constexpr bool SENDS = SEND_TO > 0 && !WITH_ADD;
+    constexpr bool SENDS = SEND_TO > 0;
     if (!SENDS) pdl_launch();  // else behind pdl_wait(): reduce_sent relies on it
     // AFTER_UP: experts_up_pieces starts this launch only when all of it has waited for the choice.
     if (!AFTER_UP) pdl_wait();
@@ -235,7 +235,6 @@ experts_down_pieces(float* y, const unsigned char* down, const unsigned char* sh
     Post<SEND_TO> post;
     post.open(mail);
     __syncthreads();
-    if (WITH_ADD && threadIdx.x == THREADS - 1) post.count();
     for (int k = threadIdx.x >> 4; k < n; k += THREADS / 16) {
         const int row = threadIdx.x & 15, o = 16 * (blockIdx.x + k * ctas) + row;
         if (o >= d) continue;
@@ -244,7 +243,7 @@ experts_down_pieces(float* y, const unsigned char* down, const unsigned char* sh
 #pragma unroll
         for (int w = 0; w < N_WARPS; w++) sum += part[k][w][0][row];
         if constexpr (SENDS) post.send(o, sum);
-        else y[o] = old + post.exchange(o, sum);
+        else y[o] = old + sum;
     }
 }
 #endif

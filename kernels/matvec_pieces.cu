@@ -15,8 +15,7 @@
 // Needs     9.0
 // Variants  N_STAGES=6 N_PIECES=4 N_ROWS=5 N_WARPS=14 N_COL_TILES=112 WITH_NORM=1 GATED=1 WTYPE0=12 WTYPE1=12;
 //           N_STAGES=6 N_PIECES=4 N_ROWS=4 N_WARPS=12 N_COL_TILES=144 WITH_NORM=0 WITH_ADD=1 WTYPE0=14;
-//           SEND_TO=2 N_STAGES=2 N_PIECES=2 N_ROWS=4 N_WARPS=16 N_COL_TILES=128 WITH_NORM=0 WITH_ADD=1 WTYPE0=12;
-//           SEND_TO=4 N_STAGES=2 N_PIECES=2 N_ROWS=4 N_WARPS=16 N_COL_TILES=128 WITH_NORM=0 WITH_ADD=0 WTYPE0=12
+//           SEND_TO=2 N_STAGES=2 N_PIECES=2 N_ROWS=4 N_WARPS=16 N_COL_TILES=128 WITH_NORM=0 WITH_ADD=0 WTYPE0=12
 // Sources   own
 // Tested by tests/kernels/test_matvec.py, tests/gpu/test_cuda_matvec.py
 #include "matvec_pieces.cuh"
@@ -25,11 +24,7 @@
 #ifndef SEND_TO
 #define SEND_TO 0
 #endif
-#ifdef GATED
-constexpr bool SENDS = false;
-#else
-constexpr bool SENDS = SEND_TO > 0 && !WITH_ADD;
-#endif
+constexpr bool SENDS = SEND_TO > 0;
 
 constexpr int THREADS = 32 * N_WARPS + 32, WIDE = N_COL_TILES / N_PIECES;
 static_assert(N_COL_TILES % N_PIECES == 0, "equal pieces");
@@ -158,7 +153,6 @@ products_pieces(float* y0, float* y1, const unsigned char* w0, const unsigned ch
     Post<SEND_TO> post;
     post.open(mail);
     __syncthreads();
-    if (WITH_ADD && threadIdx.x == THREADS - 1) post.count();
     const float scale = WITH_NORM ? memory.norm(in, eps) : 1.f;
     for (int k = threadIdx.x >> 4; k < n; k += THREADS / 16) {
         const int tile = blockIdx.x + k * ctas, row = threadIdx.x & 15;
@@ -168,7 +162,7 @@ products_pieces(float* y0, float* y1, const unsigned char* w0, const unsigned ch
         float* y = second ? y1 : y0;
         const float sum = scale * memory.sum(k, 0, row);
         if constexpr (SENDS) post.send(o, sum);
-        else y[o] = WITH_ADD ? y[o] + post.exchange(o, sum) : sum;
+        else y[o] = WITH_ADD ? y[o] + sum : sum;
     }
 }
 #endif

@@ -57,21 +57,6 @@ def sends(n: int, *weights: Weight) -> bool:
     return n == 1 and takes(*weights)
 
 
-def at_once(ops: Any, w: Weight) -> bool:
-    """Whether all CTAs of one token's product run together."""
-    how, tiles = dense_geometry(ops, [w], 0), [row_tiles(w.shape[0])]
-    if piece_geometry(ops, [w], tiles[0]) is not None:
-        return True
-    return bool(sum(ctas_of(ops, tiles, how, col_tiles(w), 1)) <= how.ctas * ops.n_sm)
-
-
-def down_at_once(ops: Any, down: Weight, shared: Weight | None, n_used: int) -> bool:
-    """The same of experts_down."""
-    if piece_down_geometry(ops, down, shared, n_used) is not None:
-        return True
-    return bool(row_tiles(down.shape[1]) <= down_geometry(down, shared, n_used).ctas * ops.n_sm)
-
-
 # ---- dense products -------------------------------------------------------------------------
 
 
@@ -103,7 +88,6 @@ def products(
     absent = [None] * (3 - len(segments))
     zeros = [0] * len(absent)
     outs, mail, post = _targets([out for _, out in segments])
-    add = add or (mail is not None and outs[0] is not None)
     rows = [row_tiles(w.shape[0]) for w in ws]
     ctas = ctas_of(ops, rows, how, 0 if blocks else col_tiles(ws[0]), 1)
     stages, shared = (0, 0) if blocks else ring_of(ops, how, *([w] for w in ws))
@@ -149,7 +133,6 @@ def _product_pieces(
 ) -> None:  # fmt: skip
     """products() of one token and one or two weights of a type: see matvec_pieces.cu."""
     ws, (outs, mail, post) = [w for w, _ in segments], _targets([out for _, out in segments])
-    add = add or (mail is not None and outs[0] is not None)
     assert len(x) == 1 and len(ws) <= 2 and not ((add or mail is not None) and len(ws) > 1)
     absent = [None] * (2 - len(ws))
     tiles = sum(row_tiles(w.shape[0]) for w in ws)
@@ -297,7 +280,6 @@ def experts_down(
     both = (down,) if shared is None else (down, shared)
     fs = 0 if shared is None else shared.shape[1]
     (out,), mail, post = _targets([y])
-    add = add or (mail is not None and out is not None)
     if geometry is None and n == 1:
         geometry = piece_down_geometry(ops, down, shared, n_used)
     if isinstance(geometry, PieceGeometry):
@@ -361,7 +343,7 @@ def _targets(
     """Arrays to write, the words to send by, and the defines of that."""
     first = outs[0]
     if isinstance(first, Mail):
-        return [first.stream], first.words, {"SEND_TO": first.n_gpus}
+        return [None], first.words, {"SEND_TO": first.n_gpus}
     return [out for out in outs if isinstance(out, Array)], None, {}
 
 
