@@ -120,6 +120,17 @@ def opened(preset: Preset, split: Split) -> Engine:
     return Engine(prepared)
 
 
+@contextmanager
+def clock(what: str) -> Iterator[None]:
+    """Says on stderr how long it takes."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        sys.stderr.write(f" {what} {time.perf_counter() - start:.1f} s,")
+        sys.stderr.flush()
+
+
 # ---- choices --------------------------------------------------------------------------------
 
 Choices = dict[str, Any]  # ids [n, count] by the name of the weight that chose them
@@ -325,7 +336,7 @@ HEAD = (
 )  # fmt: skip
 
 
-def row(split: Split, engine: Engine, found: Sequence[Case], clock: Clock) -> tuple[str, str]:
+def row(split: Split, engine: Engine, found: Sequence[Case]) -> tuple[str, str]:
     """(a line of the table, what is wrong)."""
     with clock("comparing"):
         by_rule, free = compared(engine, found)
@@ -362,7 +373,7 @@ def validated(name: str, gpus: Sequence[str], quick: bool, part: tuple[int, int]
     preset, rows, found, good = cut(name), CachedRows(), list[Case](), True
     first, *others = splits(gpus, quick)
     for split in (first, *others[part[0] - 1 :: part[1]]):
-        clock = Clock()
+        sys.stderr.write(f"{name}, {split.name}:")
         try:
             with clock("opening"):
                 engine = opened(preset, split)
@@ -378,7 +389,7 @@ def validated(name: str, gpus: Sequence[str], quick: bool, part: tuple[int, int]
                     rows.fill(engine, EDGES[0])
                 if split is first and part[0] > 1:
                     continue
-                line, problem = row(split, engine, found, clock)
+                line, problem = row(split, engine, found)
             print(line, flush=True)
             good = good and not problem
         except Exception as e:  # whatever it is, the other splits are still to be seen
@@ -387,27 +398,8 @@ def validated(name: str, gpus: Sequence[str], quick: bool, part: tuple[int, int]
             if not found:
                 return False
             good = False
-        sys.stderr.write(f"{name}, {split.name}: {clock}\n")
-        sys.stderr.flush()
+        sys.stderr.write("\n")
     return good
-
-
-class Clock:
-    """Seconds of what goes on, by its name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, what: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[what] = time.perf_counter() - start
-
-    def __str__(self) -> str:
-        return ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self.seconds.items())
 
 
 def main() -> None:
