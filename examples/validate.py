@@ -237,7 +237,7 @@ class Apart:
         return "" if many <= MANY and few <= FEW_TOKENS else f"NMSE {many:.0e}, few {few:.0e}"
 
     def __str__(self) -> str:
-        return f"{statistics.mean(self.kl):.1e} | {self.most:.4f}"
+        return f"{statistics.mean(self.kl):.1e}, {self.most:.3f}"
 
 
 def _row_apart(got: Any, want: Any, shares: Any) -> tuple[float, float, float, float]:
@@ -330,9 +330,8 @@ def off_plan(planned: int, used: int) -> bool:
 # ---- tables ---------------------------------------------------------------------------------
 
 HEAD = (
-    "split", "imposed: KL", "largest difference", "free: KL", "largest difference",
-    f"prefill {PREFILL} at 0", f"at {EDGES[0]}", "decode at 0", f"at {EDGES[0]}",
-    "GiB planned / used by GPU", "",
+    "split", "choices imposed: KL, most", "free: KL, most", f"prefill {PREFILL} at 0 / {EDGES[0]}",
+    f"decode at 0 / {EDGES[0]}", "GiB by GPU, planned / used", "",
 )  # fmt: skip
 
 
@@ -342,7 +341,7 @@ def row(split: Split, engine: Engine, found: Sequence[Case]) -> tuple[str, str]:
         by_rule, free = compared(engine, found)
     with clock("timing"):
         rates = [speeds(engine, n_kv) for n_kv in (0, EDGES[0])]
-    cells = [f"{rates[i][j]:,.0f}" for j in (0, 1) for i in (0, 1)]
+    cells = [" / ".join(f"{rate[j]:,.0f}" for rate in rates) for j in (0, 1)]
     held = memory(engine)
     off = [name for name, both in held.items() if off_plan(*both)]
     wrong = [by_rule.beyond, f"memory of {', '.join(off)}" if off else ""]
