@@ -126,9 +126,9 @@ class Collectives:
         few = len(shape) == 2 and shape[0] <= FEW_ROWS
         return self.way.mail(rank, math.prod(shape)) if few else None
 
-    def exchanges(self) -> bool:
-        """Whether products of all ranks, where each has a mail, may do the sum among them."""
-        return self.way.exchanges()
+    def lone(self) -> bool:
+        """Whether every GPU has one rank, of its own number, that sends by itself."""
+        return self.way.lone()
 
     def reduce_add(
         self, gpu_index: int, streams: list[Array], held: tuple[bool, ...], n_floats: int,

@@ -170,7 +170,7 @@ class NcclWay:
     def mail(self, rank: int, n: int) -> None:
         """NCCL sends what lies in slots."""
 
-    def exchanges(self) -> bool:
+    def lone(self) -> bool:
         return False
 
     def reduce_add(

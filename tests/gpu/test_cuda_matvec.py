@@ -52,13 +52,34 @@ def test_shapes_of_models(ops, rng, case) -> None:
     assert few.products(ops, rng, n, n_in, [segment], normed=n == 1, geometry=how) < BAR
 
 
-@pytest.mark.parametrize("case", [("Q6_K", 2048, 102400), ("Q5_1", 1024, 30005), ("IQ1_M", 2048, 30000)], ids=str)
+@pytest.mark.parametrize(
+    "case", [("Q6_K", 2048, 102400), ("Q5_1", 1024, 30005), ("IQ1_M", 2048, 30000)], ids=str
+)
 def test_a_large_weight(ops, rng, case) -> None:
     name, n_in, rows = case
     if ops.capability < 90:
         pytest.skip("needs bulk copies")
     for how in (STREAM, StreamGeometry(4, 3, 2)):
         assert few.product_stream(ops, rng, n_in, name, rows, True, how) < BAR
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (7168, [("Q4_K", 1536), ("Q4_K", 576)], True, False),
+        (8192, [("Q4_K", 7168)], False, True),
+        (9216, [("Q6_K", 7168)], False, False),
+        (7168, [("Q6_K", 9000)], True, False),
+    ],
+    ids=str,
+)
+def test_wide_weights_by_pieces(ops, rng, case) -> None:
+    n_in, segments, normed, add = case
+    assert few.products(ops, rng, 1, n_in, segments, normed, add) < BAR
+
+
+def test_a_wide_gated_product_by_pieces(ops, rng) -> None:
+    assert few.gated(ops, rng, 1, 7168, 4000, "Q4_K", "Q4_K") < BAR
 
 
 def test_another_ranks_columns(ops, rng) -> None:
@@ -81,6 +102,23 @@ EXPERTS = {
     "merged": few.Experts(("Q4_K", "", "Q5_0"), None, d=512, f=96),
     "up mid-tile": few.Experts(("Q4_K", "", "F16"), None, d=512, f=90),
 }  # fmt: skip
+
+
+WIDE = {
+    "up": few.Experts(
+        ("Q4_K", "Q4_K", "Q6_K"), ("Q4_K", "Q4_K", "Q6_K"), d=7168, f=256, fs=256, n_experts=9,
+        first=2, held=5, n_used=8,
+    ),
+    "down": few.Experts(
+        ("Q4_K", "Q4_K", "Q6_K"), ("Q4_K", "Q4_K", "Q4_K"), d=2304, f=1024, fs=1024, n_experts=9,
+        first=2, held=5, n_used=8, add=True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WIDE.values(), ids=WIDE)
+def test_wide_experts_by_pieces(ops, rng, case) -> None:
+    assert max(few.experts(ops, rng, case)) < BAR
 
 
 @pytest.mark.parametrize("case", EXPERTS.values(), ids=EXPERTS)

@@ -41,8 +41,6 @@ ON_TWO: dict[str, dict[str, Any]] = {
     "nccl": {"device": "cuda0,cuda1", "split_mode": "graph", "comm": "nccl"},
     "host": {"device": "cuda0,cuda1", "split_mode": "graph", "comm": "host"},
 }
-# What products do with a partial: fill a slot, send it, exchange it with the others.
-FORMS = ((False, False), (False, True), (True, True))
 NAMES = ("v2lite", "v3", "glm47flash", "mistral4", "glm_dsa", "real_rows")
 
 
@@ -156,16 +154,15 @@ def test_products_that_send_their_partials_change_no_bit(name: str, split: str) 
         steps, way = engine._ranks._steps, engine._ranks._together.collectives.way
         if way.mail(0, 1024) is None:
             pytest.skip("the GPUs don't reach each other's memory")
-        for way.products_exchange, way.products_send in FORMS:
+        for way.products_send in (True, False):
             for stage in steps.stages:
                 stage.graphs.clear()
             engine.rewind(0)
             ahead = engine.decode_ahead(tokens[0], 8, Sampler(SamplingParams(temp=0.0)))
             engine.rewind(0)
             found.append((ahead, np.stack([engine.decode(token) for token in tokens])))
-    (want_ahead, want), *others = found
-    for ahead, logits in others:
-        assert np.array_equal(logits, want) and ahead == want_ahead
+    (sent, a), (stored, b) = found
+    assert np.array_equal(a, b) and sent == stored
 
 
 @pytest.mark.parametrize("split", ["2 ranks", "2 stages", "none"])

@@ -13,7 +13,7 @@ from kit.raw_cases import RARE
 from kit.simt import why_not
 from kit.simt_device import SimtDevice
 
-from mlacli.backends.cuda_matvec import DownGeometry, Geometry, StreamGeometry
+from mlacli.backends.cuda_geometry import DownGeometry, Geometry, PieceGeometry, StreamGeometry
 from mlacli.models.parts import Routing
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
@@ -63,6 +63,31 @@ def test_weights_through_the_ring(ops, rng, name, n_in, skip) -> None:
 @pytest.mark.parametrize("name, n_in, normed", [("Q6_K", 512, True), ("Q5_1", 320, False)])
 def test_a_large_weight_row_tile_by_row_tile(ops, rng, name, n_in, normed) -> None:
     assert few.product_stream(ops, rng, n_in, name, 150, normed, StreamGeometry(2, 1, 2)) < BAR
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_wide_weights_by_pieces(ops, rng, add) -> None:
+    segments = [("Q4_K", 70)] if add else [("Q4_K", 37), ("Q4_K", 50)]
+    how = PieceGeometry(2, 2, 3, 4)
+    assert few.products(ops, rng, 1, 512, segments, not add, add, geometry=how) < BAR
+
+
+def test_a_wide_gated_product_by_pieces(ops, rng) -> None:
+    assert few.gated(ops, rng, 1, 320, 70, "Q5_1", "Q8_0", geometry=PieceGeometry(1, 5, 3, 1)) < BAR
+
+
+@pytest.mark.parametrize(
+    "case, up, down",
+    [
+        (few.Experts(("Q4_K", "Q4_K", "Q5_0"), ("Q4_K", "Q5_K", "Q8_0"), d=512, f=64, fs=128),
+         PieceGeometry(2, 2, 3, 4), PieceGeometry(1, 5, 4, 1)),
+        (few.Experts(("Q4_0", "", "Q6_K"), None, f=256, first=1, held=5, add=True, after_up=False),
+         PieceGeometry(2, 2, 3, 2), PieceGeometry(2, 3, 2, 4)),
+    ],
+    ids=["shared", "a part, merged"],
+)  # fmt: skip
+def test_wide_experts_by_pieces(ops, rng, case, up, down) -> None:
+    assert max(few.experts(ops, rng, case, up, down)) < BAR
 
 
 def test_experts_through_the_ring(ops, rng) -> None:
