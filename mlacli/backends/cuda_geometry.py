@@ -207,7 +207,8 @@ def piece_bytes(how: PieceGeometry, ws: Sequence[Weight]) -> int:
 
 
 def _is_whole(w: Weight) -> bool:
-    return not w.skip and bool(w.shape[-1] == COLS * col_tiles(w))
+    """Its columns are its own, and on the device: bulk copies over the link are untried."""
+    return not w.skip and w.block is None and bool(w.shape[-1] == COLS * col_tiles(w))
 
 
 # ---- shared memory -------------------------------------------------------------------------

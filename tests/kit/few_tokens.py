@@ -30,6 +30,7 @@ class Held:
     raw: Any = None
     tiles: Any = None
     skip: int = 0
+    block: None = None  # on the device
     first: int = 0
 
 
