@@ -23,6 +23,7 @@
 //           N_BLOCKS=0 N_COL_TILES=32 AT_EDGE=0 WITH_NORM=1 WTYPE0=12 WTYPE1=13; GATED=1 N_STAGES=2 N_ROWS=1 N_WARPS=8
 //           N_CTAS=1 N_AHEAD=2 N_BLOCKS=1 N_COL_TILES=32 AT_EDGE=0 WITH_NORM=1 WTYPE0=23 WTYPE1=1
 // Sources   own
+// Needs     8.0
 // Tested by tests/kernels/test_matvec.py, tests/gpu/test_cuda_matvec.py
 #include "matvec_cta.cuh"
 #include "matvec_rows.cuh"

@@ -26,6 +26,7 @@
 //           N_CTAS=1 N_AHEAD=4 N_COL_TILES=32 N_COL_TILES_SHARED=0 AT_EDGE=1 AFTER_UP=0 WITH_ADD=0
 //           WTYPE0=14 WTYPE1=-1
 // Sources   own
+// Needs     8.0
 // Tested by tests/kernels/test_matvec.py, tests/gpu/test_cuda_matvec.py
 #include "matvec_cta.cuh"
 #include "matvec_rows.cuh"
