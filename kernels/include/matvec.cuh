@@ -234,8 +234,7 @@ __device__ __forceinline__ void few_scaled(
             const unsigned both = __byte_perm(w.s[i], 0x47000000, select);
             const float s = __fmaf_rn(__uint_as_float(both & 0xFFFF0FFF), d, -big * d);
             acc[i] = __fmaf_rn(s, sums[i], acc[i]);
-            const float minimum = __fmaf_rn(__uint_as_float(both & 0xFFFFF0FF), m, -big * m);
-            acc[i] = __fmaf_rn(minimum, ones, acc[i]);
+            acc[i] = __fmaf_rn(__fmaf_rn(__uint_as_float(both & 0xFFFFF0FF), m, -big * m), ones, acc[i]);
         } else if constexpr (T::d_words == 2) {
             const float d = half_bits_to_float(w.d[i] & 0xFFFF) * result;
             const float m = half_bits_to_float(w.d[i] >> 16) * -FEW_ONE;
