@@ -15,8 +15,8 @@
 // Bound by  tensor cores: 6 n n_used f d operations; few tokens: bytes of the chosen experts
 // Sources   see include/gemm.cuh
 // Variants  GATED=1 Q0=12 Q1=12 STAGES=4; Q0=6 Q1=-1 STAGES=4; GATED=1 Q0=12 Q1=14 STAGES=4;
-//           Q0=14 Q1=-1 STAGES=4; GATED=1 Q0=12 Q1=12 MOST=32 CTAS=2 STAGES=7;
-//           GATED=1 Q0=12 Q1=14 MOST=32 STAGES=8; Q0=6 Q1=-1 MOST=32 CTAS=2 STAGES=7
+//           Q0=14 Q1=-1 STAGES=4; GATED=1 Q0=12 Q1=12 MOST=32 CTAS=2 STAGES=7 @9.0a;
+//           GATED=1 Q0=12 Q1=14 MOST=32 STAGES=8; Q0=6 Q1=-1 MOST=32 CTAS=2 STAGES=7 @9.0a
 // Needs     8.0
 // Tested by tests/gpu/test_gemm.py, tests/kernels/test_gemm.py
 #include "gemm.cuh"

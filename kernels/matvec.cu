@@ -1,7 +1,6 @@
 // Op        products: y_i[t][o] = s_t sum_c w_i[o][c] x[t][c] norm[c] for up to three weights i of one
 //           x, s_t = 1 / sqrt(mean of x[t]^2 + eps); WITH_NORM=0: s and norm are 1. WITH_ADD: y_0 += it
-//           SEND_TO=N: y_0, of one token, is a partial: sent to N GPUs (post.cuh), or, WITH_ADD=1,
-//           exchanged with them: y_0 += all of them
+//           SEND_TO=N: y_0, of one token, is sent to N GPUs instead (post.cuh)
 //           gated: h[t][o] = silu(gate[o] . x[t]) * (up[o] . x[t]), x normed the same way
 // Shapes    y_i [n, rows_i], h [n, rows], x [n, in], norm [in]; w_i in tiles (tiles.cuh) of N_COL_TILES
 //           column tiles, n <= 8
@@ -10,7 +9,7 @@
 //           dynamic shared memory. CTA c of a weight takes its row tiles c, c + ctas_i, .. (16 rows each),
 //           at most N_ROWS. N_BLOCKS 0: one token; 1, 2: up to 4, 8, and then
 //           N_ROWS is 1. N_AHEAD: tiles under way to a warp of each row tile. SEND_TO (left out: 0)
-//           with N_BLOCKS 0 alone; exchanges take CTAs that all run at once
+//           with N_BLOCKS 0 and WITH_ADD 0 alone
 // Assumes   x, ldx and `in` even; with WITH_NORM skip 0. AT_EDGE 0: skip is 0 and `in` 64 N_COL_TILES
 // Numerics  matvec.cuh; warps and steps in a fixed order. NMSE to float64 <= 1e-9
 // Bound by  bytes of w; below about 4 MB by latency
@@ -20,12 +19,11 @@
 //           N_STAGES=2 N_ROWS=1 N_WARPS=8 N_CTAS=1 N_AHEAD=4 N_BLOCKS=2 N_COL_TILES=32 AT_EDGE=0 WITH_NORM=1
 //           WITH_ADD=0 WTYPE0=14 WTYPE1=-1 WTYPE2=-1; SEND_TO=2 N_STAGES=2 N_ROWS=1 N_WARPS=8 N_CTAS=1
 //           N_AHEAD=4 N_BLOCKS=0 N_COL_TILES=16 AT_EDGE=0 WITH_NORM=0 WITH_ADD=0 WTYPE0=12 WTYPE1=-1
-//           WTYPE2=-1; SEND_TO=4 N_STAGES=2 N_ROWS=2 N_WARPS=4 N_CTAS=3 N_AHEAD=4 N_BLOCKS=0
-//           N_COL_TILES=16 AT_EDGE=0 WITH_NORM=0 WITH_ADD=1 WTYPE0=8 WTYPE1=-1 WTYPE2=-1; GATED=1
-//           N_STAGES=2 N_ROWS=3 N_WARPS=8 N_CTAS=1 N_AHEAD=4
+//           WTYPE2=-1; GATED=1 N_STAGES=2 N_ROWS=3 N_WARPS=8 N_CTAS=1 N_AHEAD=4
 //           N_BLOCKS=0 N_COL_TILES=32 AT_EDGE=0 WITH_NORM=1 WTYPE0=12 WTYPE1=13; GATED=1 N_STAGES=2 N_ROWS=1 N_WARPS=8
 //           N_CTAS=1 N_AHEAD=2 N_BLOCKS=1 N_COL_TILES=32 AT_EDGE=0 WITH_NORM=1 WTYPE0=23 WTYPE1=1
 // Sources   own
+// Needs     8.0
 // Tested by tests/kernels/test_matvec.py, tests/gpu/test_cuda_matvec.py
 #include "matvec_cta.cuh"
 #include "matvec_rows.cuh"
@@ -57,15 +55,13 @@ union Memory {
 
 // ---------------------------------------------------------------- kernels -------------------
 #ifndef GATED
-constexpr bool SENDS = SEND_TO > 0 && !WITH_ADD;
-
 template <int Q>
 __device__ __forceinline__ void segment(
         Memory& memory, float* y, long long ldy, const unsigned char* w, int rows, const FewIn& in,
         int cta, int ctas, float eps, const void* mail = nullptr) {
     const int row_tiles = (rows + 15) / 16, row = threadIdx.x & 15;
     const TileView<Q> view = tile_view<Q>(w, row_tiles, N_COL_TILES);
-    static_assert(SEND_TO == 0 || N_BLOCKS == 0, "one token's partial");
+    static_assert(SEND_TO == 0 || (N_BLOCKS == 0 && !WITH_ADD), "one token's partial is sent");
     if constexpr (N_BLOCKS == 0) {
         auto& parts = memory.one.sums;
         Streams<Q> streams;
@@ -84,14 +80,13 @@ __device__ __forceinline__ void segment(
         Post<SEND_TO> post;
         post.open(mail);
         __syncthreads();
-        if (WITH_ADD && threadIdx.x == blockDim.x - 1) post.count();
         const float scale = WITH_NORM ? parts.norm(in.in, eps) : 1.f;
         for (int k = mine; k < n; k += 2 * N_WARPS) {
             const int at = 16 * (cta + k * ctas) + row;
             if (at >= rows) continue;
             float v = scale * parts.sum(k, 0, row);
-            if constexpr (WITH_ADD) v = (k == mine ? old : y[at]) + post.exchange(at, v);
-            if constexpr (SENDS) post.send(at, v);
+            if constexpr (WITH_ADD) v += k == mine ? old : y[at];
+            if constexpr (SEND_TO > 0) post.send(at, v);
             else y[at] = v;
         }
     } else {
@@ -120,7 +115,7 @@ products_few(float* y0, float* y1, float* y2, const unsigned char* w0, const uns
     __shared__ Memory memory;
     const FewIn from = {x, norm, ldx, n, in, skip};
     const int cta = blockIdx.x;
-    if (!SENDS) pdl_launch();  // else behind pdl_wait(): reduce_sent relies on it
+    if (SEND_TO == 0) pdl_launch();  // else behind pdl_wait(): reduce_sent relies on it
     if (cta < ctas0) return segment<WTYPE0>(memory, y0, ldy0, w0, rows0, from, cta, ctas0, eps, mail);
 #if WTYPE1 >= 0
     if (cta < ctas0 + ctas1)

@@ -1,7 +1,7 @@
 // Op        experts_up_few: h[t][s] = silu(gate_e . x[t]) * (up_e . x[t]), e = ids[t][s], and behind
 //           these the shared expert's; x normed as in matvec.cu
 //           experts_down_few: y[t] (or y[t] +=) sum_s weights[t][s] down_e h[t][s] + shared_down h[t][K].
-//           SEND_TO=N: as in matvec.cu
+//           SEND_TO=N (left out: 0): as in matvec.cu
 // Shapes    h [n, K f + fs], rows ldh apart: slot s at s f, the shared expert at K f; x [n, d], ids and
 //           weights [n, K], y [n, d]; gate, up [E, f, d], down [E, d, f] in tiles (tiles.cuh), the
 //           shared expert's [fs, d] and [d, fs]. fs 0: no shared expert. n <= 8
@@ -22,12 +22,11 @@
 //           N_PARTS=2 N_PARTS_SHARED=4 N_CTAS=1 N_AHEAD=4 N_COL_TILES=22 N_COL_TILES_SHARED=44 AT_EDGE=0
 //           AFTER_UP=1 WITH_ADD=1 WTYPE0=6 WTYPE1=14; SEND_TO=2 EXPERTS_DOWN=1 N_USED=6
 //           N_PARTS=2 N_PARTS_SHARED=4 N_CTAS=1 N_AHEAD=4 N_COL_TILES=11 N_COL_TILES_SHARED=22 AT_EDGE=0
-//           AFTER_UP=1 WITH_ADD=0 WTYPE0=12 WTYPE1=12; SEND_TO=4 EXPERTS_DOWN=1 N_USED=6
-//           N_PARTS=2 N_PARTS_SHARED=4 N_CTAS=1 N_AHEAD=4 N_COL_TILES=11 N_COL_TILES_SHARED=22 AT_EDGE=0
-//           AFTER_UP=1 WITH_ADD=1 WTYPE0=12 WTYPE1=12; EXPERTS_DOWN=1 N_USED=8 N_PARTS=2 N_PARTS_SHARED=0
+//           AFTER_UP=1 WITH_ADD=0 WTYPE0=12 WTYPE1=12; EXPERTS_DOWN=1 N_USED=8 N_PARTS=2 N_PARTS_SHARED=0
 //           N_CTAS=1 N_AHEAD=4 N_COL_TILES=32 N_COL_TILES_SHARED=0 AT_EDGE=1 AFTER_UP=0 WITH_ADD=0
 //           WTYPE0=14 WTYPE1=-1
 // Sources   own
+// Needs     8.0
 // Tested by tests/kernels/test_matvec.py, tests/gpu/test_cuda_matvec.py
 #include "matvec_cta.cuh"
 #include "matvec_rows.cuh"
@@ -145,8 +144,8 @@ experts_down_few(float* y, const unsigned char* down, const unsigned char* share
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, token = blockIdx.y;
     const int row_tiles = (d + 15) / 16;
     const float* x = h + token * ldh;
-    constexpr bool SENDS = SEND_TO > 0 && !WITH_ADD;
-    if (!SENDS) pdl_launch();  // else behind pdl_wait(): reduce_sent relies on it
+    static_assert(SEND_TO == 0 || !WITH_ADD, "a partial is sent");
+    if (SEND_TO == 0) pdl_launch();  // else behind pdl_wait(): reduce_sent relies on it
     float acc[1][2] = {}, squares = 0.f;
     if (warp < ROUTED_WARPS) {
         using Share = OneShare<N_COL_TILES, N_PARTS, N_AHEAD>;
@@ -182,12 +181,11 @@ experts_down_few(float* y, const unsigned char* down, const unsigned char* share
     float old = 0.f;  // fetched while the other warps finish
     if (WITH_ADD && row < 16 && o < d) old = y[token * ldy + o];
     Post<SEND_TO> post;
-    post.open(mail);
+    if (row < 16) post.open(mail);
     __syncthreads();
-    if (WITH_ADD && threadIdx.x == blockDim.x - 1) post.count();
     if (row >= 16 || o >= d) return;
-    const float sum = sums.sum(0, 0, row);
-    if constexpr (SENDS) post.send(o, old + sum);
-    else y[token * ldy + o] = old + post.exchange(o, sum);
+    const float sum = old + sums.sum(0, 0, row);
+    if constexpr (SEND_TO > 0) post.send(o, sum);
+    else y[token * ldy + o] = sum;
 }
 #endif

@@ -6,8 +6,8 @@
 //           o_lat [n, h, r] between
 //           mla_combine_f32, the plain kernels' twin: o [n, h, r], part [n, h, splits, r + 2], base e
 // Dtypes    float32; WTYPE of v_b
-// Grid      mla_combine (8 h, n), 256 threads: a cluster of 8 CTAs takes a head; each merges r / 8
-//           columns, hands them to the others and computes every eighth 16 rows of v_b
+// Grid      mla_combine (CLUSTER h, n), 256 threads: a cluster of CLUSTER (4 or 8) CTAs takes a head; each
+//           merges as much of the columns, hands them to the others and computes as many row tiles of v_b
 //           mla_merge_f32 (r / SLICE, h, n), 256; mla_merge_rows_f32 (ceil(n h / 8)), 256: a warp a row;
 //           mla_values (h * ceil(v / 16), ceil(n / (4 TOKEN_BLOCKS))), 256
 //           mla_combine_many (h ceil(v / 128), ceil(n / 16)), 256: merges 16 tokens, then a warp a row
@@ -18,7 +18,7 @@
 // Numerics  splits in a fixed order, groups of them summed side by side; v_b as in matvec.cuh, of
 //           mla_combine_many as in heads_many.cuh (1e-7); no live split gives 0
 // Bound by  bytes of v_b and of part that live splits wrote: r * live * 4 a row
-// Variants  SLICE=64; SLICE=32; R=512; R=512 V=128 WTYPE=8 CLUSTER=8; R=512 V=256 WTYPE=12 CLUSTER=8;
+// Variants  SLICE=64; SLICE=32; R=512; R=512 V=128 WTYPE=8 CLUSTER=8; R=512 V=256 WTYPE=12 CLUSTER=4;
 //           R=512 V=128 WTYPE=8 TOKEN_BLOCKS=4; R=256 V=128 WTYPE=14 TOKEN_BLOCKS=1;
 //           R=512 V=128 WTYPE=8 MANY=1; R=256 V=256 WTYPE=12 MANY=1
 // Spills    none
@@ -38,7 +38,7 @@ constexpr int TILES = (R + EDGE - 1) / EDGE * EDGE / 64, USED = (R + 63) / 64;  
 
 // ---------------------------------------------------------------- kernels -------------------
 #if defined(CLUSTER) && __CUDA_ARCH__ >= 900
-constexpr int SHARE = R / 8, OWN = (ROW_TILES + 7) / 8;  // columns merged; row tiles of a CTA
+constexpr int SHARE = R / CLUSTER, OWN = (ROW_TILES + CLUSTER - 1) / CLUSTER;  // columns merged; row tiles of a CTA
 constexpr int DEPTH = (USED + 7) / 8;                    // column tiles of a warp
 
 __device__ __forceinline__ void cluster_arrive() {
@@ -48,22 +48,22 @@ __device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-extern "C" __global__ void __cluster_dims__(8, 1, 1) __launch_bounds__(256)
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256)
 mla_combine(float* o, const float* part, const float* stat, const unsigned char* v_b, const int* pos,
             int n, int h, int splits, int top_k) {
-    __align__(16) __shared__ float x[8 * SHARE];
+    __align__(16) __shared__ float x[CLUSTER * SHARE];
     __shared__ FewSums<8, OWN, 1> sums;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const int head = blockIdx.x / 8, rank = blockIdx.x % 8, t = blockIdx.y;
+    const int head = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER, t = blockIdx.y;
     pdl_launch();
-    cluster_arrive();  // seen once all eight have started
+    cluster_arrive();  // seen once all have started
     const TileView<WTYPE> view = tile_view<WTYPE>(v_b, (long long)h * ROW_TILES, TILES);
     TileData<WTYPE> w[OWN][DEPTH];
 #pragma unroll
     for (int k = 0; k < OWN; k++)
 #pragma unroll
         for (int i = 0; i < DEPTH; i++) {
-            const int row_tile = rank + 8 * k, col_tile = warp + 8 * i;
+            const int row_tile = rank + CLUSTER * k, col_tile = warp + 8 * i;
             few_tile<WTYPE>(view, ((long long)head * ROW_TILES + row_tile) * TILES + col_tile, lane,
                             row_tile < ROW_TILES && col_tile < USED, w[k][i]);
         }
@@ -76,7 +76,7 @@ mla_combine(float* o, const float* part, const float* stat, const unsigned char*
     if (threadIdx.x < SHARE) {  // to everybody's x
         const unsigned here = (unsigned)__cvta_generic_to_shared(x + rank * SHARE + threadIdx.x);
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
+        for (int i = 0; i < CLUSTER; i++) {
             unsigned there;
             asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(i));
             asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(y) : "memory");
@@ -100,7 +100,7 @@ mla_combine(float* o, const float* part, const float* stat, const unsigned char*
     few_store(sums, acc);
     __syncthreads();
     if (threadIdx.x < 16 * OWN) {
-        const int row_tile = rank + 8 * (threadIdx.x / 16), at = threadIdx.x % 16;
+        const int row_tile = rank + CLUSTER * (threadIdx.x / 16), at = threadIdx.x % 16;
         if (16 * row_tile + at < V)
             o[row * V + 16 * row_tile + at] = sums.sum(threadIdx.x / 16, 0, at);
     }

@@ -27,7 +27,7 @@ FORCE_INLINE float largest_number() {
     using T = Tile<QTYPE>;
     if (QTYPE == QT_IQ3_XXS) return 62.f;
     if (QTYPE == QT_IQ3_S) return 15.f;
-    if (QTYPE == QT_IQ1_S || QTYPE == QT_IQ1_M) return 9.f;
+    if (QTYPE == QT_IQ1_S || QTYPE == QT_IQ1_M) return 9.f;  // eighths
     if (T::kind == TILE_MAP8) return 43.f;
     if (QTYPE == QT_Q2_K) return 3.f;
     if (T::kind == TILE_MAP_SIGNED) return 127.f;
@@ -113,13 +113,16 @@ FORCE_INLINE void take_group(
         for (int k = 0; k < 8; k++)
             q[k] = (q[k] >> shift & 0x07070707) | spread4(signs >> 4 * k) << (shift == 4 ? 2 : 3);
         s = odd_scales<QTYPE>(b, g) & (T::thin ? 0xFFFF : 0xFF);
-    } else if constexpr (T::kind == TILE_MAP8) {  // IQ1: 7, 15, 23 with delta's minus, 9, 17, 25
+    } else if constexpr (QTYPE == QT_IQ1_S || QTYPE == QT_IQ1_M) {  // 7, 15, 23 or 9, 17, 25
+        const bool m_type = QTYPE == QT_IQ1_M;
 #pragma unroll
         for (int k = 0; k < 8; k++) {
-            const unsigned minus = q[k] >> 1 & 0x01010101;
-            q[k] = (q[k] >> 3 & 0x03030303) - (0x01010101 - minus) + 4 * minus;
+            const unsigned minus = q[k] >> 1 & 0x01010101, plus = 0x01010101 - minus;
+            q[k] = (q[k] >> 3 & 0x03030303) - plus;
+            if (m_type) q[k] = 4 * q[k] + plus;
         }
         s = odd_scales<QTYPE>(b, g);
+        if (!m_type) s |= load16(b + 34 + 2 * g) >> 15 ? 0x9090 : 0x7070;
     } else if constexpr (T::d_words == 2) {  // Q4_K, Q5_K: see k_scales() of quants.cuh
         const unsigned a = b[4 + (g & 3)], c = b[8 + (g & 3)], e = b[12 + (g & 3)];
         s = g < 4 ? a & 63 : (e & 15) | (a >> 2 & 48);
@@ -151,6 +154,9 @@ FORCE_INLINE void write_numbers(
                 const unsigned two = (x | x >> 8) & 0xFFFF;  // halves in neighbouring bytes
                 words[j >> 1] |= (two & 0x0303) << (16 * (i >> 1) + 4 * (i & 1) + 2 * (j & 1));
                 high[0] |= (two >> 2 & 0x0101) << (16 * (i >> 1) + 4 * (i & 1) + j);
+            } else if constexpr (T::doubled) {
+                words[j >> 1] |= (x >> 2 & 0x00030003) << (4 * i + 2 * (j & 1));
+                high[0] |= (x & 0x00010001) << (4 * i + j);
             } else if constexpr (T::thin) {
                 words[j >> 1] |= (x & 0x00030003) << (4 * i + 2 * (j & 1));
                 high[0] |= (x >> 2 & 0x00010001) << (4 * i + j);

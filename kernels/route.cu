@@ -4,14 +4,15 @@
 // Shapes    ids, weights [n, K], scores [n, E], gate [E, d], x [n, d], norm [d], bias [E] or null, pos [n]
 //           or null, imposed [n, K] or null: ids to take instead of choosing
 // Dtypes    float32; ids, pos, imposed int32; counter one unsigned, 0 before the first launch and after each
-// Grid      route_few (E), route_chosen (1); 256 threads
+// Grid      route_few (E), route_chosen (1); 256 threads. N_AHEAD: quadruples of a gate row that each thread
+//           of route_few asks for before it waits
 // Assumes   n <= 8, d a multiple of 4, E = N_EXPERTS <= 1024 a multiple of groups <= 64, K <= 32;
 //           norm null: neither norm nor s
 // Numerics  softmax (max subtracted) or sigmoid per expert; group score = its maximum (softmax) or its
 //           best two (sigmoid); weights from unbiased scores; pos -1: ids -1, weights 0. The last CTA to
 //           finish chooses: scores don't depend on which that is
 // Bound by  latency
-// Variants  N_EXPERTS=64; N_EXPERTS=1024
+// Variants  N_EXPERTS=64 N_AHEAD=2; N_EXPERTS=1024 N_AHEAD=8
 // Sources   own
 // Tested by tests/kernels/test_matvec.py, tests/gpu/test_cuda_matvec.py
 #include "matvec.cuh"
@@ -25,7 +26,6 @@ route_few(int* ids, float* weights, float* scores, int* counter, const float* ga
           const float* norm, const float* bias, const int* pos, const int* imposed, int n, int d,
           int n_used, int n_groups, int n_groups_used, int sigmoid, int renormalise, long long ldx,
           float scale, float eps) {
-    constexpr int AHEAD = 2;
     __shared__ float score[WARPS][N_EXPERTS], group[WARPS][64], part[WARPS], squares[WARPS];
     __shared__ int last;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -39,13 +39,15 @@ route_few(int* ids, float* weights, float* scores, int* counter, const float* ga
                                    __uint_as_float(v[3]))
                      : make_float4(1.f, 1.f, 1.f, 1.f);
     };
-    float4 w[AHEAD];
+    float4 w[N_AHEAD];
 #pragma unroll
-    for (int k = 0; k < AHEAD; k++) {
+    for (int k = 0; k < N_AHEAD; k++) {
         const int i = threadIdx.x + 256 * k;
         const float4 a = at(row, i), b = at(norms, i);
         w[k] = {a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w};
     }
+    float own_bias[PER_LANE];
+    take_bias(bias, own_bias);
     pdl_wait();
     pdl_launch();
     for (int token = 0; token < n; token++) {
@@ -58,8 +60,8 @@ route_few(int* ids, float* weights, float* scores, int* counter, const float* ga
             square += lo.x * lo.x + lo.y * lo.y + (hi.x * hi.x + hi.y * hi.y);
         };
 #pragma unroll
-        for (int k = 0; k < AHEAD; k++) add(threadIdx.x + 256 * k, w[k]);
-        for (int i = threadIdx.x + 256 * AHEAD; 4 * i < d; i += 256) {
+        for (int k = 0; k < N_AHEAD; k++) add(threadIdx.x + 256 * k, w[k]);
+        for (int i = threadIdx.x + 256 * N_AHEAD; 4 * i < d; i += 256) {
             const float4 a = at(row, i), b = at(norms, i);
             add(i, {a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w});
         }
@@ -81,7 +83,7 @@ route_few(int* ids, float* weights, float* scores, int* counter, const float* ga
     __syncthreads();
     if (!last || warp >= n) return;
     const Choice how = {n_used, n_groups, n_groups_used, sigmoid, renormalise, scale};
-    choose(ids + warp * n_used, weights + warp * n_used, scores + warp * N_EXPERTS, bias,
+    choose(ids + warp * n_used, weights + warp * n_used, scores + warp * N_EXPERTS, own_bias,
            imposed ? imposed + warp * n_used : nullptr, pos && pos[warp] < 0, how, score[warp],
            group[warp]);
 }
@@ -93,10 +95,12 @@ route_chosen(int* ids, float* weights, const float* scores, const float* bias, c
     __shared__ float score[WARPS][N_EXPERTS], group[WARPS][64];
     const int warp = threadIdx.x >> 5;
     pdl_launch();
+    float own_bias[PER_LANE];
+    take_bias(bias, own_bias);
     pdl_wait();
     if (warp >= n) return;
     const Choice how = {n_used, n_groups, n_groups_used, sigmoid, renormalise, scale};
-    choose(ids + warp * n_used, weights + warp * n_used, scores + warp * N_EXPERTS, bias,
+    choose(ids + warp * n_used, weights + warp * n_used, scores + warp * N_EXPERTS, own_bias,
            imposed ? imposed + warp * n_used : nullptr, pos && pos[warp] < 0, how, score[warp],
            group[warp]);
 }

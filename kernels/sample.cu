@@ -178,7 +178,7 @@ __device__ __forceinline__ void exchange_best(const void* mail, int& id, float& 
     Post<SEND_TO> post;
     post.open(mail);
     post.send(0, top, false), post.send(1, __int_as_float(id), false);
-    post.count_alone();
+    post.count();
     for (int r = 0; r < SEND_TO; r++) {
         unsigned value, at;
         if (r == post.me) continue;
@@ -198,7 +198,7 @@ __device__ __forceinline__ void exchange_candidates(
     Post<SEND_TO> post;
     post.open(mail);
     __syncthreads();
-    if (i == 0) post.count_alone();
+    if (i == 0) post.count();
     if (i < k) {
         post.send(2 * i, __uint_as_float(c.value[i]), false);
         post.send(2 * i + 1, __uint_as_float(c.id[i] + first), false);

@@ -53,8 +53,15 @@ def default_devices() -> tuple[str, ...]:
 
 def gpu_count() -> int:
     """How many GPUs CuPy would see; asked of the driver, which is quicker than importing CuPy."""
-    if find_spec("cupy") is None:
-        return 0
+    return 0 if find_spec("cupy") is None else _driver_gpus()
+
+
+def idle_gpus() -> int:
+    """How many GPUs this machine has that can't be used, as CuPy isn't installed."""
+    return _driver_gpus() if find_spec("cupy") is None else 0
+
+
+def _driver_gpus() -> int:
     count = ctypes.c_int(0)
     try:
         driver = ctypes.CDLL("libcuda.so.1")

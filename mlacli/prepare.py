@@ -17,7 +17,7 @@ from typing import Any
 
 from mlacli.attention_forms import attention_text
 from mlacli.compat import Finding, check, guard, indexer_rules, raise_first_error, settled
-from mlacli.devices import Device, find_devices, host_memory, main_device
+from mlacli.devices import Device, find_devices, host_memory, idle_gpus, main_device
 from mlacli.errors import (
     GgufError,
     MemoryBudgetError,
@@ -27,6 +27,7 @@ from mlacli.errors import (
     UsageError,
 )
 from mlacli.loading.gguf_file import GgufFile
+from mlacli.loading.tiles import GROWN
 from mlacli.loading.tokenizer import Tokenizer, has_tokenizer
 from mlacli.models import model_of
 from mlacli.parallel.advice import Speeds, token_us
@@ -119,6 +120,7 @@ class Prepared:
             ("reduce type", context.graph_reduce_type if graph else "-", ""),
             *self._thread_row(),
             *self._host_row(),
+            *self._tiles_row(),
         ]  # fmt: skip
         rows += [(f.flag, f.verdict, f.message) for f in self.findings if f.level == "note"]
         return tuple(rows)
@@ -133,6 +135,18 @@ class Prepared:
         if on_host := sum(rank.host for rank in self.plan.ranks):
             how = "weights that GPUs read over the link; experts are copied ahead for many tokens"
             yield "host memory", f"{on_host / 2**30:.2f} GiB", how
+
+    def _tiles_row(self) -> Iterator[tuple[str, str, str]]:
+        """How GPUs keep the types that take more memory there than in the file."""
+        kinds = {rank.rank: rank.kind for rank in self.plan.ranks}
+        types = {
+            s.qtype.name for s in self.plan.shards
+            if kinds[s.rank] != "cpu" and s.qtype.name in GROWN and len(s.shape) > 1
+        }  # fmt: skip
+        if types:
+            how = "as in the file" if self.plan.small else "in tiles"
+            why = "less memory, half as fast" if self.plan.small else "more memory, twice as fast"
+            yield "weights", f"{', '.join(sorted(types))} {how}", why
 
     def _sparse_row(self) -> Iterator[tuple[str, str, str]]:
         """How cache rows are chosen; nothing for a file without indexer."""
@@ -203,7 +217,7 @@ def _prepare(file: GgufFile, params: Params) -> Prepared:
 
     split = _settle_mode(arch, params, hp, devices, planned)
     plan = planned(split)
-    findings += tuple(_idle_rules(params, plan))
+    findings += (*_idle_rules(params, plan), *_idle_gpus(params))
     if context.n_ctx > hp.n_ctx_train:
         findings += (_beyond_training(params, plan),)
     context = _clipped(context, plan.n_ctx)
@@ -316,6 +330,18 @@ def _idle_rules(params: Params, plan: ShardPlan) -> Iterator[Finding]:
         yield Finding(
             "warning", flag, "warned", f"{flag} {rule} places nothing: {why}",
             "mlacli plan -v lists the tensors",
+        )  # fmt: skip
+
+
+def _idle_gpus(params: Params) -> Iterator[Finding]:
+    """A warning where GPUs would be taken by default, were CuPy installed."""
+    if "device" in params.typed or params.split.devices != ("cpu",) or params.split.vram:
+        return
+    if n := idle_gpus():
+        yield Finding(
+            "warning", "-dev", "warned",
+            f"this machine's GPUs ({n}) are not used: CuPy is not installed",
+            "install mlacli[cuda13], or mlacli[cuda12] for an older driver; -dev cpu wants the CPU",
         )  # fmt: skip
 
 

@@ -80,3 +80,13 @@ def test_without_dev_all_gpus_take_part(
 
 def test_max_gpu_also_bounds_planned_devices() -> None:
     assert to_params({"vram": (1, 2, 3), "max_gpu": 2}).split.vram == (1, 2)
+
+
+@pytest.mark.parametrize("cupy, want", [(True, (3, 0)), (False, (0, 3))])
+def test_gpus_are_idle_without_cupy(
+    monkeypatch: pytest.MonkeyPatch, cupy: bool, want: tuple[int, int]
+) -> None:
+    monkeypatch.undo()  # conftest's: there are no GPUs
+    monkeypatch.setattr(devices, "_driver_gpus", lambda: 3)
+    monkeypatch.setattr(devices, "find_spec", lambda name: name if cupy else None)
+    assert (devices.gpu_count(), devices.idle_gpus()) == want

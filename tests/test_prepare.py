@@ -359,3 +359,19 @@ def test_small_products_get_one_thread_and_large_ones_all_cores(tmp_path: Path) 
     large = prepare(header_only(tmp_path / "v3.gguf", "v3"), to_params({"ctx_size": 256}))
     assert small.n_threads == 1
     assert large.n_threads == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    "n_gpus, values, said",
+    [
+        (2, {}, True),
+        (0, {}, False),
+        (2, {"device": ("cpu",)}, False),
+        (2, {"vram": (1 << 34,)}, False),
+    ],
+)
+def test_gpus_without_cupy_are_not_passed_over_in_silence(toy, monkeypatch, n_gpus, values, said):
+    monkeypatch.setattr("mlacli.prepare.idle_gpus", lambda: n_gpus)
+    found = [f for f in ask(toy, **values).findings if "CuPy" in f.message]
+    assert len(found) == said
+    assert not said or (found[0].level == "warning" and "mlacli[cuda13]" in found[0].hint)

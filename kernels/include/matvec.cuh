@@ -26,8 +26,11 @@ struct Few {
     static constexpr int zero = is_signed ? 128 : T::zero;  // in the numbers few_fragment() gives
     // 4-bit numbers of rows g + 8 come 16 times as large: that spares a shift.
     static constexpr bool sixteenfold = T::kind == TILE_SMALL && T::over_words == 0;
-    static constexpr float result = whole ? 0x1p69f : FEW_ONE;
-    static constexpr float result8 = sixteenfold ? 0x1p65f : result;
+    // Numbers of two bits stay where they lie: those of odd steps come four times as large.
+    static constexpr bool fourfold = T::thin && T::h_words == 0;
+    static constexpr float unit = SCALE_UNIT<QTYPE>, of_result = T::doubled ? 2 * unit : unit;
+    static constexpr float result = whole ? 0x1p69f * of_result : FEW_ONE;
+    static constexpr float result8 = sixteenfold ? 0x1p65f * of_result : result;
 };
 
 // ---------------------------------------------------------------- instructions --------------
@@ -167,6 +170,10 @@ __device__ __forceinline__ void few_fragment(const TileData<QTYPE>& w, int j, un
     using T = Tile<QTYPE>;
     if constexpr (!Few<QTYPE>::whole) {
         biased_fragment<QTYPE>(w, j, r);
+    } else if constexpr (Few<QTYPE>::fourfold) {
+        const unsigned first = w.q[j >> 1], q = first >> 8, mask = j & 1 ? 0x000C000C : 0x00030003;
+        r[0] = first & mask, r[1] = first & mask << 4;
+        r[2] = q & mask, r[3] = q & mask << 4;
     } else if constexpr (Few<QTYPE>::sixteenfold) {
         const unsigned first = nibbles(w, j), q = first >> 8;
         r[0] = first & 0x000F000F, r[1] = first & 0x00F000F0;
@@ -212,12 +219,18 @@ __device__ __forceinline__ void few_scaled(
     constexpr float big = 32768.f;
     const unsigned select = 0x7604 | u << 4;
     const float sums[2] = {c[0] + c[1], c[2] + c[3]};
-    const float x = ones * (F::zero ? -FEW_ONE * F::zero : FEW_ONE);
+    const float x = ones * (F::zero ? -FEW_ONE * F::unit * F::zero : FEW_ONE);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const float result = i ? F::result8 : F::result;
+        const float result = (i ? F::result8 : F::result) * (F::fourfold && u & 1 ? 0.25f : 1.f);
         if constexpr (!F::whole) {
             acc[i] = __fmaf_rn(sums[i], result, acc[i]);
+        } else if constexpr (QTYPE == QT_IQ1_S) {  // 2^15 + scale, 2^15 + 16 * 8 minimum / scale
+            const float d = half_bits_to_float(w.d[0] >> 16 * i & 0xFFFF);
+            const unsigned both = __byte_perm(w.s[i], 0x47000000, select);
+            const float s = __fmaf_rn(__uint_as_float(both & 0xFFFF0FFF), d, -big * d);
+            const float minimum = __uint_as_float(both & 0xFFFFF0FF) - big;
+            acc[i] = __fmaf_rn(s, __fmaf_rn(minimum, ones * (-FEW_ONE / 128), sums[i] * result), acc[i]);
         } else if constexpr (QTYPE == QT_Q2_K) {  // 2^15 + scale, 2^15 + 16 minimum
             const float d = half_bits_to_float(w.d[i] & 0xFFFF) * result;
             const float m = half_bits_to_float(w.d[i] >> 16) * (-FEW_ONE / 16);
@@ -236,8 +249,10 @@ __device__ __forceinline__ void few_scaled(
         } else {
             float s;
             if constexpr (T::d_words == 1) {
-                const float d = half_bits_to_float(w.d[0] >> 16 * i & 0xFFFF) * SCALE_UNIT<QTYPE>;
-                s = __fmaf_rn(few_byte(w.s[i] ^ 0x80808080, select), d, -(big + 128) * d);
+                const float d = half_bits_to_float(w.d[0] >> 16 * i & 0xFFFF);
+                constexpr bool positive = ODD_SCALES<QTYPE>;  // others: the top bit turned
+                s = __fmaf_rn(few_byte(positive ? w.s[i] : w.s[i] ^ 0x80808080, select), d,
+                              -(positive ? big : big + 128) * d);
             } else if constexpr (QTYPE == QT_MXFP4) {
                 s = bf16_bits_to_float(w.s[i] >> 16 * u & 0xFFFF);
             } else {

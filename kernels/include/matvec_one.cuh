@@ -158,12 +158,13 @@ struct OneX {
     float ones[TILES][4];
 };
 
-// to = x (times norm) of the warp's column tiles; squares += those of x. Passes pdl_wait().
-template <class SHARE, bool NORM, bool RAGGED, int TILES>
+// to = x (times norm) of the warp's column tiles, about MOST of them at a time; squares += those of x.
+// Passes pdl_wait().
+template <class SHARE, bool NORM, bool RAGGED, int MOST, int TILES>
 __device__ __forceinline__ void one_stage(
         OneX<TILES>& to, int from, int count, const float* x, const float* norm, int in, int skip,
         float& squares) {
-    constexpr int group = SHARE::most < 4 ? SHARE::most : 4;
+    constexpr int rounds = (SHARE::most + MOST - 1) / MOST, group = (SHARE::most + rounds - 1) / rounds;
     const int lane = threadIdx.x & 31;
     const int c = 64 * from + 16 * (lane >> 3) + 2 * (lane & 3) - (RAGGED ? skip : 0);
     float v[group][4], weight[group][4];
@@ -227,7 +228,7 @@ __device__ __forceinline__ void one_rows(
     bool there = seek(w, 0);
 #pragma unroll
     for (int i = 0; i < depth; i++) w.load(i, there && SHARE::has_first(i, count));
-    one_stage<SHARE, NORM, RAGGED>(fragments, from, count, x, norm, in, skip, squares);
+    one_stage<SHARE, NORM, RAGGED, 4>(fragments, from, count, x, norm, in, skip, squares);
 #pragma unroll 1
     for (int k = 0; k < n; k++) {
         float acc[streams][2];

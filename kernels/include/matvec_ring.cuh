@@ -135,7 +135,7 @@ __device__ __forceinline__ void ring_rows(
         if (next_k < n) copy_next(s);
         ring_commit();
     }
-    one_stage<SHARE, NORM, RAGGED>(fragments, from, count, x, norm, in, skip, squares);
+    one_stage<SHARE, NORM, RAGGED, 8>(fragments, from, count, x, norm, in, skip, squares);
     int stage = 0;
 #pragma unroll 1
     for (int k = 0; k < n; k++) {

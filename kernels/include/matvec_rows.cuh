@@ -40,7 +40,7 @@ struct OneSums {
 // x of one token as fragments, unless that is too much of shared memory.
 template <int TILES>
 struct OneStaged {
-    static constexpr bool fits = TILES <= 128;
+    static constexpr bool fits = TILES <= 160;
     OneX<(fits ? TILES : 1)> x;
 };
 

@@ -20,7 +20,7 @@ __device__ __forceinline__ int live_splits(const int* pos, int n, int last, int 
 template <int COLS>
 __device__ __forceinline__ float merge_splits(const float* part, const float* stat, int live, int r,
                                               int first) {
-    constexpr int LANES = COLS / 4, GROUPS = 256 / LANES, ITEMS = 8, WEIGHED = MERGE_SPLITS / 32;
+    constexpr int LANES = COLS / 4, GROUPS = 256 / LANES, ITEMS = 9, WEIGHED = MERGE_SPLITS / 32;
     __shared__ float4 partial[256];
     const int lane = threadIdx.x & 31, group = threadIdx.x / LANES, c = threadIdx.x % LANES;
     const float none = __int_as_float(0xff800000);

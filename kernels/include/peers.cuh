@@ -16,10 +16,7 @@
 // has ended here when it sends, which is all that the argument above asks of a sender; and the counter
 // is that sum's. What it sends is added up by the next launch (reduce_sent.cu), which begins before the
 // product ends but not before it has waited, so the counter and the residual stream are the last sum's
-// for it too. Or by the product itself: every thread takes the others' packets of the row that it
-// sent. Its CTAs then wait for CTAs of other GPUs, which must not wait for room on theirs: all CTAs of
-// such a product fit their GPU at once, and launches that start early come after all of them. The
-// last CTA to know the step counts it. All ways give equal bits, and GPUs may mix the first two.
+// for it too. Both ways give equal bits, and GPUs may mix them.
 // Sources: the packets are those of NCCL's LL protocol (src/device/prims_ll.h, BSD); the rest own.
 // Tested by: tests/kernels/test_peers.py (all interleavings of a model), tests/gpu/test_collectives.py
 #pragma once

@@ -1,6 +1,5 @@
 // What several GPUs' kernels write to and read from each other: a GPU's own words, packets, waits that
-// end, and how a product sends its rank's partial by itself, or adds all of them up. The protocol is
-// in peers.cuh.
+// end, and how a kernel that isn't a collective sends by itself. The protocol is in peers.cuh.
 // Sources: peers.cuh. Tested by: tests/kernels/test_peers.py, tests/gpu/test_collectives.py
 #pragma once
 #include "pdl.cuh"
@@ -12,8 +11,8 @@ typedef unsigned long long PeerWord;
 struct PeerOwn {
     PeerWord ticks;  // PEER_TICKS a step
     int error;       // 1 + a GPU that was waited for in vain
-    unsigned here;   // CTAs of a product that know the step
-    // What products need to know, where every GPU has one rank, of its own number:
+    int pad;
+    // What senders need to know, where every GPU has one rank, of its own number:
     PeerWord apart, room;  // bytes from an inbox to the one used in the next step, and for a rank
     PeerWord inbox;        // here, of even steps
     PeerWord alarm;        // the group's error word, in host memory
@@ -25,7 +24,6 @@ struct PeerOwn {
 // Relaxed: a packet carries its own number; nothing else is read by virtue of it.
 #ifdef SIMT
 inline void put_word(PeerWord* at, PeerWord a) { *at = a; }
-inline PeerWord get_word(const PeerWord* at) { return *at; }
 inline void put_words(PeerWord* at, PeerWord a, PeerWord b) { at[0] = a, at[1] = b; }
 inline void get_words(const PeerWord* at, PeerWord& a, PeerWord& b) { a = at[0], b = at[1]; }
 inline void load_pair(const float* at, float& a, float& b) { a = at[0], b = at[1]; }
@@ -39,11 +37,6 @@ inline void between_polls() { simt::yield(); }
 #else
 __device__ __forceinline__ void put_word(PeerWord* at, PeerWord a) {
     asm volatile("st.relaxed.sys.global.b64 [%0], %1;" :: "l"(at), "l"(a) : "memory");
-}
-__device__ __forceinline__ PeerWord get_word(const PeerWord* at) {
-    PeerWord a;
-    asm volatile("ld.relaxed.sys.global.b64 %0, [%1];" : "=l"(a) : "l"(at) : "memory");
-    return a;
 }
 __device__ __forceinline__ void put_words(PeerWord* at, PeerWord a, PeerWord b) {
     asm volatile("st.relaxed.sys.global.v2.b64 [%0], {%1, %2};" :: "l"(at), "l"(a), "l"(b) : "memory");
@@ -111,10 +104,10 @@ struct Patience {
     }
 };
 
-// ---------------------------------------------------------------- a product's own mail -------
-// What a product of N GPUs, of one rank each, does with its partial. Either it sends it to all, this
-// one too, and the next launch, reduce_sent.cu, adds up what came and counts the step. Or it sends
-// it to the others, waits for theirs, and counts the step: then all its CTAs must run at once.
+// ---------------------------------------------------------------- a kernel's own mail --------
+// Of N GPUs with one rank each. A product sends its partial to all, this one too, and the next launch,
+// reduce_sent.cu, adds up what came and counts the step. The sampler sends candidates to the others,
+// takes theirs, and counts the step itself.
 template <int N>
 struct Post : Patience {
     PeerWord* to[N];
@@ -145,28 +138,6 @@ struct Post : Patience {
         for (int g = 0; g < N; g++)
             if (to_me || g != me) put_word(to[g] + i, word);
     }
-    // The sum of all partials at i in rank order; v is this rank's.
-    __device__ __forceinline__ float exchange(int i, float v) {
-        send(i, v, false);
-        float part[N];
-        bool all;
-        int missing = 0;
-        do {  // polls of all ranks under way at once
-            all = true;
-#pragma unroll
-            for (int r = 0; r < N; r++) {
-                part[r] = v;
-                if (r == me) continue;
-                const PeerWord word = get_word((const PeerWord*)(from + r * room) + i);
-                part[r] = __uint_as_float((unsigned)word);
-                if ((unsigned)(word >> 32) != step) all = false, missing = r;
-            }
-        } while (!all && !gives_up(missing));
-        float sum = part[0];
-#pragma unroll
-        for (int r = 1; r < N; r++) sum = __fadd_rn(sum, part[r]);  // v's product stays out of it
-        return sum;
-    }
     // What rank r sent at i and i + 1, i even; -inf and 0 if it is given up.
     __device__ __forceinline__ void take(int r, int i, unsigned& a, unsigned& b) {
         PeerWord x, y;
@@ -178,19 +149,12 @@ struct Post : Patience {
         a = 0xff800000u, b = 0;
     }
     // By the only CTA that opens, once all of it has.
-    __device__ __forceinline__ void count_alone() const {
-        atomicAdd(&own->ticks, (PeerWord)PEER_TICKS);
-    }
-    // By one thread of every CTA, once all of the CTA have opened: who comes last counts the step.
     __device__ __forceinline__ void count() const {
-        const unsigned last = gridDim.x - 1;
-        if (atomicInc(&own->here, last) == last) atomicAdd(&own->ticks, (PeerWord)PEER_TICKS);
+        atomicAdd(&own->ticks, (PeerWord)PEER_TICKS);
     }
 };
 template <>
 struct Post<0> {  // partials stay here
     __device__ __forceinline__ void open(const void*) {}
     __device__ __forceinline__ void send(int, float) const {}
-    __device__ __forceinline__ float exchange(int, float v) { return v; }
-    __device__ __forceinline__ void count() const {}
 };

@@ -27,9 +27,18 @@ struct Choice {
     float scale;
 };
 
+// What is added to the scores of a lane's experts for the choice alone.
+__device__ __forceinline__ void take_bias(const float* bias, float (&own)[PER_LANE]) {
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+        const int e = (threadIdx.x & 31) + 32 * i;
+        own[i] = bias && e < N_EXPERTS ? bias[e] : 0.f;
+    }
+}
+
 // One warp chooses for one token. score: E floats of shared memory; group: 64.
 __device__ __forceinline__ void choose(
-        int* ids, float* weights, const float* in, const float* bias, const int* imposed,
+        int* ids, float* weights, const float* in, const float (&bias)[PER_LANE], const int* imposed,
         bool padded, const Choice& how, float* score, float* group) {
     const int lane = threadIdx.x & 31;
     float own[PER_LANE];
@@ -54,38 +63,47 @@ __device__ __forceinline__ void choose(
         for (int i = 0; i < PER_LANE; i++) own[i] /= sum;
     }
     const int size = N_EXPERTS / how.n_groups;
+    unsigned stays[2] = {0, 0};  // bits of groups
     if (how.n_groups > 1) {
 #pragma unroll
         for (int i = 0; i < PER_LANE; i++) {
             const int e = lane + 32 * i;
-            if (e < N_EXPERTS) score[e] = own[i] + (bias ? bias[e] : 0.f);
+            if (e < N_EXPERTS) score[e] = own[i] + bias[i];
         }
         __syncwarp();
-        for (int g = lane; g < how.n_groups; g += 32) {
+        int per = 32;  // lanes that look through one group
+        while (per > 1 && per * how.n_groups > 32) per /= 2;
+        for (int first = 0; first < how.n_groups; first += 32 / per) {
+            const int g = first + lane / per;
             float best = NONE, second = NONE;
-            for (int i = g * size; i < (g + 1) * size; i++) {
-                second = fmaxf(second, fminf(best, score[i]));
-                best = fmaxf(best, score[i]);
+            for (int i = lane % per; g < how.n_groups && i < size; i += per) {
+                second = fmaxf(second, fminf(best, score[g * size + i]));
+                best = fmaxf(best, score[g * size + i]);
             }
-            group[g] = how.sigmoid && size > 1 ? best + second : best;
+            for (int offset = per / 2; offset; offset /= 2) {
+                const float other = __shfl_xor_sync(~0u, best, offset);
+                second = fmaxf(fmaxf(second, __shfl_xor_sync(~0u, second, offset)), fminf(best, other));
+                best = fmaxf(best, other);
+            }
+            if (lane % per == 0 && g < how.n_groups)
+                group[g] = how.sigmoid && size > 1 ? best + second : best;
         }
         __syncwarp();
+#pragma unroll
+        for (int half = 0; half < 2; half++) {  // a group stays if fewer than n_groups_used are better
+            const int g = lane + 32 * half;
+            int better = g < how.n_groups ? 0 : how.n_groups_used;
+            for (int o = 0; g < how.n_groups && o < how.n_groups; o++)
+                better += group[o] > group[g] || (group[o] == group[g] && o < g);
+            stays[half] = __ballot_sync(~0u, better < how.n_groups_used);
+        }
     }
+    const float groups = 1.f / size;
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
-        const int e = lane + 32 * i;
-        if (e >= N_EXPERTS) {
-            key[i] = 0;
-            continue;
-        }
-        key[i] = ordered(own[i] + (bias ? bias[e] : 0.f));
-        if (how.n_groups > 1) {  // it stays if fewer than n_groups_used groups are better than its own
-            const int g = e / size;
-            int better = 0;
-            for (int o = 0; o < how.n_groups; o++)
-                better += group[o] > group[g] || (group[o] == group[g] && o < g);
-            if (better >= how.n_groups_used) key[i] = ordered(NONE);
-        }
+        const int e = lane + 32 * i, g = (int)((e + 0.5f) * groups);
+        const bool out = how.n_groups > 1 && !((g & 32 ? stays[1] : stays[0]) >> (g & 31) & 1);
+        key[i] = e < N_EXPERTS ? ordered(out ? NONE : own[i] + bias[i]) : 0;
     }
     __syncwarp();
 #pragma unroll

@@ -11,9 +11,9 @@
 // (also of wgmma m64k16 with A from registers): R0 = row g, columns 16 j + 2 t and + 1, the first
 // in the low half; R1 = row g + 8, the same columns; R2 and R3 = 8 columns further.
 //   q, 4 bits    16 bytes at 16 lane: word j; Ri's halves at bits 4 i and 16 + 4 i
-//   q, 2 bits    8 bytes at 8 lane: word j / 2; from bit 2 (j % 2) of each nibble on. Q2_K, Q3_K: nibbles
-//                as of 4 bits; IQ1, IQ2: R0 and R1 low half, R0 and R1 high half, then R2 and R3
-//   h, 3rd bit   of these: word at 4 lane: bit j of each nibble
+//   q, 2 bits    8 bytes at 8 lane: word j / 2; from bit 2 (j % 2) of each nibble on. Nibbles as of
+//                4 bits; IQ2: R0 and R1 low half, R0 and R1 high half, then R2 and R3
+//   h, 3rd bit   of these: word at 4 lane: bit j of each nibble. IQ1_M: bit 0 of four, q bits 2 and 3
 //   h, 5th bit   word at 4 lane: bits 4 j + i and 16 + 4 j + i
 //   h, bits 5-6  8 bytes at 8 lane: word j / 2; from bits 8 (j % 2) + 2 i and 16 + that on
 //   q, 8 bits    16 bytes at 512 u + 16 lane for steps 2 u, 2 u + 1: two words a step, of R0 and
@@ -21,12 +21,13 @@
 //   q, 16 bits   16 bytes at 512 j + 16 lane: R0..R3
 //   s, m         8 bytes at 8 g: word of row g, word of row g + 8. Block-32 types: group 0, group 1
 //                as float16 (MXFP4: bfloat16 of half its scale). Q4_K, Q5_K: bytes scale 0,
-//                scale 1, minimum 0, minimum 1. Q6_K, Q3_K, IQ1, IQ2: four int8 scales. IQ4_XS, IQ3:
+//                scale 1, minimum 0, minimum 1. Q6_K, Q3_K, IQ1_M, IQ2: four int8 scales. IQ4_XS, IQ3:
 //                int8 scale 0, scale 1, then 0, 0. Q2_K: four bytes scale + 16 minimum. IQ1 to IQ3:
-//                1 + 2 * the scale's code
+//                1 + 2 * the scale's code. IQ1_S: as Q2_K, the minimum in eighths of the scale: 7 or 9
 //   d, float16   Q2_K, Q4_K, Q5_K: 8 bytes at 8 g: d, dmin of row g, then of row g + 8;
 //                others: word at 4 g: d of row g, of row g + 8
-// Numbers of IQ1 to IQ3 are places in a map of their values (NumberMap in tiles.cuh).
+// Numbers of IQ2 and IQ3 are places in a map of their values (NumberMap in tiles.cuh). IQ1_S: the
+// codebook's -1, 0, 1, + 1; IQ1_M: four times that, + 1 where delta is not negative.
 // Sources: fragment layouts from the PTX manual; code own. Tested by: tests/kernels/test_tiles.py.
 #pragma once
 #include "types.cuh"
@@ -59,6 +60,7 @@ struct TileLayout {
     static constexpr int q_words = Q / 128, h_words = H / 128, d_words = D / 32;  // a lane's
     static constexpr bool thin = Q == 256;  // numbers of two or three bits: nibbles() puts them together
     static constexpr int over_words = thin ? 0 : h_words;  // bits above the nibbles
+    static constexpr bool doubled = false;  // values are of twice the stored numbers
     // biased_fragment() gives R + offset; 0 where that saves nothing.
     static constexpr int offset = KIND == TILE_SMALL || KIND == TILE_MAP_SMALL ? 128 + ZERO : 0;
 };
@@ -84,15 +86,21 @@ template <> struct Tile<QT_IQ3_S> : TileLayout<TILE_MAP_SIGNED, 512, 0, 0, 0, 32
 template <> struct Tile<QT_IQ2_XXS> : TileLayout<TILE_MAP8, 256, 128, 0, 0, 32, 256, 16> {};
 template <> struct Tile<QT_IQ2_XS> : TileLayout<TILE_MAP8, 256, 128, 0, 0, 32, 256, 16> {};
 template <> struct Tile<QT_IQ2_S> : TileLayout<TILE_MAP8, 256, 128, 0, 0, 32, 256, 16> {};
-template <> struct Tile<QT_IQ1_S> : TileLayout<TILE_MAP8, 256, 128, 0, 0, 32, 256, 16> {};
-template <> struct Tile<QT_IQ1_M> : TileLayout<TILE_MAP8, 256, 128, 0, 0, 32, 256, 16> {};
+template <> struct Tile<QT_IQ1_S> : TileLayout<TILE_SMALL, 256, 0, 0, 0, 32, 256, 16> {
+    static constexpr bool has_min = true;
+};
+template <> struct Tile<QT_IQ1_M> : TileLayout<TILE_SMALL, 256, 128, 9, 0, 32, 256, 16> {
+    static constexpr bool doubled = true;
+};
 
 // Values = d * scale's int8 * SCALE_UNIT * number (or map's value).
 template <int QTYPE>
-constexpr float SCALE_UNIT = QTYPE == QT_IQ1_S || QTYPE == QT_IQ1_M || QTYPE == QT_IQ2_XXS ||
-                                     QTYPE == QT_IQ2_XS || QTYPE == QT_IQ2_S
+constexpr float SCALE_UNIT = QTYPE == QT_IQ1_M || QTYPE == QT_IQ2_XXS || QTYPE == QT_IQ2_XS ||
+                                     QTYPE == QT_IQ2_S
                                  ? 0.125f
                                  : QTYPE == QT_IQ3_XXS ? 0.25f : 1.f;
+template <int QTYPE>
+constexpr bool ODD_SCALES = SCALE_UNIT<QTYPE> != 1.f || QTYPE == QT_IQ3_S;  // 1 + 2 code
 
 // ---------------------------------------------------------------- planes --------------------
 // The planes of a weight. q (h, s, m) of a tile starts at (row_tile * n_col_tiles + col_tile) *

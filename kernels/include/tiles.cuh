@@ -37,6 +37,8 @@ FORCE_INLINE unsigned nibbles(const TileData<QTYPE>& w, int j) {
     if constexpr (!T::thin) {
         return w.q[j];
     } else {
+        if constexpr (T::doubled)
+            return ((j & 1 ? w.q[j >> 1] : w.q[j >> 1] << 2) & 0xCCCCCCCC) | (w.h[0] >> j & 0x11111111);
         unsigned x = w.q[j >> 1] >> 2 * (j & 1) & 0x33333333;
         if constexpr (T::h_words) x |= (j < 3 ? w.h[0] << (2 - j) : w.h[0] >> 1) & 0x44444444;
         return x;
@@ -62,22 +64,29 @@ template <> struct NumberMap<QT_IQ3_S> {
 struct MapIq2 {  // bit 2: minus
     static constexpr unsigned m0 = EVEN_128 + MAP_IQ2_0, m1 = EVEN_128 - MAP_IQ2_0, m2 = 0, m3 = 0;
 };
-struct MapIq1 {  // -1, 0, 1 in eighths, plus one eighth; bit 2: minus one
-    static constexpr unsigned m0 = 0x00898179, m1 = 0x00877F77, m2 = 0, m3 = 0;
-};
 template <> struct NumberMap<QT_IQ2_XXS> : MapIq2 {};
 template <> struct NumberMap<QT_IQ2_XS> : MapIq2 {};
 template <> struct NumberMap<QT_IQ2_S> : MapIq2 {};
-template <> struct NumberMap<QT_IQ1_S> : MapIq1 {};
-template <> struct NumberMap<QT_IQ1_M> : MapIq1 {};
+
+// Bytes of lo and hi by the four nibbles in the low half of x, whose top bits are 0. __byte_perm clears
+// these itself.
+FORCE_INLINE unsigned map8(unsigned x, unsigned lo, unsigned hi) {
+#ifdef __CUDA_ARCH__
+    unsigned r;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(lo), "r"(hi), "r"(x));
+    return r;
+#else
+    return __byte_perm(lo, hi, x);
+#endif
+}
 
 // Bytes of the type's map, each ^ top, for the step's eight nibbles: of the low four, of the high four.
 template <int QTYPE>
 FORCE_INLINE void mapped(unsigned q, unsigned top, unsigned& lo, unsigned& hi) {
     using M = NumberMap<QTYPE>;
     if constexpr (Tile<QTYPE>::kind == TILE_MAP8) {
-        lo = __byte_perm(M::m0 ^ top, M::m1 ^ top, q);
-        hi = __byte_perm(M::m0 ^ top, M::m1 ^ top, q >> 16);
+        lo = map8(q, M::m0 ^ top, M::m1 ^ top);
+        hi = map8(q >> 16, M::m0 ^ top, M::m1 ^ top);
     } else {
         lo = map16(q, M::m0 ^ top, M::m1 ^ top, M::m2 ^ top, M::m3 ^ top);
         hi = map16(q >> 16, M::m0 ^ top, M::m1 ^ top, M::m2 ^ top, M::m3 ^ top);
@@ -108,7 +117,8 @@ FORCE_INLINE void biased_fragment(const TileData<QTYPE>& w, int j, unsigned (&r)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         if constexpr (T::kind == TILE_SMALL) {
-            r[i] = 0x43004300 | (nibbles(w, j) >> 4 * i & 0x000F000F) | high_bits<QTYPE>(w, j, i, 4);
+            const unsigned x = nibbles(w, j) >> 4 * i & 0x000F000F;
+            r[i] = 0x43004300 | x << T::doubled | high_bits<QTYPE>(w, j, i, 4);
         } else if constexpr (T::kind == TILE_MAP_SMALL) {
             r[i] = 0x43004300 | (stored_bytes<QTYPE>(w, j, i) & 0x00FF00FF);
         } else if constexpr (T::kind == TILE_BF16) {
@@ -162,6 +172,9 @@ FORCE_INLINE void exact_scales(
         m[i] = 0;
         if constexpr (!T::has_scale) {
             s[i] = 1;
+        } else if constexpr (QTYPE == QT_IQ1_S) {
+            s[i] = half_bits_to_float(w.d[0] >> 16 * i & 0xFFFF) * (float)(w.s[i] >> 8 * u & 15);
+            m[i] = s[i] * -0.125f * (float)(w.s[i] >> (8 * u + 4) & 15);
         } else if constexpr (QTYPE == QT_Q2_K) {
             s[i] = half_bits_to_float(w.d[i] & 0xFFFF) * (float)(w.s[i] >> 8 * u & 15);
             m[i] = half_bits_to_float(w.d[i] >> 16) * -(float)(w.s[i] >> (8 * u + 4) & 15);
@@ -213,7 +226,14 @@ FORCE_INLINE HalfScales half_scales(const TileData<QTYPE>& w, int u, float boost
     HalfScales out;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        if constexpr (QTYPE == QT_Q2_K) {
+        if constexpr (QTYPE == QT_IQ1_S) {
+            const float d = half_bits_to_float(w.d[0] >> 16 * i & 0xFFFF) * boost;
+            const unsigned code = w.s[i] >> 8 * u & 15, least = w.s[i] >> (8 * u + 4) & 15;
+            const unsigned codes = code | code * least << 16 | 0x64006400;
+            const unsigned pair =
+                half2_mul(half2_add(codes, minus_half2(1024)), half2_of(d, d * -0.125f));
+            out.s[i] = twice(pair, 0), out.m[i] = twice(pair, 1);
+        } else if constexpr (QTYPE == QT_Q2_K) {
             const unsigned d = half2_of(half_bits_to_float(w.d[i] & 0xFFFF) * boost,
                                         half_bits_to_float(w.d[i] >> 16) * -boost);
             const unsigned both = w.s[i] >> 8 * u;
@@ -248,6 +268,11 @@ FORCE_INLINE unsigned half_integers(const TileData<QTYPE>& w, int j, int i) {
     using T = Tile<QTYPE>;
     if constexpr (T::kind == TILE_SMALL) {
         const unsigned q = nibbles(w, j) >> (i & 2 ? 8 : 0);
+        if constexpr (T::doubled) {  // 128 + 2 n out of 1024 + 16 n, or 1024 + 2 n
+            if (i & 1)
+                return half2_fma(and_or<0x00F000F0>(q, 0x64006400), 0x30003000, 0xD848D848);  // - 137
+            return half2_add(and_or<0x001E001E>(q << 1, 0x64006400), minus_half2(1024 + T::zero));
+        }
         if (i & 1) {  // 1024 + 16 n, times 1/16: spares the shift
             const unsigned x = and_or<0x00F000F0>(q, 0x64006400) | high_bits<QTYPE>(w, j, i, 8);
             return half2_fma(x, 0x2C002C00, minus_half2_small(64 + T::zero));

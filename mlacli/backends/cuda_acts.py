@@ -10,17 +10,6 @@ from mlacli.backends.cuda_group import Mail
 from mlacli.backends.cuda_weights import CudaWeight
 
 
-@dataclass(frozen=True, slots=True)
-class Sender:
-    """How a pending product of one token is launched as a rank's partial that goes into the mail.
-
-    `at_once`: all its CTAs run together, so that they may wait for what other GPUs send.
-    """
-
-    launch: Callable[[Mail], None]
-    at_once: bool
-
-
 @dataclass(slots=True, eq=False)
 class Act:
     """Values of `shape`; at least one of the forms below is there.
@@ -35,7 +24,8 @@ class Act:
     normed: tuple[Array, CudaWeight, float] | None = None  # (x, weight, eps): not taken yet
     # A pending product: stored in, or added to, the array that it is given, else in a new one.
     run: Callable[[Array | None, bool], Array] | None = None
-    sender: Sender | None = None  # the same; None where its kernels can't send
+    # The same, sent as a rank's partial; None where its kernels can't.
+    send: Callable[[Mail], None] | None = None
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -162,14 +162,24 @@ def attend_short(
     """latent(), attend() and combine() in one launch, where `is_short`; o [1, h * v]."""
     (h, r, k), v, p = k_b.shape, v_b.shape[1], k_pe.shape[1]
     o = ops.new((1, h * v))
+    heads = _short_heads(ops.n_sm, h)
     ops.run(
-        "mla_short", (8 * h,), 256, o, kv.values, q, c_kv, k_pe, norm, k_b.tiles, v_b.tiles,
+        "mla_short", (8 * h // heads,), 256, o, kv.values, q, c_kv, k_pe, norm, k_b.tiles,
+        v_b.tiles,
         step.cos, step.sin, step.pos, h, eps, scale,
         *((0.0, 1) if temperature is None else (temperature.scale, temperature.length)),
         shared=SHORT_SHARE * 2 * (r + p + 8), R=r, K=k, P=p, V=v, N_ROWS=SHORT_SHARE,
-        WTYPE0=k_b.qtype.id, WTYPE1=v_b.qtype.id,
+        HEADS=heads, WTYPE0=k_b.qtype.id, WTYPE1=v_b.qtype.id,
     )  # fmt: skip
     return o
+
+
+def _short_heads(n_sm: int, h: int) -> int:
+    """Heads of a cluster of mla_short: several where two CTAs an SM wouldn't hold all clusters."""
+    heads = 1
+    while 8 * h > 2 * n_sm and heads < 4 and h % (2 * heads) == 0 and 8 * h > heads * n_sm:
+        heads *= 2
+    return heads
 
 
 def store(
@@ -274,9 +284,11 @@ def combine(ops: Launcher, parts: Parts, v_b: Weight, step: Positions) -> Array:
         return _plain_heads(ops, o_lat, v_b).reshape(n, h * v)
     o = ops.new((n, h * v))
     if parts.stat is not None and n <= _FEW and ops.capability >= 90 and r % 32 == 0:
+        cluster = 8 if 8 * h <= 2 * ops.n_sm else 4  # CTAs of all heads at once, two an SM
         ops.run(
-            "mla_combine", (8 * h, n), 256, o, parts.part, parts.stat, v_b.tiles, step.pos, n, h,
-            parts.splits, parts.top_k, R=r, V=v, WTYPE=v_b.qtype.id, CLUSTER=8,
+            "mla_combine", (cluster * h, n), 256, o, parts.part, parts.stat, v_b.tiles, step.pos, n,
+            h,
+            parts.splits, parts.top_k, R=r, V=v, WTYPE=v_b.qtype.id, CLUSTER=cluster,
         )  # fmt: skip
         return o
     if parts.stat is not None and n > _FEW:

@@ -6,6 +6,7 @@ ones follow the routed ones, which come as they lie: in tiles, as GGUF bytes, or
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from mlacli.backends import cuda_gemm as gemm
 from mlacli.backends import cuda_matvec as matvec
 from mlacli.backends import cuda_raw as raw
-from mlacli.backends.cuda_acts import Act, Chosen, Sender
+from mlacli.backends.cuda_acts import Act, Chosen
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_group import Mail
 from mlacli.backends.cuda_host_experts import Routed
@@ -24,8 +25,11 @@ if TYPE_CHECKING:
     from mlacli.backends.cuda_ops import CudaOps
 
 
+Sender = Callable[[Mail], None]
+
+
 def sender(ops: CudaOps, x: Act, chosen: Chosen | None, w: LayerWeights) -> Sender | None:
-    """Routed and shared experts of one token; None where no single launch ends them."""
+    """Sends routed and shared experts of one token; None where no single launch ends them."""
     merged, down, n = w.ffn_gate_up_exps, w.ffn_down_exps, len(x)
     gate, up = (w.ffn_gate_exps, w.ffn_up_exps) if merged is None else (merged, None)
     shared = (w.ffn_gate_shexp, w.ffn_up_shexp, w.ffn_down_shexp)
@@ -38,7 +42,7 @@ def sender(ops: CudaOps, x: Act, chosen: Chosen | None, w: LayerWeights) -> Send
     def launch(mail: Mail) -> None:
         _few(ops, x, chosen, routed, both, mail, False)
 
-    return Sender(launch, matvec.down_at_once(ops, down, shared[2], chosen.ids.shape[1]))
+    return launch
 
 
 def experts(

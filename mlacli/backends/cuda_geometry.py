@@ -12,7 +12,7 @@ from typing import Any
 from mlacli.loading.tiles import COLS, ROWS, packed_columns, tiled_shape
 
 Weight = Any
-STAGED = 128  # column tiles of x that fit shared memory as fragments (OneStaged)
+STAGED = 160  # column tiles of x that fit shared memory as fragments (OneStaged)
 _X_TILE = 272  # bytes of a column tile's fragments of x (OneX)
 _SHARED = 46 << 10  # bytes of static shared memory
 _DYNAMIC = {80: 163, 87: 163, 90: 227, 100: 227}  # KB of shared memory of a CTA, by capability
@@ -58,8 +58,25 @@ class StreamGeometry:
     stages: int
 
 
+@dataclass(frozen=True, slots=True)
+class PieceGeometry:
+    """Warps of a CTA that multiply, pieces of a row tile, pieces under way to each CTA.
+
+    tiles: column tiles of a piece.
+    """
+
+    warps: int
+    pieces: int
+    stages: int
+    tiles: int
+
+
 STREAM = StreamGeometry(8, 2, 3)
 STREAM_MOST = 190 << 10  # bytes of shared memory for all stages of an SM
+WIDE = range(96, 321)  # column tiles of weights that come in pieces
+_PIECE = 40 << 10  # bytes of a piece at most, of all weights that meet in it
+_PIECE_RING = 100 << 10  # bytes under way to an SM: twice as many were slower (kernels/README.md)
+_PIECE_MOST = 224 << 10  # bytes of shared memory of a CTA that has an SM for itself
 
 
 def col_tiles(w: Weight) -> int:
@@ -100,6 +117,8 @@ def dense_geometry(ops: Any, ws: Sequence[Weight], blocks: int) -> Geometry:
         warps = max(1, min(8, tiles // 4))
         return Geometry(warps, ahead_of(ws, warps, 4), 2, 2, 2)
     warps = max(1, tiles // 4 if tiles <= 80 else min(16, tiles // 8))
+    if 128 < tiles <= STAGED:
+        warps = 12  # x of so many columns is staged by all of an SM's warps together
     return Geometry(warps, ahead_of(ws, warps, 4), 1, max(1, 12 // warps))
 
 
@@ -107,19 +126,27 @@ def pair_geometry(ops: Any, rows: int, ws: Sequence[Weight], blocks: int) -> Geo
     warps = max(1, min(8, col_tiles(ws[0]) // 4))
     if blocks:
         return Geometry(warps, ahead_of(ws, warps, 2))
+    tiles = col_tiles(ws[0])
+    if 80 <= tiles <= 128 and row_tiles(rows) <= 6 * ops.n_sm:  # as many sums fit beside x
+        return Geometry(tiles // 8, ahead_of(ws, tiles // 8, 4), 1, 1)
     return Geometry(warps, ahead_of(ws, warps, 4), 2 if warps > 4 else 1, max(1, 16 // warps))
 
 
 def down_geometry(down: Weight, shared: Weight | None, n_used: int) -> DownGeometry:
     """About as many tiles to every warp, and about 16 warps."""
     tiles = col_tiles(down)
+    if n_used >= 8 and tiles >= 12:
+        return DownGeometry(1, int(shared is not None), 2 if _wide(down, shared) else 4, 2)
     parts = max(1, min(tiles, round(16 / (n_used + 1))))
     parts_shared = 0
     if shared is not None:
         parts_shared = max(1, min(4, round(col_tiles(shared) * parts / tiles)))
     assert n_used * parts + parts_shared <= 32, "more experts a token than warps a CTA"
-    wide = any(w is not None and w.qtype.name in ("F16", "BF16") for w in (down, shared))
-    return DownGeometry(parts, parts_shared, 2 if wide else 4)
+    return DownGeometry(parts, parts_shared, 2 if _wide(down, shared) else 4)
+
+
+def _wide(*ws: Weight | None) -> bool:
+    return any(w is not None and w.qtype.name in ("F16", "BF16") for w in ws)
 
 
 def ahead_of(ws: Sequence[Weight], warps: int, most: int) -> int:
@@ -127,6 +154,60 @@ def ahead_of(ws: Sequence[Weight], warps: int, most: int) -> int:
     if any(w.qtype.name in ("F16", "BF16") for w in ws):
         most //= 2
     return max(1, min(most, -(-max(map(col_tiles, ws)) // warps)))
+
+
+def piece_geometry(
+    ops: Any, ws: Sequence[Weight], n_row_tiles: int, others: Sequence[Weight] = ()
+) -> PieceGeometry | None:
+    """For one token times wide weights that meet the same columns; None: not by pieces.
+
+    others: row tiles of these come instead of those of `ws`.
+    """
+    tiles, every = col_tiles(ws[0]), (*ws, *others)
+    whole = all(_is_whole(w) and tiles == col_tiles(w) for w in every)
+    if ops.capability < 90 or not whole or tiles not in WIDE or n_row_tiles < ops.n_sm:
+        return None
+    unit = 4 if any(w.qtype.block == 256 for w in every) else 1
+    nbytes = max(row_bytes(*ws), row_bytes(*others))
+    sizes = (p for p in range(1, tiles + 1) if tiles % (p * unit) == 0 and nbytes // p <= _PIECE)
+    pieces = next(sizes, 0)
+    if not pieces:
+        return None
+    wide = tiles // pieces
+    warps = next(w for w in range(min(16, wide), 0, -1) if wide % w == 0)
+    most = -(-n_row_tiles // ops.n_sm)  # row tiles of a CTA
+    stages = _PIECE_RING // (nbytes // pieces)
+    if warps < 8 or stages < 2 or _PIECE_RING + 64 * warps * len(ws) * most + 1024 > _PIECE_MOST:
+        return None
+    return PieceGeometry(warps, pieces, min(stages, pieces * most), wide)
+
+
+def piece_down_geometry(
+    ops: Any, down: Weight, shared: Weight | None, n_used: int
+) -> PieceGeometry | None:
+    """Of the routed experts' down projections, a slot a piece; None: not by pieces."""
+    tiles, n = col_tiles(down), 0 if shared is None else col_tiles(shared)
+    ws = [w for w in (down, shared) if w is not None]
+    whole = all(map(_is_whole, ws)) and n % tiles == 0
+    blocked = any(w.qtype.block == 256 for w in ws) and tiles % 4
+    n_row_tiles, pieces = row_tiles(down.shape[1]), n_used + n // tiles
+    if ops.capability < 90 or not whole or blocked or pieces * tiles not in WIDE or n_used > 32:
+        return None
+    if n_row_tiles < ops.n_sm:
+        return None
+    warps = next(w for w in range(min(8, tiles), 0, -1) if tiles % w == 0)
+    how = PieceGeometry(warps, pieces, 1, tiles)
+    stages = _PIECE_RING // max(piece_bytes(how, [w]) for w in ws)
+    return PieceGeometry(warps, pieces, stages, tiles) if warps >= 8 and stages >= 2 else None
+
+
+def piece_bytes(how: PieceGeometry, ws: Sequence[Weight]) -> int:
+    """Bytes of a piece of each of `ws`."""
+    return sum(_batch_bytes(w, how.tiles, how.tiles % 4 == 0) for w in ws)
+
+
+def _is_whole(w: Weight) -> bool:
+    return not w.skip and bool(w.shape[-1] == COLS * col_tiles(w))
 
 
 # ---- shared memory -------------------------------------------------------------------------

@@ -52,14 +52,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Mail:
-    """Where a product sends its rank's partial of the coming sum: kernels/include/post.cuh.
-
-    With a stream it exchanges it with all GPUs, and the stream [n, d] += all of them.
-    """
+    """Where a product sends its rank's partial of the coming sum: kernels/include/post.cuh."""
 
     words: Array  # the GPU's own
     n_gpus: int
-    stream: Array | None = None
 
 
 class Way(Protocol):
@@ -69,7 +65,7 @@ class Way(Protocol):
 
     def mail(self, rank: int, n: int) -> Mail | None: ...
 
-    def exchanges(self) -> bool: ...
+    def lone(self) -> bool: ...
 
     def reduce_add(
         self, gpu: int, streams: Sequence[Array], held: Sequence[bool], n: int, rounded: bool,

@@ -15,6 +15,7 @@ from mlacli.backends.cuda_geometry import (
     STREAM_MOST,
     DownGeometry,
     Geometry,
+    PieceGeometry,
     StreamGeometry,
     col_tiles,
     ctas_of,
@@ -23,6 +24,9 @@ from mlacli.backends.cuda_geometry import (
     dynamic_shared,
     most_rows,
     pair_geometry,
+    piece_bytes,
+    piece_down_geometry,
+    piece_geometry,
     ring_of,
     row_bytes,
     row_tiles,
@@ -53,23 +57,12 @@ def sends(n: int, *weights: Weight) -> bool:
     return n == 1 and takes(*weights)
 
 
-def at_once(ops: Any, w: Weight) -> bool:
-    """Whether all CTAs of one token's product run together."""
-    how, tiles = dense_geometry(ops, [w], 0), [row_tiles(w.shape[0])]
-    return bool(sum(ctas_of(ops, tiles, how, col_tiles(w), 1)) <= how.ctas * ops.n_sm)
-
-
-def down_at_once(ops: Any, down: Weight, shared: Weight | None, n_used: int) -> bool:
-    """The same of experts_down."""
-    return bool(row_tiles(down.shape[1]) <= down_geometry(down, shared, n_used).ctas * ops.n_sm)
-
-
 # ---- dense products -------------------------------------------------------------------------
 
 
 def products(
     ops: Any, segments: Sequence[tuple[Weight, Array | Mail]], x: Array, norm: Norm | None = None,
-    add: bool = False, geometry: Geometry | None = None,
+    add: bool = False, geometry: Geometry | PieceGeometry | None = None,
 ) -> None:  # fmt: skip
     """out = (normed x) w^T for up to three (w [rows, in], out [n, rows]); `add`: out += it.
 
@@ -81,6 +74,13 @@ def products(
     if alone and isinstance(out, Array) and streams(ops, w, len(x)):
         product_stream(ops, w, out, x, norm)
         return
+    alike = len(segments) <= 2 and len({w.qtype for w, _ in segments}) == 1
+    if geometry is None and len(x) == 1 and alike:
+        total = sum(row_tiles(w.shape[0]) for w, _ in segments)
+        geometry = piece_geometry(ops, [w for w, _ in segments[:1]], total)
+    if isinstance(geometry, PieceGeometry):
+        _product_pieces(ops, segments, x, norm, add, geometry)
+        return
     n, blocks = len(x), _blocks(len(x))
     assert 1 <= len(segments) <= 3 and not (len(segments) > 1 and (add or isinstance(out, Mail)))
     ws = [w for w, _ in segments]
@@ -88,7 +88,6 @@ def products(
     absent = [None] * (3 - len(segments))
     zeros = [0] * len(absent)
     outs, mail, post = _targets([out for _, out in segments])
-    add = add or (mail is not None and outs[0] is not None)
     rows = [row_tiles(w.shape[0]) for w in ws]
     ctas = ctas_of(ops, rows, how, 0 if blocks else col_tiles(ws[0]), 1)
     stages, shared = (0, 0) if blocks else ring_of(ops, how, *([w] for w in ws))
@@ -128,13 +127,55 @@ def product_stream(
     )  # fmt: skip
 
 
+def _product_pieces(
+    ops: Any, segments: Sequence[tuple[Weight, Array | Mail]], x: Array, norm: Norm | None,
+    add: bool, how: PieceGeometry,
+) -> None:  # fmt: skip
+    """products() of one token and one or two weights of a type: see matvec_pieces.cu."""
+    ws, (outs, mail, post) = [w for w, _ in segments], _targets([out for _, out in segments])
+    assert len(x) == 1 and len(ws) <= 2 and not ((add or mail is not None) and len(ws) > 1)
+    absent = [None] * (2 - len(ws))
+    tiles = sum(row_tiles(w.shape[0]) for w in ws)
+    ctas = min(tiles, ops.n_sm)
+    _read(x)
+    ops.run(
+        "products_pieces", (ctas,), 32 * (how.warps + 1), *outs, *absent, *(w.tiles for w in ws),
+        *absent, x, _raw(norm), *(w.shape[0] for w in ws), *(0 for _ in absent), ws[0].shape[1],
+        _eps(norm), mail, shared=_piece_bytes(how, ws[:1]), WITH_ADD=int(add),
+        N_ROWS=-(-tiles // ctas), **_pieces(how, ws[0], norm), **_types(ws[:1], 1), **post,
+    )  # fmt: skip
+
+
+def _piece_bytes(how: PieceGeometry, *sets: Sequence[Weight] | None) -> int:
+    """Shared memory for the stages: a piece of the largest set of weights that meet in one."""
+    return dynamic_shared(how.stages * max(piece_bytes(how, ws) for ws in sets if ws))
+
+
+def _pieces(how: PieceGeometry, w: Weight, norm: Norm | None) -> dict[str, int]:
+    return {"N_STAGES": how.stages, "N_PIECES": how.pieces, "N_WARPS": how.warps,
+            "N_COL_TILES": col_tiles(w), "WITH_NORM": int(norm is not None)}  # fmt: skip
+
+
 def gated(
     ops: Any, gate: Weight, up: Weight, h: Array, x: Array, norm: Norm | None = None,
-    geometry: Geometry | None = None,
+    geometry: Geometry | PieceGeometry | None = None,
 ) -> None:  # fmt: skip
     """h = silu(gate x) * up x [n, f]."""
     rows, n_in = gate.shape
     blocks = _blocks(len(x))
+    if geometry is None and not blocks:
+        geometry = piece_geometry(ops, (gate, up), row_tiles(rows))
+    if isinstance(geometry, PieceGeometry):
+        ctas = min(row_tiles(rows), ops.n_sm)
+        _read(x)
+        ops.run(
+            "gated_pieces", (ctas,), 32 * (geometry.warps + 1), h,
+            gate.tiles, up.tiles, x, _raw(norm), rows, n_in, _eps(norm),
+            shared=_piece_bytes(geometry, (gate, up)), GATED=1,
+            N_ROWS=-(-row_tiles(rows) // ctas), **_pieces(geometry, gate, norm),
+            **_types((gate, up), 2),
+        )  # fmt: skip
+        return
     how = geometry or pair_geometry(ops, rows, (gate, up), blocks)
     tiles = [row_tiles(rows)]
     ctas = ctas_of(ops, tiles, how, 0 if blocks else col_tiles(gate), 2)
@@ -170,20 +211,20 @@ def route(
         products(ops, [(gate, scores)], x, norm)
         ops.run(
             "route_chosen", (1,), 256, ids, weights, scores, biases, pos, imposed, n, *choice,
-            routing.scale, N_EXPERTS=n_experts,
+            routing.scale, N_EXPERTS=n_experts, N_AHEAD=1,
         )  # fmt: skip
         return
     ops.run(
         "route_few", (n_experts,), 256, ids, weights, scores, counter, gate.raw, x, _raw(norm),
         biases, pos, imposed, n, gate.shape[1], *choice, _read(x), routing.scale, _eps(norm),
-        N_EXPERTS=n_experts,
+        N_EXPERTS=n_experts, N_AHEAD=min(8, -(-gate.shape[1] // 1024)),
     )  # fmt: skip
 
 
 def experts_up(
     ops: Any, h: Array, ids: Array, x: Array, gate: Weight, up: Weight | None = None,
     shared: tuple[Weight, Weight] | None = None, norm: Norm | None = None,
-    geometry: Geometry | None = None,
+    geometry: Geometry | PieceGeometry | None = None,
 ) -> None:  # fmt: skip
     """h [n, K f + fs]: silu(gate_e x) * up_e x of every slot's expert, then of the shared expert.
 
@@ -196,26 +237,39 @@ def experts_up(
         f, up_w = f // 2, gate
         up_row = f
     fs = 0 if shared is None else shared[0].shape[0]
-    how = geometry or pair_geometry(ops, n_used * f + fs, (gate, up_w), 0)
     tiles = [row_tiles(fs), n_used * row_tiles(f)]
+    if geometry is None and n == 1 and up_row % ROWS == 0 and n_used <= 32:
+        geometry = piece_geometry(ops, (gate, up_w), sum(tiles), shared or ())
+    shared_tiles = (None, None) if shared is None else (shared[0].tiles, shared[1].tiles)
+    types = _types((gate, up_w, *(shared or ())), 4)
+    if isinstance(geometry, PieceGeometry):
+        count = min(sum(tiles), ops.n_sm)
+        ops.run(
+            "experts_up_pieces", (count,), 32 * (geometry.warps + 1), h, gate.tiles, up_w.tiles,
+            *shared_tiles, x, _raw(norm), ids, n_used, d, f, fs, row_tiles(gate.shape[1]),
+            row_tiles(up_w.shape[1]), up_row, gate.first, held, _eps(norm), EXPERTS_UP=1,
+            shared=_piece_bytes(geometry, (gate, up_w), shared), N_ROWS=-(-sum(tiles) // count),
+            **_pieces(geometry, gate, norm), **types,
+        )  # fmt: skip
+        return
+    how = geometry or pair_geometry(ops, n_used * f + fs, (gate, up_w), 0)
     ctas = ctas_of(ops, tiles, how, col_tiles(gate), 3 if up_row % ROWS else 2)
     sets: list[Sequence[Weight]] = [(gate, up_w, up_w) if up_row % ROWS else (gate, up_w)]
     stages, ring = ring_of(ops, how, *sets, *([shared] if shared else []))
-    shared_tiles = (None, None) if shared is None else (shared[0].tiles, shared[1].tiles)
     ops.run(
         "experts_up_few", (sum(ctas), n), 32 * how.warps, h, gate.tiles, up_w.tiles, *shared_tiles,
         x, _raw(norm), ids, n_used, d, f, fs, row_tiles(gate.shape[1]), row_tiles(up_w.shape[1]),
         up_row, gate.first, held, ctas[0], _read(x), _stride(h), _eps(norm), EXPERTS_UP=1,
         N_ROWS=most_rows(tiles, ctas), N_STAGES=stages, shared=ring, UP_SHIFT=up_row % ROWS,
         WITH_NORM=int(norm is not None), **_columns((gate, up_w, *(shared or ()))), **how.defines(),
-        **_types((gate, up_w, *(shared or ())), 4),
+        **types,
     )  # fmt: skip
 
 
 def experts_down(
     ops: Any, y: Array | Mail, h: Array, ids: Array, weights: Array, down: Weight,
     shared: Weight | None = None, add: bool = False, after_up: bool = False,
-    geometry: DownGeometry | None = None,
+    geometry: DownGeometry | PieceGeometry | None = None,
 ) -> None:  # fmt: skip
     """y [n, d] = sum over slots of weights * down_e h, and the shared expert's; `add`: y += it.
 
@@ -225,9 +279,21 @@ def experts_down(
     (n, n_used), (held, d, f) = ids.shape, down.shape
     both = (down,) if shared is None else (down, shared)
     fs = 0 if shared is None else shared.shape[1]
-    how = geometry or down_geometry(down, shared, n_used)
     (out,), mail, post = _targets([y])
-    add = add or (mail is not None and out is not None)
+    if geometry is None and n == 1:
+        geometry = piece_down_geometry(ops, down, shared, n_used)
+    if isinstance(geometry, PieceGeometry):
+        ctas = min(row_tiles(d), ops.n_sm)
+        ops.run(
+            "experts_down_pieces", (ctas,), 32 * (geometry.warps + 1), out, down.tiles,
+            None if shared is None else shared.tiles, h, ids, weights, d, down.first, held, mail,
+            shared=_piece_bytes(geometry, (down,), None if shared is None else (shared,)),
+            EXPERTS_DOWN=1, WITH_ADD=int(add), AFTER_UP=int(after_up), N_USED=n_used,
+            N_SHARED=geometry.pieces - n_used, N_WARPS=geometry.warps, N_STAGES=geometry.stages,
+            N_ROWS=-(-row_tiles(d) // ctas), N_COL_TILES=col_tiles(down), **_types(both, 2), **post,
+        )  # fmt: skip
+        return
+    how = geometry or down_geometry(down, shared, n_used)
     ragged = any(w.skip or w.shape[-1] != COLS * col_tiles(w) for w in both)
     ops.run(
         "experts_down_few", (row_tiles(d), n), 32 * how.warps(n_used), out, down.tiles,
@@ -277,7 +343,7 @@ def _targets(
     """Arrays to write, the words to send by, and the defines of that."""
     first = outs[0]
     if isinstance(first, Mail):
-        return [first.stream], first.words, {"SEND_TO": first.n_gpus}
+        return [None], first.words, {"SEND_TO": first.n_gpus}
     return [out for out in outs if isinstance(out, Array)], None, {}
 
 

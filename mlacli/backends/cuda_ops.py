@@ -17,7 +17,7 @@ from mlacli.backends import cuda_gemm as gemm
 from mlacli.backends import cuda_matvec as matvec
 from mlacli.backends import cuda_plain as plain
 from mlacli.backends import cuda_raw as raw
-from mlacli.backends.cuda_acts import Act, Chosen, Sender
+from mlacli.backends.cuda_acts import Act, Chosen
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_device import Device, Host
 from mlacli.backends.cuda_group import Mail
@@ -200,8 +200,7 @@ class CudaOps(Ops):
             values, norm = self.unnormed(x)
             matvec.products(self, [(w, mail)], values, norm)
 
-        sender = Sender(send, matvec.at_once(self, w)) if matvec.sends(len(x), w) else None
-        return Act((len(x), w.shape[0]), run=run, sender=sender)
+        return Act((len(x), w.shape[0]), run=run, send=send if matvec.sends(len(x), w) else None)
 
     def project(self, x: Act, q: CudaWeight, kv_a: CudaWeight, r: int) -> tuple[Act, Act, Act]:
         y, kv = self.new((len(x), q.shape[0])), self.new((len(x), kv_a.shape[0]))
@@ -299,7 +298,7 @@ class CudaOps(Ops):
             cuda_experts.experts(self, x, chosen, w, y, add)
             return y
 
-        return Act(x.shape, run=run, sender=cuda_experts.sender(self, x, chosen, w))
+        return Act(x.shape, run=run, send=cuda_experts.sender(self, x, chosen, w))
 
     # ---- plumbing ---------------------------------------------------------------------------
 

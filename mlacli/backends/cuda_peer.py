@@ -46,7 +46,7 @@ class PeerWay:
         self.stride = max_floats
         n = len(group.gpus)
         self.push_block, self.pull_block = 128, 512  # threads of a CTA
-        self.products_send = self.products_exchange = not through_host
+        self.products_send = not through_host
         self.shots = 1 if n <= 2 else 2  # of sums that are pulled
         self.pushed = PUSHED // max(1, n - 1)
         self.ctas = power_of_two(min(gpu.device.n_sm for gpu in group.gpus), CTAS)
@@ -121,10 +121,9 @@ class PeerWay:
             return None
         return Mail(self.own[gpu], len(self.group.gpus))
 
-    def exchanges(self) -> bool:
-        """Whether products of all ranks may exchange what they would send."""
-        alone = all(gpu.ranks == [g] for g, gpu in enumerate(self.group.gpus))
-        return alone and self.products_exchange
+    def lone(self) -> bool:
+        """Whether every GPU has one rank, of its own number, that sends by itself."""
+        return self.products_send and all(g.ranks == [i] for i, g in enumerate(self.group.gpus))
 
     def reduce_add(
         self, gpu: int, streams: Sequence[Array], held: Sequence[bool], n: int, rounded: bool,

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -47,8 +46,8 @@ class Collectives(Protocol):
         """Where a product may send it by itself, as the last launch before the sum."""
         ...
 
-    def exchanges(self) -> bool:
-        """Whether products that have a mail, on all ranks, may do the sum among them."""
+    def lone(self) -> bool:
+        """Whether every GPU has one rank, of its own number, that sends by itself."""
         ...
 
     def reduce_add(
@@ -109,35 +108,17 @@ class Together:
         self._apart = False  # whether logits stay where they are computed
 
     def reduce(self, brought: Sequence[Brought]) -> None:
-        if not self._exchange(brought):
-            held = tuple(one.partial is not None for one in brought)
-            for gpu, place in enumerate(self.places):
-                sent = [self._bring(place, rank, brought[rank]) for rank in place.ranks]
-                place.join()
-                streams = [brought[rank].stream for rank in place.ranks]
-                self.collectives.reduce_add(gpu, streams, held, streams[0].size, sent=all(sent))
-                place.fork()
+        held = tuple(one.partial is not None for one in brought)
+        for gpu, place in enumerate(self.places):
+            sent = [self._bring(place, rank, brought[rank]) for rank in place.ranks]
+            place.join()
+            streams = [brought[rank].stream for rank in place.ranks]
+            self.collectives.reduce_add(gpu, streams, held, streams[0].size, sent=all(sent))
+            place.fork()
         if self.compares and not self.places[0].is_dry:
             self._compare("residual streams", {r: one.stream for r, one in enumerate(brought)})
             ids = {r: one.experts for r, one in enumerate(brought) if one.experts is not None}
             self._compare("chosen experts", ids)
-
-    def _exchange(self, brought: Sequence[Brought]) -> bool:
-        """Whether the products of all ranks did the sum themselves."""
-        if not self.collectives.exchanges():
-            return False
-        launches = []
-        for rank, one in enumerate(brought):
-            mail = self.collectives.mail(rank, one.stream.shape)
-            sender = None if one.partial is None else one.partial.sender
-            if mail is None or sender is None or not sender.at_once:
-                return False
-            launches.append(partial(sender.launch, replace(mail, stream=one.stream)))
-        for place in self.places:
-            place.device.use()
-            for rank in place.ranks:
-                launches[rank]()
-        return True
 
     def _bring(self, place: Place, rank: int, one: Brought) -> bool:
         """Launches a rank's partial, if it has one; whether that goes into the mail."""
@@ -145,8 +126,8 @@ class Together:
             return False
         place.device.use()
         mail = self.collectives.mail(rank, one.stream.shape)
-        if mail is not None and one.partial.sender is not None:
-            one.partial.sender.launch(mail)
+        if mail is not None and one.partial.send is not None:
+            one.partial.send(mail)
             return True
         assert one.partial.run is not None, "partials are products that nobody asked for yet"
         slot = self.collectives.slot(rank)[: one.stream.size]
@@ -169,9 +150,7 @@ class Together:
 
     def draws_apart(self, sampling: SamplingParams) -> bool:
         """Whether a token can be drawn without joining the logits."""
-        one = all(self.collectives.mail(rank, (1, 1)) for rank in range(len(self.widths)))
-        exchanges = one and self.collectives.exchanges()
-        return exchanges and cuda_sampling.can_exchange(sampling, self.widths)
+        return self.collectives.lone() and cuda_sampling.can_exchange(sampling, self.widths)
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -247,7 +226,7 @@ class SharedGpu:
     def mail(self, rank: int, shape: tuple[int, ...]) -> Mail | None:
         return None
 
-    def exchanges(self) -> bool:
+    def lone(self) -> bool:
         return False
 
     def reduce_add(

@@ -55,7 +55,8 @@ def _probe(names: Sequence[str], measure: bool) -> tuple[Probe | None, str]:
         if not indices:
             device_memory("cuda0")
     except BackendError as e:
-        return None, e.message.removeprefix("device cuda0 is not available: ")
+        why = e.message.removeprefix("device cuda0 is not available: ")
+        return None, f"{why} ({e.hint})" if e.hint else why
     from mlacli.backends import cuda_probe
 
     unique = list(dict.fromkeys(indices))

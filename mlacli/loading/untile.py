@@ -27,7 +27,7 @@ def has_foreign_groups(n_in: int, qtype: QType, skip: int) -> bool:
     return skip > 0 or (skip + n_in) % qtype.block > 0
 
 
-def edge_blocks(raw: Bytes, qtype: QType) -> Bytes:
+def edge_blocks(raw: Any, qtype: QType) -> Bytes:
     """First and last block of every row [..., 2, bytes]: where untile() finds foreign scales."""
     return np.stack(
         [np.asarray(raw[..., : qtype.nbytes]), np.asarray(raw[..., -qtype.nbytes :])], -2
@@ -145,7 +145,8 @@ def _numbers(plane: Any, tiles: TiledShape, qtype: QType, n: int) -> Bytes:
         for half in range(2):
             if thin:
                 steps = [rare.thin_numbers(qtype.name, q, h, j, i, half) for j in range(4)]
-                out[:, i & 1, :, :, :, i >> 1, :, half] = np.stack(steps, -1).transpose(0, 2, 1, 4, 3)
+                value = np.stack(steps, -1)
+                out[:, i & 1, :, :, :, i >> 1, :, half] = value.transpose(0, 2, 1, 4, 3)
                 continue
             value = q >> np.uint32(4 * i + 16 * half) & 15
             if h is not None and high_bytes == 128:

@@ -23,9 +23,12 @@ ODD = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")  # sc
 
 def thin_numbers(name: str, q: Codes, h: Codes | None, j: int, i: int, half: int) -> Codes:
     """The numbers of register i, half `half`, step j; q [..., 2], h [..., 1] words of lanes."""
-    at = 4 * i + 16 * half if name in ("Q2_K", "Q3_K") else 16 * (i >> 1) + 4 * (i & 1) + 8 * half
+    at = 16 * (i >> 1) + 4 * (i & 1) + 8 * half if name.startswith("IQ2") else 4 * i + 16 * half
     value = q[..., j >> 1] >> np.uint32(at + 2 * (j & 1)) & 3
-    return value if h is None else value | (h[..., 0] >> np.uint32(at + j) & 1) << 2
+    if h is None:
+        return value
+    third = h[..., 0] >> np.uint32(at + j) & 1
+    return value | (third ^ 1 if name == "IQ1_M" else third) << 2
 
 
 # ---- scales ---------------------------------------------------------------------------------
@@ -57,7 +60,7 @@ def put_scales(name: str, blocks: Bytes, codes: Codes) -> None:
 
 def most_code(name: str) -> int:
     """All bits of a scale's code."""
-    return {"Q2_K": 255, "Q3_K": 63, "IQ1_S": 7, "IQ1_M": 7}.get(name, 15)
+    return {"Q2_K": 255, "Q3_K": 63, "IQ1_M": 7}.get(name, 15)
 
 
 def codes_of(name: str, stored: Codes, own: Codes) -> Codes:
@@ -65,6 +68,8 @@ def codes_of(name: str, stored: Codes, own: Codes) -> Codes:
     if name == "Q2_K":
         return stored
     codes = stored >> 1 if name in ODD else (stored + 32) & 0xFF
+    if name == "IQ1_S":  # delta's sign on top
+        codes = (stored >> 1 & 7) | (stored >> 4 == 9) * 8
     return np.where(own, codes, 0)
 
 
@@ -116,7 +121,8 @@ def _bits(values: Codes, per: int, width: int) -> Codes:
 def _two_bits(numbers: Bytes) -> Bytes:
     n = (numbers & 3).reshape(*numbers.shape[:-1], 2, 4, 32)
     planes = n << np.arange(0, 8, 2, dtype=np.uint8)[:, None]
-    return np.bitwise_or.reduce(planes, axis=-2).reshape(*numbers.shape[:-1], 64)
+    joined: Bytes = np.bitwise_or.reduce(planes, axis=-2).reshape(*numbers.shape[:-1], 64)
+    return joined
 
 
 def _pack_q2_k(numbers: Bytes, blocks: Bytes) -> None:
@@ -164,10 +170,9 @@ def _pack_iq3_s(numbers: Bytes, blocks: Bytes) -> None:
 
 
 def _pack_iq1_s(numbers: Bytes, blocks: Bytes) -> None:
-    index, deltas = _looked_up("IQ1_S", numbers)
+    index, _ = _looked_up("IQ1_S", numbers)
     blocks[..., 2:34] = index & 255
-    words = _bits(index >> 8, 4, 3) | (deltas[..., ::4] & 1).astype(np.uint32) << 15
-    blocks[..., 34:] |= words.astype(np.uint16).view(np.uint8)
+    blocks[..., 34:] |= _bits(index >> 8, 4, 3).astype(np.uint16).view(np.uint8)
 
 
 def _pack_iq1_m(numbers: Bytes, blocks: Bytes) -> None:

@@ -23,7 +23,7 @@ from mlacli.parallel.cuda_sizes import Sums
 from mlacli.parallel.cuts import Range, cut
 from mlacli.parallel.memory import cache_row_bytes, index_row_bytes, scratch_bytes
 from mlacli.parallel.placement import Placement, placed
-from mlacli.parallel.shards import Cutter, Part, Shard, keep_raw
+from mlacli.parallel.shards import Cutter, Part, Shard, grows, keep_raw
 from mlacli.parallel.tensor_uses import tensor_uses
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ class ShardPlan:
     ranks: tuple[RankPlan, ...]
     idle: tuple[str, ...]  # devices that hold nothing
     shards: tuple[Shard, ...]
+    small: bool = False  # types that tiles make larger aren't in tiles: it would cost context
 
     def of_rank(self, rank: int) -> Iterator[Shard]:
         return (shard for shard in self.shards if shard.rank == rank)
@@ -110,16 +111,29 @@ def plan_shards(
     """The plan of a run in `split.mode` (settled) on `devices`; `context.n_ctx` 0 = what fits.
 
     Layers that -ngl keeps off the GPUs belong to the first one, which reads their weights in the
-    memory of `host`. `way`: that of sums between GPUs, p2p, nccl or host.
+    memory of `host`. `way`: that of sums between GPUs, p2p, nccl or host. Types that tiles make
+    larger lie in tiles where that costs no context.
     """
+    args = (model, arch, hp, tensors, params, split, context, devices, host, way)
+    plan, on_gpu = _plan(*args), any(device.kind != "cpu" for device in devices)
+    fits = plan.n_ctx_fits >= (context.n_ctx or hp.n_ctx_train)
+    return plan if fits or not (on_gpu and any(map(grows, plan.shards))) else _plan(*args, True)
+
+
+def _plan(
+    model: ModuleType, arch: str, hp: Any, tensors: Mapping[str, TensorInfo],
+    params: ModelParams, split: SplitParams, context: ContextParams,
+    devices: Sequence[Device], host: Device, way: str, small: bool = False,
+) -> ShardPlan:  # fmt: skip
     uses = tensor_uses(model, hp, tensors, params.merge_up_gate_experts)
     n_off = _layers_off(split, devices, hp.n_layer)
     parts = _parts(split, devices, n_off, hp.n_layer)
     cutter = Cutter(hp, split.mode or "none", split.expert_split, [p.share for p in parts])
-    shards = keep_raw([s for part in parts for use in uses for s in cutter.shards(use, part)])
+    shards = tuple(s for part in parts for use in uses for s in cutter.shards(use, part))
     if any(device.kind != "cpu" for device in devices):
         placement = Placement(params, n_off, [device.name for device in devices])
         shards = placed(shards, parts, placement)
+    shards = keep_raw(shards, small)
     ranks = _rank_plans(hp, parts, cutter, shards, split.margin, context, host)
     scratch = _scratch(ranks, parts, hp, context, shards, way)
     fits = _largest_context(ranks, scratch, hp, context)
@@ -129,7 +143,7 @@ def plan_shards(
     return ShardPlan(
         arch, split.mode or "none", split.expert_split, n_ctx, hp.n_ctx_train, fits,
         context.n_ubatch, cache_parts(hp, context), _priced(ranks, scratch, hp, context, n_ctx),
-        tuple(idle), shards,
+        tuple(idle), shards, small,
     )  # fmt: skip
 
 

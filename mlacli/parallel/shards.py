@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mlacli.loading.quant_types import QType
-from mlacli.loading.tiles import is_tiled, tiled_shape
+from mlacli.loading.tiles import GROWN, is_tiled, tiled_shape
 from mlacli.models.tensor_table import Split
 from mlacli.parallel.cuts import COLUMN_EDGE, Range, cut
 
@@ -67,11 +67,19 @@ class Shard:
         return tiled_shape(self.shape, self.qtype, self.skip).nbytes
 
 
-def keep_raw(shards: Sequence[Shard]) -> tuple[Shard, ...]:
-    """The same shards; a layer's routed experts stay GGUF bytes where not all can be in tiles.
+def grows(shard: Shard) -> bool:
+    """Whether it takes far more memory in tiles than as GGUF stores it."""
+    return shard.tiled and shard.qtype.name in GROWN
 
-    Kernels take gate, up and down together, in tiles or as GGUF stores them.
+
+def keep_raw(shards: Sequence[Shard], small: bool = False) -> tuple[Shard, ...]:
+    """The same shards; what tiles don't serve stays GGUF bytes.
+
+    That is types whose tiles are larger in host memory, as a link carries them, and with `small`
+    anywhere; and a layer's routed experts where not all can be in tiles: kernels take gate, up
+    and down together, in tiles or as GGUF stores them.
     """
+    shards = [replace(s, raw=True) if (small or s.host) and grows(s) else s for s in shards]
     apart = {(s.rank, s.layer) for s in shards if s.tensor.endswith("_exps.weight") and not s.tiled}
     return tuple(
         replace(s, raw=True)

@@ -58,8 +58,17 @@ def two_gpus(monkeypatch):
 def test_without_a_gpu_it_says_so(mlacli, no_gpu):
     done = mlacli("devices")
     assert (done.code, done.err) == (0, "")
-    assert "no GPU: no driver here" in done.out and done.out.splitlines()[2].startswith("cpu")
-    assert json.loads(mlacli("devices", "--json").out)["no_gpu"] == "no driver here"
+    assert done.out.splitlines()[2].startswith("cpu")
+    assert done.out.splitlines()[-1] == "no GPU: no driver here (install one)"
+    assert json.loads(mlacli("devices", "--json").out)["no_gpu"] == "no driver here (install one)"
+
+
+def test_without_cupy_it_says_what_to_install(mlacli, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)  # no such module, wherever this runs
+    assert "mlacli[cuda13]" in mlacli("devices").out
+    for line in (("plan", "-dev", "cuda0"), ("run-model", "-dev", "cuda0", "-p", "x")):
+        done = mlacli(*line)
+        assert done.code == 1 and "CuPy is not installed (install mlacli[cuda13]" in done.err
 
 
 def test_advice_needs_gpus_or_vram(mlacli, no_gpu):

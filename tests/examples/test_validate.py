@@ -9,6 +9,8 @@ from types import SimpleNamespace as Of
 
 import numpy as np
 import pytest
+from kit.simt import why_not
+from kit.simt_gpu import simulated
 
 from mlacli.kld_file import log_softmax
 from mlacli.loading.presets import PRESETS
@@ -133,3 +135,38 @@ def test_a_split_that_fails_ends_in_a_row_and_a_failure(validate, monkeypatch, c
     for part in (1, 2, 3):
         validate.validated("v2lite", ["cuda0", "cuda1"], False, (part, 3))
     assert len(opened) == 8 and capsys.readouterr().out.count("| none |") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(why_not()), reason=why_not())
+@pytest.mark.parametrize("name", ["v2lite", "glm5"])
+def test_choices_are_imposed_on_every_rank(validate, monkeypatch, name: str) -> None:
+    """Kernels on the CPU: two ranks choose as one does, or as they are told, even if told wrong."""
+    simulated(monkeypatch, capability=75)
+    monkeypatch.setattr(validate, "EDGES", (24, 20))
+    monkeypatch.setattr(validate, "SIZES", (1, 3))
+    monkeypatch.setattr(validate, "PREFILL", 8)
+    small = replace(PRESETS["tiny"], d=128, heads=2, q=64, r=32, k=32, p=32, v=32, F=64, f=32,
+                    vocab=96, experts=8, name=name)  # fmt: skip
+    if name == "glm5":
+        small = replace(small, arch="glm-dsa", indexer=(2, 64, 16))
+    one, two = validate.splits(["cuda0", "cuda1"], quick=True)[::2]
+    rows = validate.CachedRows()
+    with validate.opened(small, one) as engine:
+        rows.fill(engine, 24)
+        found = validate.cases(engine, quick=False)
+        n_choices = 2 + 3 * (name == "glm5")
+        assert [len(case.choices) for case in found] == [n_choices] * len(found)
+    with validate.opened(small, two) as engine:
+        rows.fill(engine, 24)
+        told, free = validate.compared(engine, found)
+        assert not told.beyond and max(told.kl) < 1e-6 and max(free.kl) < 1e-6
+        rows.fill(engine, 24)
+        wrong = [replace(case, choices=_others(case.choices)) for case in found]
+        told, free = validate.compared(engine, wrong)
+        assert told.beyond and min(told.kl) > 1e-5 and max(free.kl) < 1e-6
+
+
+def _others(choices):
+    """Experts and rows that weren't chosen."""
+    return {k: (ids + 1) % (24 if "indexer" in k else 8) for k, ids in choices.items()}

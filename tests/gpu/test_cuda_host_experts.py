@@ -16,6 +16,7 @@ from mlacli.loading.synthetic import SyntheticFile
 from mlacli.parallel import host_stream
 
 DECODE = 1e-8  # as test_cuda_models.py: another order of float32 sums stays far below
+ACTIVATIONS = 2e-5  # as there: float16 inputs
 NAMES = [n for n in ("v2lite", "v3", "glm_dsa", "mistral4", "glm47flash", "real_rows")
          if n in FILES]  # fmt: skip
 CMOE: dict[str, Any] = {"cpu_moe": True}
@@ -97,9 +98,11 @@ def test_pipeline_stages(devices: str) -> None:
         same(runs(FILES["v3"], tokens, device=devices, split_mode=mode, **CMOE), want)
 
 
-@pytest.mark.parametrize("qtype", ["Q4_K", "Q6_K", "Q5_0", "Q8_0", "MXFP4", "IQ4_XS", "Q2_K"])
+@pytest.mark.parametrize(
+    "qtype", ["Q4_K", "Q6_K", "Q5_0", "Q8_0", "MXFP4", "IQ4_XS", "Q2_K", "IQ2_XXS"]
+)
 def test_weight_types(qtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In tiles and, last, as GGUF stores them: there chunks add up one after another."""
+    """In tiles and, last, as GGUF stores them, of which many tokens round each value."""
     toy = Toy(d=256, f=256, F=512, heads=8, r=256, q=256,
               qtypes={"": qtype, "attn_k_b": "Q8_0"})  # fmt: skip
     path = tamed(write_toy(tmp_path / "toy.gguf", toy))
@@ -107,10 +110,11 @@ def test_weight_types(qtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     want = runs(path, tokens)
     monkeypatch.setattr(host_stream, "SLOT_BYTES", 500 << 10)
     got = runs(path, tokens, check_tensors=True, **CMOE)
-    if qtype != "Q2_K":
+    if qtype != "IQ2_XXS":
         same(got, want)
-    for one, other in zip(got, want, strict=True):
-        assert nmse(one, other) <= DECODE
+    assert nmse(got[0], want[0]) <= DECODE
+    for one, other in zip(got[1:], want[1:], strict=True):
+        assert nmse(one, other) <= ACTIVATIONS
 
 
 @pytest.mark.parametrize("name", ["v2lite", "glm_dsa"])

@@ -3,16 +3,12 @@
 import numpy as np
 import pytest
 from kit import few_tokens as few
-from kit.tiled import qtype_of
+from kit.tiled import TILED, qtype_of
 
 from mlacli.backends.cuda_geometry import STREAM, Geometry, StreamGeometry
 from mlacli.models.parts import Routing
 
 BAR = 1e-9  # x keeps 16 bits of its mantissa, everything else 24
-TYPES = (
-    "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "Q4_K", "Q5_K",
-    "Q6_K", "IQ4_XS",
-)  # fmt: skip
 V2L, V3 = Routing(6, False), Routing(8, True, 8, 4, True, 2.5)
 
 
@@ -22,7 +18,7 @@ def rng() -> np.random.Generator:
 
 
 @pytest.mark.parametrize("n", [1, 3, 8])
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", TILED)
 def test_every_type(ops, rng, name, n) -> None:
     n_in = {256: 1024, 32: 992, 1: 1000}[qtype_of(name).block]
     assert few.products(ops, rng, n, n_in, [(name, 205)], normed=n != 3, add=n == 3) < BAR
@@ -56,13 +52,34 @@ def test_shapes_of_models(ops, rng, case) -> None:
     assert few.products(ops, rng, n, n_in, [segment], normed=n == 1, geometry=how) < BAR
 
 
-@pytest.mark.parametrize("case", [("Q6_K", 2048, 102400), ("Q5_1", 1024, 30005)], ids=str)
+@pytest.mark.parametrize(
+    "case", [("Q6_K", 2048, 102400), ("Q5_1", 1024, 30005), ("IQ1_M", 2048, 30000)], ids=str
+)
 def test_a_large_weight(ops, rng, case) -> None:
     name, n_in, rows = case
     if ops.capability < 90:
         pytest.skip("needs bulk copies")
     for how in (STREAM, StreamGeometry(4, 3, 2)):
         assert few.product_stream(ops, rng, n_in, name, rows, True, how) < BAR
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (7168, [("Q4_K", 1536), ("Q4_K", 576)], True, False),
+        (8192, [("Q4_K", 7168)], False, True),
+        (9216, [("Q6_K", 7168)], False, False),
+        (7168, [("Q6_K", 9000)], True, False),
+    ],
+    ids=str,
+)
+def test_wide_weights_by_pieces(ops, rng, case) -> None:
+    n_in, segments, normed, add = case
+    assert few.products(ops, rng, 1, n_in, segments, normed, add) < BAR
+
+
+def test_a_wide_gated_product_by_pieces(ops, rng) -> None:
+    assert few.gated(ops, rng, 1, 7168, 4000, "Q4_K", "Q4_K") < BAR
 
 
 def test_another_ranks_columns(ops, rng) -> None:
@@ -85,6 +102,23 @@ EXPERTS = {
     "merged": few.Experts(("Q4_K", "", "Q5_0"), None, d=512, f=96),
     "up mid-tile": few.Experts(("Q4_K", "", "F16"), None, d=512, f=90),
 }  # fmt: skip
+
+
+WIDE = {
+    "up": few.Experts(
+        ("Q4_K", "Q4_K", "Q6_K"), ("Q4_K", "Q4_K", "Q6_K"), d=7168, f=256, fs=256, n_experts=9,
+        first=2, held=5, n_used=8,
+    ),
+    "down": few.Experts(
+        ("Q4_K", "Q4_K", "Q6_K"), ("Q4_K", "Q4_K", "Q4_K"), d=2304, f=1024, fs=1024, n_experts=9,
+        first=2, held=5, n_used=8, add=True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WIDE.values(), ids=WIDE)
+def test_wide_experts_by_pieces(ops, rng, case) -> None:
+    assert max(few.experts(ops, rng, case)) < BAR
 
 
 @pytest.mark.parametrize("case", EXPERTS.values(), ids=EXPERTS)

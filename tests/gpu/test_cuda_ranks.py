@@ -1,5 +1,6 @@
 """Several CUDA ranks: golden models on one GPU named several times, and on two GPUs."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,12 @@ from kit.golden_files import EXACT, FILES, golden
 import mlacli
 from mlacli.backends.cuda_devices import device_count
 from mlacli.backends.cuda_sources import debugging
+from mlacli.engine import Engine
+from mlacli.flags import LOADED, library_values, to_params
+from mlacli.loading.presets import PRESETS
+from mlacli.loading.synthetic import SyntheticFile
 from mlacli.params import SamplingParams
+from mlacli.prepare import prepare
 from mlacli.sampling import Sampler
 
 # As tests/gpu/test_cuda_models.py: float16 activations of prefill, nearly float32 of decode.
@@ -35,8 +41,6 @@ ON_TWO: dict[str, dict[str, Any]] = {
     "nccl": {"device": "cuda0,cuda1", "split_mode": "graph", "comm": "nccl"},
     "host": {"device": "cuda0,cuda1", "split_mode": "graph", "comm": "host"},
 }
-# What products do with a partial: fill a slot, send it, exchange it with the others.
-FORMS = ((False, False), (False, True), (True, True))
 NAMES = ("v2lite", "v3", "glm47flash", "mistral4", "glm_dsa", "real_rows")
 
 
@@ -90,9 +94,10 @@ def test_every_way_of_sums_gives_the_same_tokens(device: str) -> None:
             sums[way], logits[way] = engine.sums, engine.logits(tokens)
             engine.rewind(0)
             texts[way] = engine.decode_ahead(tokens[0], 8, greedy)
-            off = abs(engine.memory_beside()["cuda0"].since)
-            print(f"{way}: {engine.memory_beside()}")
-            assert off <= 512 << 20
+            beside = engine.memory_beside()
+            print(f"{way}: {beside}")
+            assert all(abs(of.since) <= 512 << 20 for of in beside.values())
+            assert all((of.nccl > 0) == (way == "nccl") for of in beside.values())
     assert sums == {way: f"{way} (asked for)" for way in sums}
     assert np.array_equal(logits["host"], logits["p2p"])
     assert np.median(row_nmse(logits["nccl"], logits["p2p"])) <= ACTIVATIONS
@@ -149,16 +154,15 @@ def test_products_that_send_their_partials_change_no_bit(name: str, split: str) 
         steps, way = engine._ranks._steps, engine._ranks._together.collectives.way
         if way.mail(0, 1024) is None:
             pytest.skip("the GPUs don't reach each other's memory")
-        for way.products_exchange, way.products_send in FORMS:
+        for way.products_send in (True, False):
             for stage in steps.stages:
                 stage.graphs.clear()
             engine.rewind(0)
             ahead = engine.decode_ahead(tokens[0], 8, Sampler(SamplingParams(temp=0.0)))
             engine.rewind(0)
             found.append((ahead, np.stack([engine.decode(token) for token in tokens])))
-    (want_ahead, want), *others = found
-    for ahead, logits in others:
-        assert np.array_equal(logits, want) and ahead == want_ahead
+    (sent, a), (stored, b) = found
+    assert np.array_equal(a, b) and sent == stored
 
 
 @pytest.mark.parametrize("split", ["2 ranks", "2 stages", "none"])
@@ -195,6 +199,17 @@ def test_tensors_come_back_as_they_are_in_the_file(split: str) -> None:
             assert engine.checked is not None
 
 
+@pytest.mark.parametrize("n_ranks", [1, 3])
+def test_random_weights_are_the_same_whatever_the_split(n_ranks: int) -> None:
+    """GPUs draw their parts, across blocks that ranks share; NumPy draws the whole."""
+    small = replace(PRESETS["mistral4"], layers=1, experts=4, vocab=2048)
+    device, mode = ",".join(["cuda0"] * n_ranks), "graph" if n_ranks > 1 else "none"
+    flags = {"device": device, "split_mode": mode, "check_tensors": True}
+    prepared = prepare(SyntheticFile(small, on_gpus=True), to_params(library_values(LOADED, flags)))
+    with Engine(prepared) as engine:
+        assert engine.checked is not None
+
+
 def test_memory_in_use_is_what_the_plan_says() -> None:
     with mlacli.load(None, **SPLITS["3 ranks"]) as engine:
         engine.prefill([1, 2, 3])
@@ -204,16 +219,20 @@ def test_memory_in_use_is_what_the_plan_says() -> None:
 
 
 def test_a_closed_engine_leaves_the_gpu_free() -> None:
+    """After the second one: the first two load kernels and fill what the driver keeps for itself.
+
+    Six engines one after another kept 4 MiB after the second, 2 of them given back in between.
+    """
     import cupy as cp
 
     free = []
-    for _ in range(3):
+    for _ in range(4):
         engine = mlacli.load(FILES["v3"], **SPLITS["3 ranks"])
         engine.prefill([1, 2, 3])
         engine.close()  # and still referred to
         free.append(cp.cuda.runtime.memGetInfo()[0])
-    print(f"{(free[0] - free[2]) / 1e6:.1f} MB kept")
-    assert free[2] >= free[0] - (8 << 20)  # the second and third find their modules loaded
+    print("MiB kept:", *((free[0] - n) / 2**20 for n in free))
+    assert free[3] >= free[1] - (8 << 20)  # its arena, or kernels loaded anew, would be more
 
 
 @pytest.mark.parametrize("split", ["2 ranks", "2 stages"])

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from kit import gemm_cases as cases
 from kit.launcher import Launcher
-from kit.tiled import TILED
+from kit.tiled import TILED, qtype_of
 
 from mlacli.backends import cuda_gemm as gemm
 
 NS, WIDTHS = (9, 33, 64, 100, 513), (32, 64, 96, 128)
-WIDE = ("Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
+WIDE = [name for name in TILED if qtype_of(name).block == 256]
 # What a product's CTAs are, bar, check, arguments
 Case = tuple[int | gemm.Form, float, Callable[..., Any], tuple[Any, ...]]
 SHARED = [

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from kit import gemm_cases as cases
 from kit.launcher import Launcher
+from kit.raw_cases import RARE
 from kit.simt import why_not
 from kit.simt_device import SimtDevice
 from kit.tiled import qtype_of
@@ -38,6 +39,11 @@ def held(reports, rounded: float = 1e-10, exact: float = 1e-6) -> None:
 )
 def test_dense(ops, types, rows, cols, n, skip) -> None:
     held(cases.dense(ops, types, rows, cols, n, skip, 1))
+
+
+@pytest.mark.parametrize("name", RARE)
+def test_types_of_few_bits(ops, name) -> None:
+    held(cases.dense(ops, (name,), (40,), 288, 9, 32, 4))
 
 
 def test_heads(ops) -> None:

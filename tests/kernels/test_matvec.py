@@ -9,10 +9,11 @@ import pytest
 from kit import few_tokens as few
 from kit import sent_cases as sent
 from kit.launcher import Launcher
+from kit.raw_cases import RARE
 from kit.simt import why_not
 from kit.simt_device import SimtDevice
 
-from mlacli.backends.cuda_matvec import DownGeometry, Geometry, StreamGeometry
+from mlacli.backends.cuda_geometry import DownGeometry, Geometry, PieceGeometry, StreamGeometry
 from mlacli.models.parts import Routing
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
@@ -35,6 +36,16 @@ def test_three_weights_of_one_normed_x(ops, rng) -> None:
     assert few.products(ops, rng, 1, 320, segments, normed=True, geometry=Geometry(2, 2)) < BAR
 
 
+@pytest.mark.parametrize("name", RARE)
+def test_types_of_few_bits(ops, rng, name) -> None:
+    """By one token, several, the ring and whole row tiles."""
+    assert few.products(ops, rng, 1, 288, [(name, 37)], skip=96, geometry=Geometry(2, 1)) < BAR
+    assert few.products(ops, rng, 3, 256, [(name, 20)], add=True) < BAR
+    how = Geometry(2, 1, 1, 1, 2)
+    assert few.products(ops, rng, 1, 768, [(name, 40)], normed=True, geometry=how) < BAR
+    assert few.product_stream(ops, rng, 512, name, 100, False, StreamGeometry(2, 1, 2)) < BAR
+
+
 def test_another_ranks_columns_and_the_residual(ops, rng) -> None:
     how = Geometry(2, 1, 1, 1)  # several batches, two row tiles, the last of them past the end
     assert few.products(ops, rng, 1, 160, [("Q6_K", 37)], add=True, skip=32, geometry=how) < BAR
@@ -52,6 +63,31 @@ def test_weights_through_the_ring(ops, rng, name, n_in, skip) -> None:
 @pytest.mark.parametrize("name, n_in, normed", [("Q6_K", 512, True), ("Q5_1", 320, False)])
 def test_a_large_weight_row_tile_by_row_tile(ops, rng, name, n_in, normed) -> None:
     assert few.product_stream(ops, rng, n_in, name, 150, normed, StreamGeometry(2, 1, 2)) < BAR
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_wide_weights_by_pieces(ops, rng, add) -> None:
+    segments = [("Q4_K", 70)] if add else [("Q4_K", 37), ("Q4_K", 50)]
+    how = PieceGeometry(2, 2, 3, 4)
+    assert few.products(ops, rng, 1, 512, segments, not add, add, geometry=how) < BAR
+
+
+def test_a_wide_gated_product_by_pieces(ops, rng) -> None:
+    assert few.gated(ops, rng, 1, 320, 70, "Q5_1", "Q8_0", geometry=PieceGeometry(1, 5, 3, 1)) < BAR
+
+
+@pytest.mark.parametrize(
+    "case, up, down",
+    [
+        (few.Experts(("Q4_K", "Q4_K", "Q5_0"), ("Q4_K", "Q5_K", "Q8_0"), d=512, f=64, fs=128),
+         PieceGeometry(2, 2, 3, 4), PieceGeometry(1, 5, 4, 1)),
+        (few.Experts(("Q4_0", "", "Q6_K"), None, f=256, first=1, held=5, add=True, after_up=False),
+         PieceGeometry(2, 2, 3, 2), PieceGeometry(2, 3, 2, 4)),
+    ],
+    ids=["shared", "a part, merged"],
+)  # fmt: skip
+def test_wide_experts_by_pieces(ops, rng, case, up, down) -> None:
+    assert max(few.experts(ops, rng, case, up, down)) < BAR
 
 
 def test_experts_through_the_ring(ops, rng) -> None:

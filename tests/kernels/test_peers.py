@@ -3,7 +3,6 @@
 The model walks through all interleavings; the kernels run on kit/simt.h with drawn ones.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -52,17 +51,6 @@ def test_products_that_send_come_in_no_order_to_be_mistaken(
         assert wrong_outcome(protocol, sizes, silent) == ""
 
 
-@pytest.mark.parametrize("n_gpus, sizes", [(2, (1, 2, 1, 2)), (2, (2, 1, 2)), (3, (1, 1, 1))])
-def test_products_that_exchange_come_in_no_order_to_be_mistaken(
-    n_gpus: int, sizes: tuple[int, ...]
-) -> None:
-    """Each packet's CTA sends and takes by itself; also after sums of the other kinds."""
-    for exchanging in ((True,) * 4, (True, False, True, False), (False, True, True, True)):
-        for sending in ((), (0, 1)):
-            protocol = Protocol(n_gpus, sending=sending, exchanging=exchanging)
-            assert wrong_outcome(protocol, sizes) == ""
-
-
 @pytest.mark.parametrize("silent", [(None,) * 3, (0, None, 2)], ids=str)
 def test_three_products_that_send_come_in_no_order_to_be_mistaken(
     silent: tuple[int | None, ...],
@@ -74,9 +62,6 @@ def test_three_products_that_send_come_in_no_order_to_be_mistaken(
 def test_the_model_finds_what_the_protocol_is_for() -> None:
     assert "step" in wrong_outcome(Protocol(2, sending=(0, 1), waits=False), (1, 1, 1))
     assert "step" in wrong_outcome(Protocol(2, inboxes=1, sending=(0, 1)), (1, 1, 1))
-    exchanging = (True,) * 3
-    assert "step" in wrong_outcome(Protocol(2, exchanging=exchanging, waits=False), (2, 2, 2))
-    assert "step" in wrong_outcome(Protocol(2, 1, exchanging=exchanging), (2, 2, 2))
     assert "step" in wrong_outcome(Protocol(2, inboxes=1), (1, 1, 1))
     assert "step" in wrong_outcome(Protocol(2, nods=False), (1, 1, 1, 1), (None, 0, 0, None))
     assert "step" in wrong_outcome(Protocol(2, numbers=False), (2, 1, 2))
@@ -103,19 +88,14 @@ class Case:
             self.streams[rank], self.want[rank] = self.rig.put(first), first
 
     def reduce(
-        self, n: int, held: tuple[bool, ...], rounded: bool = False, sending: tuple[int, ...] = (),
-        exchange: bool = False,
-    ) -> None:  # fmt: skip
+        self, n: int, held: tuple[bool, ...], rounded: bool = False, sending: tuple[int, ...] = ()
+    ) -> None:
         """One more sum; every GPU's product writes its partials just before, or sends them."""
         group = self.rig.group
         parts = self.rng.standard_normal((group.n_ranks, n)).astype(np.float32)
         for g, gpu in enumerate(group.gpus):
             streams = [self.streams[rank][:n] for rank in gpu.ranks]
-            mail = self.way.mail(gpu.ranks[0], n) if g in sending or exchange else None
-            if exchange:
-                assert mail is not None and all(held) and self.way.exchanges()
-                self.rig.send(g, replace(mail, stream=streams[0]), self.rig.put(parts[g]))
-                continue
+            mail = self.way.mail(gpu.ranks[0], n) if g in sending else None
             if mail is not None and held[gpu.ranks[0]]:
                 self.rig.send(g, mail, self.rig.put(parts[gpu.ranks[0]]))
                 self.way.reduce_add(g, streams, held, n, rounded, sent=True)
@@ -185,27 +165,11 @@ def test_sums_of_what_products_sent_are_numpys(name: str, sending: tuple[int, ..
 
 
 @needs_shim
-@pytest.mark.parametrize("name", ["two", "three"])
-def test_sums_that_products_do_among_them_are_numpys(name: str) -> None:
-    """Also between sums of every other kind."""
-    case = Case(SHARED[name])
-    case.way.pushed = 3000
-    n_ranks = case.rig.group.n_ranks
-    whole = (True,) * n_ranks
-    for seed in range(6):
-        for i, held in enumerate(masks(n_ranks)):
-            case.reduce((4, 300, 2048)[i % 3], whole, exchange=True)
-            case.reduce((36, 1024, 4)[(i + seed) % 3], held, sending=(0, 1)[: i % 3])
-            case.reduce((1024, 36, 3004)[i % 3], whole, exchange=i % 3 < 2)
-        case.rig.run(seed)
-        case.check()
-
-
-@needs_shim
 def test_only_lone_ranks_send_short_messages_themselves() -> None:
     way = Case(SHARED["uneven"]).way
     assert way.mail(0, 7168) is not None and way.mail(0, 1 << 20) is None
-    assert way.mail(1, 7168) is None and way.mail(2, 4) is None and not way.exchanges()
+    assert way.mail(1, 7168) is None and way.mail(2, 4) is None
+    assert not way.lone() and Case(SHARED["three"]).way.lone()
     way.products_send = False
     assert way.mail(0, 7168) is None
 
@@ -270,23 +234,21 @@ def test_gathered_columns_are_in_rank_order(
 
 
 @needs_shim
-@pytest.mark.parametrize("pushed, sending, exchange", [
-    (0, (), False), (4096, (), False), (4096, (0, 1, 2), False), (4096, (), True),
-])  # fmt: skip
+@pytest.mark.parametrize("pushed, sending", [(0, ()), (4096, ()), (4096, (0, 1, 2))])
 def test_a_dead_gpu_is_noticed_and_nobody_waits_again(
-    pushed: int, sending: tuple[int, ...], exchange: bool
+    pushed: int, sending: tuple[int, ...]
 ) -> None:
     case = Case(SHARED["three"], limit_ms=30)
     case.way.pushed = pushed
     for n in (64, 128, 64):
-        case.reduce(n, (True,) * 3, sending=sending, exchange=exchange)
+        case.reduce(n, (True,) * 3, sending=sending)
     case.rig.run(0, gpus={0, 2})
     assert case.way.failed() == 1
     case.way.reset()
     assert case.way.failed() is None
     for rank, stream in case.streams.items():  # what the failed steps left is anybody's guess
         case.rig.write(0, stream.ptr, case.want[rank])
-    case.reduce(64, (True,) * 3, sending=sending, exchange=exchange)
+    case.reduce(64, (True,) * 3, sending=sending)
     case.rig.run(0)
     case.check()
 

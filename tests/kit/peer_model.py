@@ -25,7 +25,6 @@ class Protocol:
     numbers: bool = True  # packets carry their step's number instead of just being there
     sending: tuple[int, ...] = ()  # GPUs whose products send by themselves
     waits: bool = True  # which they do when the sum before has ended
-    exchanging: tuple[bool, ...] = ()  # steps that products do among them
 
 
 def wrong_outcome(
@@ -86,9 +85,7 @@ Move = tuple[str, tuple[Any, ...], int]  # (what, where, step)
 def _programs(
     protocol: Protocol, gpu: int, sizes: tuple[int, ...], silent: tuple[int | None, ...]
 ) -> list[list[Move]]:
-    """A GPU's moves, of its products and of its sums; of a product's CTAs where these exchange."""
-    if protocol.exchanging:
-        return _exchanging(protocol, gpu, sizes)
+    """A GPU's moves, of its products and of its sums."""
     if gpu not in protocol.sending:
         return [_program(protocol, gpu, sizes, silent)]
     gpus, product, sums = range(protocol.n_gpus), list[Move](), list[Move]()
@@ -110,26 +107,6 @@ def _programs(
             sums.append(("nod", (gpu, "flag", out), step))
         sums.append(("send", (gpu, "sum"), step))
     return [product, sums]
-
-
-def _exchanging(protocol: Protocol, gpu: int, sizes: tuple[int, ...]) -> list[list[Move]]:
-    """Of each packet's CTA, which waits, sends and takes; and of what ends when all have ended."""
-    others = [g for g in range(protocol.n_gpus) if g != gpu]
-    ctas, end = [list[Move]() for _ in range(max(sizes))], list[Move]()
-    for step, (size, exchanging) in enumerate(zip(sizes, protocol.exchanging, strict=False), 1):
-        inbox = step % protocol.inboxes
-        to_me = gpu in protocol.sending and not exchanging  # a sum of its own takes it from there
-        for cta, moves in enumerate(ctas[:size]):
-            i = (cta + step // 2) % size  # products give CTAs other rows
-            if protocol.waits:
-                moves.append(("nod", (gpu, "sum"), step - 1))
-            moves += [("send", (g, inbox, gpu, i), step) for g in others + [gpu] * to_me]
-            moves += [("take", (gpu, inbox, g, i), step) for g in others]
-            moves += [("take", (gpu, inbox, gpu, i), step)] * to_me
-            moves.append(("send", (gpu, "cta", cta), step))
-        end += [("nod", (gpu, "cta", cta), step) for cta in range(size)]
-        end.append(("send", (gpu, "sum"), step))
-    return [*ctas, end]
 
 
 def _program(

@@ -53,6 +53,10 @@ class SimtGpu(SimtDevice):
             raise MemoryBudgetError(self.name, self._at, self.nbytes)
         return array
 
+    @property
+    def noting(self) -> bool:
+        return self._quiet
+
     def mark(self) -> int:
         return self._at
 
@@ -138,7 +142,7 @@ class SimtCollectives:
         self.table = self._table(self.slots)
         self.products_send, self.n_sent = True, 0
         self.packets = [self.memory.take((max_floats, 2), "f4") for _ in range(self.n_ranks)]
-        posts = [np.array([0, 0, 0, box.ptr], np.uint64) for box in self.packets]
+        posts = [np.array([0] * 7 + [box.ptr], np.uint64) for box in self.packets]
         self.mails = [Mail(self._put(post), 1) for post in posts]
         self.streams: dict[int, Array] = {}
         self.streams_table: Array | None = None
@@ -160,7 +164,7 @@ class SimtCollectives:
         alone = any(gpu.ranks == [rank] for gpu in self.gpus)
         return self.mails[rank] if alone and self.products_send and shape[0] <= 32 else None
 
-    def exchanges(self) -> bool:
+    def lone(self) -> bool:
         return False  # GPUs run one after another here
 
     def reduce_add(

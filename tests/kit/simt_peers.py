@@ -17,8 +17,7 @@ from mlacli.backends.cuda_group import GpuPlace, Group, Mail
 from mlacli.backends.cuda_sources import signatures, source
 
 _C = {"p": "void*", "i": "int", "l": "long long"}
-# Stand-ins for products; the latter two beyond the variant that gathers what they send.
-COPY, SENDS, EXCHANGES = -1, 1000, 2000
+COPY, SENDS = -1, 1000  # a stand-in for a product; behind the variant whose packets it sends
 
 
 class RigDevice:
@@ -101,15 +100,11 @@ class PeerRig:
         self.note(gpu, COPY, 1, 1, [to.ptr, source.ptr, source.nbytes])
 
     def send(self, gpu: int, mail: Mail, partial: Array) -> None:
-        """In the GPU's order: what a product would send of `partial`, or exchange."""
+        """In the GPU's order: what a product would send of `partial`."""
         defines = {"N_GPUS": mail.n_gpus, "N_RANKS": self.group.n_ranks}
         at = self.variant("reduce_sent", defines)
         n = partial.size
-        if mail.stream is None:
-            self.note(gpu, at + SENDS, 3, 32, [mail.words.ptr, partial.ptr, n])
-        else:
-            values = [mail.words.ptr, partial.ptr, mail.stream.ptr, n]
-            self.note(gpu, at + EXCHANGES, 3, 32, values)
+        self.note(gpu, at + SENDS, 3, 32, [mail.words.ptr, partial.ptr, n])
 
     def run(self, seed: int, gpus: set[int] | None = None) -> None:
         """All that was launched, or that on `gpus` alone; launches are forgotten."""
@@ -139,8 +134,6 @@ class PeerRig:
             makers.append(f"case {i}: return bound(variant{i}::{name}, at);")
             if sender:
                 makers.append(f"case {i + SENDS}: return bound(variant{i}::send_partial, at);")
-                bound = f"bound(variant{i}::exchange_partial, at)"
-                makers.append(f"case {i + EXCHANGES}: return {bound};")
         return "\n".join(parts) + _RUN.replace("CASES", "\n".join(makers))
 
 
@@ -150,14 +143,6 @@ inline void send_partial(const void* words, const float* partial, int n) {
     post.open(words);
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x)
         post.send(i, partial[i]);
-}
-inline void exchange_partial(const void* words, const float* partial, float* x, int n) {
-    Post<N_GPUS> post;
-    post.open(words);
-    __syncthreads();
-    if (threadIdx.x == 0) post.count();
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x)
-        x[i] += post.exchange(i, partial[i]);
 }
 """
 _RUN = """

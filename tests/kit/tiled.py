@@ -25,7 +25,7 @@ MOST = {
     "Q4_0": 8, "Q4_1": 15, "Q5_0": 16, "Q5_1": 31, "Q8_0": 128, "IQ4_NL": 127, "MXFP4": 12,
     "Q4_K": 15, "Q5_K": 31, "Q6_K": 32, "IQ4_XS": 127,
     "Q2_K": 3, "Q3_K": 4, "IQ3_XXS": 62, "IQ3_S": 15, "IQ2_XXS": 43, "IQ2_XS": 43, "IQ2_S": 43,
-    "IQ1_S": 9, "IQ1_M": 9,
+    "IQ1_S": 1.125, "IQ1_M": 9,
 }  # fmt: skip
 ZERO = {"Q4_0": 8, "Q5_0": 16, "Q6_K": 32, "Q3_K": 4}
 THIN = ("Q2_K", "Q3_K", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_S", "IQ1_M")
@@ -42,7 +42,8 @@ IQ3_XXS, IQ3_S = (
 )
 TABLES = {
     "IQ4_NL": IQ4, "IQ4_XS": IQ4, "MXFP4": FP4, "IQ3_XXS": IQ3_XXS, "IQ3_S": IQ3_S,
-    "IQ2_XXS": IQ2, "IQ2_XS": IQ2, "IQ2_S": IQ2, "IQ1_S": IQ1, "IQ1_M": IQ1,
+    "IQ2_XXS": IQ2, "IQ2_XS": IQ2, "IQ2_S": IQ2,
+    "IQ1_M": np.arange(-9, 23, 2, dtype=np.float32),
 }  # fmt: skip
 
 
@@ -206,7 +207,8 @@ class Parts:
         scale = odd.astype(np.float32) * np.float32(unit)
         numbers = np.rint(values / np.repeat(scale, 256 // code.shape[-1], axis=-1)).astype(int)
         table = np.zeros(256, np.uint8)
-        table[TABLES[name].astype(int)] = np.arange(len(TABLES[name]))
+        values = IQ1 if name.startswith("IQ1") else TABLES[name]
+        table[values.astype(int)] = np.arange(len(values))
         self.numbers = table[numbers]
         self.scale, self.scale_code = _half(d)[..., None] * scale, odd
         self.d = d
@@ -231,12 +233,18 @@ class Parts:
 
     def _iq1_s(self, b: np.ndarray) -> None:
         self._mapped(b, "IQ1_S", b[..., :2], b[..., 35::2] >> 4 & 7)
+        minus = self.numbers.reshape(*b.shape[:2], 8, 32)[..., 0] >> 2
+        least, self.numbers = np.where(minus, 9, 7), self.numbers & 3
+        self.minimum = -self.scale * least.astype(np.float32)
+        self.scale = 8 * self.scale
+        self.scale_code = self.scale_code | least.astype(np.uint32) << 4
 
     def _iq1_m(self, b: np.ndarray) -> None:
         words = np.ascontiguousarray(b[..., 48:]).view(np.uint16).astype(np.uint32)
         tops = (words >> 12 << np.arange(0, 16, 4, dtype=np.uint32)).sum(-1).astype(np.uint16)
         code = words[..., None] >> np.arange(0, 12, 3, dtype=np.uint32) & 7
         self._mapped(b, "IQ1_M", tops[..., None].view(np.uint8), code.reshape(*b.shape[:2], 16))
+        self.numbers = 4 * (self.numbers & 3) + 1 - (self.numbers >> 2)
 
 
 def _bound(sizes: np.ndarray) -> np.float32:
@@ -268,13 +276,14 @@ def _number_planes(lanes: np.ndarray, name: str) -> dict[str, np.ndarray]:
         return {"q": v.transpose(0, 1, 3, 2, 4)}
     at = 4 * register[:, None] + half
     if name in THIN:
-        if name.startswith("IQ"):
+        if name.startswith("IQ2"):
             at = 16 * (register >> 1)[:, None] + 4 * (register & 1)[:, None] + half // 2
         steps = 2 * np.arange(2, dtype=np.uint32)[:, None, None]
-        pairs = lanes.reshape(*lanes.shape[:3], 2, 2, 4, 2)
-        planes = {"q": ((pairs & 3) << (at + steps)).sum((-1, -2, -3), dtype=np.uint32)}
+        low, third = (lanes >> 2, lanes & 1) if name == "IQ1_M" else (lanes & 3, lanes >> 2)
+        pairs = low.reshape(*lanes.shape[:3], 2, 2, 4, 2)
+        planes = {"q": (pairs << (at + steps)).sum((-1, -2, -3), dtype=np.uint32)}
         steps = np.arange(4, dtype=np.uint32)[:, None, None]
-        planes["h"] = ((lanes >> 2) << (at + steps)).sum((-1, -2, -3), dtype=np.uint32)
+        planes["h"] = (third << (at + steps)).sum((-1, -2, -3), dtype=np.uint32)
         return planes
     planes = {"q": ((lanes & 15) << at).sum((-1, -2), dtype=np.uint32)}
     if name in ("Q5_0", "Q5_1", "Q5_K"):
@@ -332,7 +341,7 @@ def tile_weight(raw: np.ndarray, name: str, shape: tuple[int, ...], skip: int = 
         parts = Parts(flat, name)
         lanes = _fragments(padded(parts.numbers, 1), layout).astype(np.uint32)
         size = np.abs(parts.scale) * np.float32(MOST[name])
-        if parts.minimum is not None:
+        if parts.minimum is not None and name != "IQ1_S":
             size = size + np.abs(parts.minimum)
         column = 16 * np.arange(parts.scale.shape[1])
         foreign = (column < skip) | (column >= skip + n_in)

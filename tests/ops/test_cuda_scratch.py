@@ -23,10 +23,11 @@ from mlacli.loading import synthetic
 from mlacli.loading.gguf_file import GgufFile
 from mlacli.loading.presets import PRESETS, Preset, type_name
 from mlacli.loading.synthetic import SyntheticFile
-from mlacli.parallel import cuda_scratch, memory
+from mlacli.parallel import cuda_scratch, memory, plan
 from mlacli.parallel.cuda_scratch import CudaScratch
 from mlacli.parallel.cuda_sizes import Sums, most_score_bytes
 from mlacli.parallel.memory import LOGIT_BYTES, most_logit_rows
+from mlacli.parallel.shards import keep_raw
 from mlacli.prepare import prepare
 
 NAMES = ("v2lite", "glm47flash", "v3", "kimi_k2", "mistral4", "glm5")
@@ -148,6 +149,7 @@ def test_weights_that_are_not_in_tiles(
         return qtype if is_rare else type_name(quant, tensor, shape, layers)
 
     monkeypatch.setattr(synthetic, "type_name", mixed)
+    monkeypatch.setattr(plan, "keep_raw", lambda shards, small: keep_raw(shards, True))
     flags = MODES["gap f32"] if which == "all weights" else {}
     for n_ubatch in (8, 256):
         taken, planned = check(monkeypatch, cut(name), 4096, n_ubatch, **flags)
