@@ -120,6 +120,17 @@ def opened(preset: Preset, split: Split) -> Engine:
     return Engine(prepared)
 
 
+@contextmanager
+def clock(what: str) -> Iterator[None]:
+    """Says on stderr how long it takes."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        sys.stderr.write(f" {what} {time.perf_counter() - start:.1f} s,")
+        sys.stderr.flush()
+
+
 # ---- choices --------------------------------------------------------------------------------
 
 Choices = dict[str, Any]  # ids [n, count] by the name of the weight that chose them
@@ -226,7 +237,7 @@ class Apart:
         return "" if many <= MANY and few <= FEW_TOKENS else f"NMSE {many:.0e}, few {few:.0e}"
 
     def __str__(self) -> str:
-        return f"{statistics.mean(self.kl):.1e} | {self.most:.4f}"
+        return f"{statistics.mean(self.kl):.1e}, {self.most:.3f}"
 
 
 def _row_apart(got: Any, want: Any, shares: Any) -> tuple[float, float, float, float]:
@@ -319,19 +330,18 @@ def off_plan(planned: int, used: int) -> bool:
 # ---- tables ---------------------------------------------------------------------------------
 
 HEAD = (
-    "split", "imposed: KL", "largest difference", "free: KL", "largest difference",
-    f"prefill {PREFILL} at 0", f"at {EDGES[0]}", "decode at 0", f"at {EDGES[0]}",
-    "GiB planned / used by GPU", "",
+    "split", "choices imposed: KL, most", "free: KL, most", f"prefill {PREFILL} at 0 / {EDGES[0]}",
+    f"decode at 0 / {EDGES[0]}", "GiB by GPU, planned / used", "",
 )  # fmt: skip
 
 
-def row(split: Split, engine: Engine, found: Sequence[Case], clock: Clock) -> tuple[str, str]:
+def row(split: Split, engine: Engine, found: Sequence[Case]) -> tuple[str, str]:
     """(a line of the table, what is wrong)."""
     with clock("comparing"):
         by_rule, free = compared(engine, found)
     with clock("timing"):
         rates = [speeds(engine, n_kv) for n_kv in (0, EDGES[0])]
-    cells = [f"{rates[i][j]:,.0f}" for j in (0, 1) for i in (0, 1)]
+    cells = [" / ".join(f"{rate[j]:,.0f}" for rate in rates) for j in (0, 1)]
     held = memory(engine)
     off = [name for name, both in held.items() if off_plan(*both)]
     wrong = [by_rule.beyond, f"memory of {', '.join(off)}" if off else ""]
@@ -362,7 +372,7 @@ def validated(name: str, gpus: Sequence[str], quick: bool, part: tuple[int, int]
     preset, rows, found, good = cut(name), CachedRows(), list[Case](), True
     first, *others = splits(gpus, quick)
     for split in (first, *others[part[0] - 1 :: part[1]]):
-        clock = Clock()
+        sys.stderr.write(f"{name}, {split.name}:")
         try:
             with clock("opening"):
                 engine = opened(preset, split)
@@ -378,7 +388,7 @@ def validated(name: str, gpus: Sequence[str], quick: bool, part: tuple[int, int]
                     rows.fill(engine, EDGES[0])
                 if split is first and part[0] > 1:
                     continue
-                line, problem = row(split, engine, found, clock)
+                line, problem = row(split, engine, found)
             print(line, flush=True)
             good = good and not problem
         except Exception as e:  # whatever it is, the other splits are still to be seen
@@ -387,27 +397,8 @@ def validated(name: str, gpus: Sequence[str], quick: bool, part: tuple[int, int]
             if not found:
                 return False
             good = False
-        sys.stderr.write(f"{name}, {split.name}: {clock}\n")
-        sys.stderr.flush()
+        sys.stderr.write("\n")
     return good
-
-
-class Clock:
-    """Seconds of what goes on, by its name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, what: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[what] = time.perf_counter() - start
-
-    def __str__(self) -> str:
-        return ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self.seconds.items())
 
 
 def main() -> None:

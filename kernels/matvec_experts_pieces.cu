@@ -15,11 +15,17 @@
 // Needs     9.0
 // Variants  EXPERTS_UP=1 N_STAGES=6 N_PIECES=4 N_ROWS=5 N_WARPS=14 N_COL_TILES=112 WITH_NORM=1 WTYPE0=12 WTYPE1=12
 //           WTYPE2=12 WTYPE3=12; EXPERTS_DOWN=1 N_USED=8 N_SHARED=1 N_STAGES=12 N_ROWS=4 N_WARPS=8 N_COL_TILES=16
-//           WITH_ADD=0 AFTER_UP=1 WTYPE0=14 WTYPE1=14; EXPERTS_UP=1 N_STAGES=4 N_PIECES=4 N_ROWS=2 N_WARPS=8
+//           WITH_ADD=0 AFTER_UP=1 WTYPE0=14 WTYPE1=14; SEND_TO=2 EXPERTS_DOWN=1 N_USED=8
+//           N_SHARED=1 N_STAGES=7 N_ROWS=4 N_WARPS=8 N_COL_TILES=16 WITH_ADD=0 AFTER_UP=1 WTYPE0=14 WTYPE1=14; EXPERTS_UP=1 N_STAGES=4 N_PIECES=4 N_ROWS=2 N_WARPS=8
 //           N_COL_TILES=96 WITH_NORM=1 WTYPE0=12 WTYPE1=12 WTYPE2=13 WTYPE3=8
 // Sources   own
 // Tested by tests/kernels/test_matvec.py, tests/gpu/test_cuda_matvec.py
 #include "matvec_pieces.cuh"
+#include "post.cuh"
+
+#ifndef SEND_TO
+#define SEND_TO 0
+#endif
 
 constexpr int THREADS = 32 * N_WARPS + 32;
 
@@ -153,14 +159,16 @@ using At = PieceAt<N_STAGES, NBYTES>;
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 experts_down_pieces(float* y, const unsigned char* down, const unsigned char* shared_down,
-                    const float* h, const int* ids, const float* weights, int d, int first, int held) {
+                    const float* h, const int* ids, const float* weights, int d, int first, int held,
+                    const void* mail) {
     __shared__ float part[N_ROWS][N_WARPS][1][16];
     __shared__ PieceRing<N_STAGES, NBYTES> pieces;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, ctas = gridDim.x;
     const int row_tiles = (d + 15) / 16, n = (row_tiles - (int)blockIdx.x + ctas - 1) / ctas;
     if (threadIdx.x == 0) pieces.init(N_WARPS);
     __syncthreads();
-    pdl_launch();
+    constexpr bool SENDS = SEND_TO > 0;
+    if (!SENDS) pdl_launch();  // else behind pdl_wait(): reduce_sent relies on it
     // AFTER_UP: experts_up_pieces starts this launch only when all of it has waited for the choice.
     if (!AFTER_UP) pdl_wait();
     int mine = -1;  // lane s: the expert of slot s, -1: not here
@@ -198,8 +206,10 @@ experts_down_pieces(float* y, const unsigned char* down, const unsigned char* sh
             }
         __syncwarp();
         if (AFTER_UP) pdl_wait();
+        if (SENDS) pdl_launch();
     } else {
         if (AFTER_UP) pdl_wait();
+        if (SENDS) pdl_launch();
         PieceX<N_PIECES, N_COL_TILES, N_WARPS> in;
         in.template ask<false>(warp, h, 64 * N_COL_TILES);
 #pragma unroll
@@ -222,14 +232,18 @@ experts_down_pieces(float* y, const unsigned char* down, const unsigned char* sh
             piece_rows(acc, part[k][warp]);
         }
     }
+    Post<SEND_TO> post;
+    post.open(mail);
     __syncthreads();
     for (int k = threadIdx.x >> 4; k < n; k += THREADS / 16) {
         const int row = threadIdx.x & 15, o = 16 * (blockIdx.x + k * ctas) + row;
         if (o >= d) continue;
-        float sum = WITH_ADD ? y[o] : 0.f;
+        const float old = WITH_ADD ? y[o] : 0.f;
+        float sum = 0.f;
 #pragma unroll
         for (int w = 0; w < N_WARPS; w++) sum += part[k][w][0][row];
-        y[o] = sum;
+        if constexpr (SENDS) post.send(o, sum);
+        else y[o] = old + sum;
     }
 }
 #endif

@@ -1,5 +1,6 @@
 // Op        products_pieces: y_i[o] (+)= s sum_c w_i[o][c] x[c] norm[c] for up to two weights i of one x,
-//           s = 1 / sqrt(mean of x^2 + eps); WITH_NORM=0: s and norm are 1; WITH_ADD: y_0 += it
+//           s = 1 / sqrt(mean of x^2 + eps); WITH_NORM=0: s and norm are 1; WITH_ADD: y_0 += it; SEND_TO=N: as in
+//           matvec.cu
 //           gated_pieces: h[o] = silu(gate[o] . x) * (up[o] . x), x normed the same way
 //           One token; for wide weights, of which only memory counts
 // Shapes    y_i [rows_i], h [rows], x [in], norm [in]; weights in tiles (tiles.cuh) of N_COL_TILES column tiles
@@ -13,10 +14,17 @@
 // Bound by  bytes of w
 // Needs     9.0
 // Variants  N_STAGES=6 N_PIECES=4 N_ROWS=5 N_WARPS=14 N_COL_TILES=112 WITH_NORM=1 GATED=1 WTYPE0=12 WTYPE1=12;
-//           N_STAGES=6 N_PIECES=4 N_ROWS=4 N_WARPS=12 N_COL_TILES=144 WITH_NORM=0 WITH_ADD=1 WTYPE0=14
+//           N_STAGES=6 N_PIECES=4 N_ROWS=4 N_WARPS=12 N_COL_TILES=144 WITH_NORM=0 WITH_ADD=1 WTYPE0=14;
+//           SEND_TO=2 N_STAGES=2 N_PIECES=2 N_ROWS=4 N_WARPS=16 N_COL_TILES=128 WITH_NORM=0 WITH_ADD=0 WTYPE0=12
 // Sources   own
 // Tested by tests/kernels/test_matvec.py, tests/gpu/test_cuda_matvec.py
 #include "matvec_pieces.cuh"
+#include "post.cuh"
+
+#ifndef SEND_TO
+#define SEND_TO 0
+#endif
+constexpr bool SENDS = SEND_TO > 0;
 
 constexpr int THREADS = 32 * N_WARPS + 32, WIDE = N_COL_TILES / N_PIECES;
 static_assert(N_COL_TILES % N_PIECES == 0, "equal pieces");
@@ -52,6 +60,7 @@ __device__ __forceinline__ void multiply(Memory& memory, int n, const float* x, 
     PieceX<N_PIECES, WIDE, N_WARPS> in, weight;
     if (WITH_NORM) weight.template ask<true>(warp, norm, 64 * WIDE);
     pdl_wait();
+    if (SENDS) pdl_launch();  // not earlier: reduce_sent relies on it
     in.template ask<false>(warp, x, 64 * WIDE);
     if (WITH_NORM) {
         const float squares = in.normed(weight);
@@ -113,13 +122,13 @@ gated_pieces(float* h, const unsigned char* gate, const unsigned char* up, const
 #else
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 products_pieces(float* y0, float* y1, const unsigned char* w0, const unsigned char* w1, const float* x,
-                const float* norm, int rows0, int rows1, int in, float eps) {
+                const float* norm, int rows0, int rows1, int in, float eps, const void* mail) {
     __shared__ Memory memory;
     const int tiles0 = (rows0 + 15) / 16, tiles1 = (rows1 + 15) / 16, ctas = gridDim.x;
     const int n = (tiles0 + tiles1 - (int)blockIdx.x + ctas - 1) / ctas;
     if (threadIdx.x == 0) memory.ring.init(N_WARPS);
     __syncthreads();
-    pdl_launch();
+    if (!SENDS) pdl_launch();
     if (threadIdx.x >= 32 * N_WARPS) {
         if (threadIdx.x == 32 * N_WARPS) {
             const auto view0 = tile_view<WTYPE0>(w0, tiles0, N_COL_TILES);
@@ -137,9 +146,12 @@ products_pieces(float* y0, float* y1, const unsigned char* w0, const unsigned ch
                 }
         }
         pdl_wait();
+        if (SENDS) pdl_launch();
     } else {
         multiply(memory, n, x, norm);
     }
+    Post<SEND_TO> post;
+    post.open(mail);
     __syncthreads();
     const float scale = WITH_NORM ? memory.norm(in, eps) : 1.f;
     for (int k = threadIdx.x >> 4; k < n; k += THREADS / 16) {
@@ -149,7 +161,8 @@ products_pieces(float* y0, float* y1, const unsigned char* w0, const unsigned ch
         if (o >= (second ? rows1 : rows0)) continue;
         float* y = second ? y1 : y0;
         const float sum = scale * memory.sum(k, 0, row);
-        y[o] = WITH_ADD ? y[o] + sum : sum;
+        if constexpr (SENDS) post.send(o, sum);
+        else y[o] = WITH_ADD ? y[o] + sum : sum;
     }
 }
 #endif

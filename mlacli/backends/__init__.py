@@ -87,8 +87,11 @@ class Ranks:
         """What `execute_ahead` will run is made ready now, so that no token waits for it."""
 
     @property
-    def nccl_bytes(self) -> dict[str, int]:
-        """What NCCL took on each GPU for itself, as measured; empty where it has no part."""
+    def nccl_bytes(self) -> dict[str, tuple[int, int]]:
+        """What NCCL holds of each GPU for itself, as measured; of that, what it had before.
+
+        Empty where it has no part.
+        """
         return {}
 
     def explained(self) -> AbstractContextManager[None]:

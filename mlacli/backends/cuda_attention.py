@@ -164,7 +164,8 @@ def attend_short(
     o = ops.new((1, h * v))
     heads = _short_heads(ops.n_sm, h)
     ops.run(
-        "mla_short", (8 * h // heads,), 256, o, kv.values, q, c_kv, k_pe, norm, k_b.tiles, v_b.tiles,
+        "mla_short", (8 * h // heads,), 256, o, kv.values, q, c_kv, k_pe, norm, k_b.tiles,
+        v_b.tiles,
         step.cos, step.sin, step.pos, h, eps, scale,
         *((0.0, 1) if temperature is None else (temperature.scale, temperature.length)),
         shared=SHORT_SHARE * 2 * (r + p + 8), R=r, K=k, P=p, V=v, N_ROWS=SHORT_SHARE,
@@ -285,7 +286,8 @@ def combine(ops: Launcher, parts: Parts, v_b: Weight, step: Positions) -> Array:
     if parts.stat is not None and n <= _FEW and ops.capability >= 90 and r % 32 == 0:
         cluster = 8 if 8 * h <= 2 * ops.n_sm else 4  # CTAs of all heads at once, two an SM
         ops.run(
-            "mla_combine", (cluster * h, n), 256, o, parts.part, parts.stat, v_b.tiles, step.pos, n, h,
+            "mla_combine", (cluster * h, n), 256, o, parts.part, parts.stat, v_b.tiles, step.pos, n,
+            h,
             parts.splits, parts.top_k, R=r, V=v, WTYPE=v_b.qtype.id, CLUSTER=cluster,
         )  # fmt: skip
         return o

@@ -186,10 +186,13 @@ class Collectives:
         return [int(n) for n in getattr(self.way, "nbytes", [0] * len(self.group.gpus))]
 
     @property
-    def nccl_bytes(self) -> dict[str, int]:
-        """What NCCL took on each GPU for itself, as measured; empty where it has no part."""
-        taken = getattr(self.way, "taken", [])
-        return dict(zip((gpu.device.name for gpu in self.group.gpus), taken, strict=False))
+    def nccl_bytes(self) -> dict[str, tuple[int, int]]:
+        """What NCCL holds of each GPU for itself, as measured; of that, what it had before.
+
+        Empty where it has no part.
+        """
+        both = zip(getattr(self.way, "taken", []), getattr(self.way, "kept", []), strict=True)
+        return dict(zip((gpu.device.name for gpu in self.group.gpus), both, strict=False))
 
     def close(self) -> None:
         self.way.close()

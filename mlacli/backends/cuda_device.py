@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mlacli.backends import cuda_errors
 from mlacli.backends.cuda_array import Array
+from mlacli.backends.cuda_pages import Ring
 
 if TYPE_CHECKING:
     from mlacli.backends.cuda_weights import HostBlock
@@ -176,24 +177,6 @@ class Device(Protocol):
         ...
 
 
-class _Ring:
-    """Page-locked buffers used in turns, with the event of the last copy of each."""
-
-    def __init__(self, nbytes: int, count: int) -> None:
-        import cupy as cp
-
-        memory = np.frombuffer(
-            cp.cuda.alloc_pinned_memory(nbytes * count), np.uint8, nbytes * count
-        )
-        self._pages = memory.reshape(count, nbytes)
-        self._events = [cp.cuda.Event(disable_timing=True) for _ in range(count)]
-        self._turn = -1
-
-    def next(self) -> tuple[Host, Any]:
-        self._turn = (self._turn + 1) % len(self._pages)
-        return self._pages[self._turn], self._events[self._turn]
-
-
 class CudaDevice:
     """The current CUDA device with an arena of `nbytes`.
 
@@ -210,8 +193,8 @@ class CudaDevice:
         self._runtime = cp.cuda.runtime
         self._page = np.frombuffer(cp.cuda.alloc_pinned_memory(_PAGE), np.uint8, _PAGE)
         self._page_in_use = False  # by a copy to the device that may be under way
-        self._inputs: Any = _Ring(_INPUT, _N_INPUTS)
-        self._outputs: Any = _Ring(_OUTPUT, _N_OUTPUTS)
+        self._inputs: Any = Ring(_INPUT, _N_INPUTS)
+        self._outputs: Any = Ring(_OUTPUT, _N_OUTPUTS)
         device = cp.cuda.Device()
         self.name, self.index, self.use = name, int(device.id), device.use
         self.on_delay: Callable[[], None] | None = None  # called while a wait takes long

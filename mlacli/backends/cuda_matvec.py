@@ -75,7 +75,7 @@ def products(
         product_stream(ops, w, out, x, norm)
         return
     alike = len(segments) <= 2 and len({w.qtype for w, _ in segments}) == 1
-    if geometry is None and len(x) == 1 and alike and isinstance(out, Array):
+    if geometry is None and len(x) == 1 and alike:
         total = sum(row_tiles(w.shape[0]) for w, _ in segments)
         geometry = piece_geometry(ops, [w for w, _ in segments[:1]], total)
     if isinstance(geometry, PieceGeometry):
@@ -128,12 +128,12 @@ def product_stream(
 
 
 def _product_pieces(
-    ops: Any, segments: Sequence[tuple[Weight, Any]], x: Array, norm: Norm | None, add: bool,
-    how: PieceGeometry,
+    ops: Any, segments: Sequence[tuple[Weight, Array | Mail]], x: Array, norm: Norm | None,
+    add: bool, how: PieceGeometry,
 ) -> None:  # fmt: skip
     """products() of one token and one or two weights of a type: see matvec_pieces.cu."""
-    ws, outs = [w for w, _ in segments], [out for _, out in segments]
-    assert len(x) == 1 and len(ws) <= 2 and not (add and len(ws) > 1)
+    ws, (outs, mail, post) = [w for w, _ in segments], _targets([out for _, out in segments])
+    assert len(x) == 1 and len(ws) <= 2 and not ((add or mail is not None) and len(ws) > 1)
     absent = [None] * (2 - len(ws))
     tiles = sum(row_tiles(w.shape[0]) for w in ws)
     ctas = min(tiles, ops.n_sm)
@@ -141,8 +141,8 @@ def _product_pieces(
     ops.run(
         "products_pieces", (ctas,), 32 * (how.warps + 1), *outs, *absent, *(w.tiles for w in ws),
         *absent, x, _raw(norm), *(w.shape[0] for w in ws), *(0 for _ in absent), ws[0].shape[1],
-        _eps(norm), shared=_piece_bytes(how, ws[:1]), WITH_ADD=int(add), N_ROWS=-(-tiles // ctas),
-        **_pieces(how, ws[0], norm), **_types(ws[:1], 1),
+        _eps(norm), mail, shared=_piece_bytes(how, ws[:1]), WITH_ADD=int(add),
+        N_ROWS=-(-tiles // ctas), **_pieces(how, ws[0], norm), **_types(ws[:1], 1), **post,
     )  # fmt: skip
 
 
@@ -279,21 +279,21 @@ def experts_down(
     (n, n_used), (held, d, f) = ids.shape, down.shape
     both = (down,) if shared is None else (down, shared)
     fs = 0 if shared is None else shared.shape[1]
-    if geometry is None and n == 1 and isinstance(y, Array):
+    (out,), mail, post = _targets([y])
+    if geometry is None and n == 1:
         geometry = piece_down_geometry(ops, down, shared, n_used)
     if isinstance(geometry, PieceGeometry):
         ctas = min(row_tiles(d), ops.n_sm)
         ops.run(
-            "experts_down_pieces", (ctas,), 32 * (geometry.warps + 1), y, down.tiles,
-            None if shared is None else shared.tiles, h, ids, weights, d, down.first, held,
+            "experts_down_pieces", (ctas,), 32 * (geometry.warps + 1), out, down.tiles,
+            None if shared is None else shared.tiles, h, ids, weights, d, down.first, held, mail,
             shared=_piece_bytes(geometry, (down,), None if shared is None else (shared,)),
             EXPERTS_DOWN=1, WITH_ADD=int(add), AFTER_UP=int(after_up), N_USED=n_used,
             N_SHARED=geometry.pieces - n_used, N_WARPS=geometry.warps, N_STAGES=geometry.stages,
-            N_ROWS=-(-row_tiles(d) // ctas), N_COL_TILES=col_tiles(down), **_types(both, 2),
+            N_ROWS=-(-row_tiles(d) // ctas), N_COL_TILES=col_tiles(down), **_types(both, 2), **post,
         )  # fmt: skip
         return
     how = geometry or down_geometry(down, shared, n_used)
-    (out,), mail, post = _targets([y])
     ragged = any(w.skip or w.shape[-1] != COLS * col_tiles(w) for w in both)
     ops.run(
         "experts_down_few", (row_tiles(d), n), 32 * how.warps(n_used), out, down.tiles,

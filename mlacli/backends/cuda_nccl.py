@@ -87,9 +87,9 @@ class NcclWay:
                 self.memory.append(cp.cuda.Memory(size))
         self._warm()
         more = [_in_use(i) - b - n for i, b, n in zip(devices, before, sizes, strict=True)]
-        known = _TAKEN.get(devices, [0] * len(devices))
-        _TAKEN[devices] = [a + max(0, b) for a, b in zip(known, more, strict=True)]
-        self.taken = _TAKEN[devices]  # by NCCL itself
+        self.kept = _TAKEN.get(devices, [0] * len(devices))  # by NCCL itself, since an earlier way
+        self.taken = [a + max(0, b) for a, b in zip(self.kept, more, strict=True)]
+        _TAKEN[devices] = self.taken
 
     def _warm(self) -> None:
         """Every size class once, before anything is captured."""

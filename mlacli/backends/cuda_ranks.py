@@ -192,10 +192,10 @@ class CudaRanks(Ranks):
         return self.group.run(one_rank)
 
     @property
-    def nccl_bytes(self) -> dict[str, int]:
+    def nccl_bytes(self) -> dict[str, tuple[int, int]]:
         if self._steps is None or self._together is None:
             return {}
-        found: dict[str, int] = getattr(self._together.collectives, "nccl_bytes", {})
+        found: dict[str, tuple[int, int]] = getattr(self._together.collectives, "nccl_bytes", {})
         return found
 
     @property

@@ -7,8 +7,9 @@ One that stays in host memory is repacked on the device too, piece by piece, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,7 +42,8 @@ class CudaWeight:
     layout: TiledShape | None = None  # None = GGUF bytes [*leading, bytes of a row]
     skip: int = 0  # columns of the first block that are another rank's
     first: int = 0  # of its indices along the leading axis, where that is cut
-    edges: Bytes | None = None  # blocks shared with other ranks, as the file has them
+    # Blocks shared with other ranks, as the file has them: read when they are asked for.
+    edges: Callable[[], Bytes] | None = None
     block: HostBlock | None = None  # of host memory, where `held` lies; None = on the device
 
     @property
@@ -101,8 +103,7 @@ def upload(device: Device, raw: Bytes, shard: Shard, tiled: bool = True) -> Cuda
     layout = tiled_shape(shard.shape, shard.qtype, skip)
     tiles = device.take((layout.nbytes,), np.uint8)
     _repack(device, tiles, _three_axes(raw), layout, shard, skip)
-    foreign = has_foreign_groups(shard.shape[-1], shard.qtype, skip)
-    edges = edge_blocks(raw, shard.qtype) if foreign else None
+    edges = _edges(raw, shard, skip)
     return CudaWeight(shard.tensor, shard.shape, shard.qtype, tiles, layout, skip, first, edges)
 
 
@@ -113,7 +114,10 @@ def download(device: Device, w: CudaWeight) -> Bytes:
     else:
         device.synchronize()
         held = w.block.memory.reshape(w.held.shape).copy()
-    return held if w.layout is None else untile(held, w.shape, w.qtype, w.skip, w.edges)
+    if w.layout is None:
+        return held
+    edges = None if w.edges is None else w.edges()
+    return untile(held, w.shape, w.qtype, w.skip, edges)
 
 
 def near(ops: Any, w: CudaWeight, n: int) -> Any:
@@ -153,11 +157,24 @@ def _keep(device: Device, raw: Bytes, shard: Shard, tiled: bool) -> CudaWeight:
     layout = tiled_shape(shard.shape, shard.qtype, skip)
     block = device.take_host((layout.nbytes,))
     _repack_back(device, block.memory, _three_axes(raw), layout, shard)
-    foreign = has_foreign_groups(shard.shape[-1], shard.qtype, skip)
-    edges = edge_blocks(raw, shard.qtype) if foreign else None
+    edges = _edges(raw, shard, skip)
     return CudaWeight(
         shard.tensor, shard.shape, shard.qtype, block.array, layout, skip, first, edges, block
     )
+
+
+def _edges(raw: Any, shard: Shard, skip: int) -> Callable[[], Bytes] | None:
+    """What download() needs of blocks that are only partly this rank's; None where all are.
+
+    Of a model's experts they are gigabytes, so that only rows which are copies anyway, of several
+    tensors, don't wait until then.
+    """
+    if not has_foreign_groups(shard.shape[-1], shard.qtype, skip):
+        return None
+    if len(shard.sources) == 1:
+        return partial(edge_blocks, raw, shard.qtype)
+    found = edge_blocks(raw, shard.qtype)
+    return lambda: found
 
 
 def _keep_bytes(device: Device, out: Bytes, raw: Any) -> None:

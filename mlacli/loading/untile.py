@@ -27,7 +27,7 @@ def has_foreign_groups(n_in: int, qtype: QType, skip: int) -> bool:
     return skip > 0 or (skip + n_in) % qtype.block > 0
 
 
-def edge_blocks(raw: Bytes, qtype: QType) -> Bytes:
+def edge_blocks(raw: Any, qtype: QType) -> Bytes:
     """First and last block of every row [..., 2, bytes]: where untile() finds foreign scales."""
     return np.stack(
         [np.asarray(raw[..., : qtype.nbytes]), np.asarray(raw[..., -qtype.nbytes :])], -2

@@ -40,10 +40,12 @@ class MemoryWatch:
         """By device; of the CPU, all that this process has."""
         return {name: devices.bytes_in_use(name) - had for name, had in self._before.items()}
 
-    def beside(self, nccl: Mapping[str, int]) -> dict[str, Beside]:
-        """Of each GPU; `nccl`: what NCCL was seen to take."""
-        return {
-            name: Beside(self._before[name], used - self._planned[name], nccl.get(name, 0))
-            for name, used in self.added().items()
-            if name != "cpu"
-        }
+    def beside(self, nccl: Mapping[str, tuple[int, int]]) -> dict[str, Beside]:
+        """Of each GPU; `nccl`: what NCCL holds, and what of that it had when this watch began."""
+        found = {}
+        for name, used in self.added().items():
+            if name != "cpu":
+                holds, had = nccl.get(name, (0, 0))
+                since = used + had - self._planned[name]
+                found[name] = Beside(self._before[name] - had, since, holds)
+        return found

@@ -1,5 +1,6 @@
 """Several CUDA ranks: golden models on one GPU named several times, and on two GPUs."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,12 @@ from kit.golden_files import EXACT, FILES, golden
 import mlacli
 from mlacli.backends.cuda_devices import device_count
 from mlacli.backends.cuda_sources import debugging
+from mlacli.engine import Engine
+from mlacli.flags import LOADED, library_values, to_params
+from mlacli.loading.presets import PRESETS
+from mlacli.loading.synthetic import SyntheticFile
 from mlacli.params import SamplingParams
+from mlacli.prepare import prepare
 from mlacli.sampling import Sampler
 
 # As tests/gpu/test_cuda_models.py: float16 activations of prefill, nearly float32 of decode.
@@ -88,9 +94,10 @@ def test_every_way_of_sums_gives_the_same_tokens(device: str) -> None:
             sums[way], logits[way] = engine.sums, engine.logits(tokens)
             engine.rewind(0)
             texts[way] = engine.decode_ahead(tokens[0], 8, greedy)
-            off = abs(engine.memory_beside()["cuda0"].since)
-            print(f"{way}: {engine.memory_beside()}")
-            assert off <= 512 << 20
+            beside = engine.memory_beside()
+            print(f"{way}: {beside}")
+            assert all(abs(of.since) <= 512 << 20 for of in beside.values())
+            assert all((of.nccl > 0) == (way == "nccl") for of in beside.values())
     assert sums == {way: f"{way} (asked for)" for way in sums}
     assert np.array_equal(logits["host"], logits["p2p"])
     assert np.median(row_nmse(logits["nccl"], logits["p2p"])) <= ACTIVATIONS
@@ -190,6 +197,17 @@ def test_tensors_come_back_as_they_are_in_the_file(split: str) -> None:
     for name in ("v3", "v3_kv_b", "glm_dsa"):
         with mlacli.load(FILES[name], check_tensors=True, **SPLITS[split]) as engine:
             assert engine.checked is not None
+
+
+@pytest.mark.parametrize("n_ranks", [1, 3])
+def test_random_weights_are_the_same_whatever_the_split(n_ranks: int) -> None:
+    """GPUs draw their parts, across blocks that ranks share; NumPy draws the whole."""
+    small = replace(PRESETS["mistral4"], layers=1, experts=4, vocab=2048)
+    device, mode = ",".join(["cuda0"] * n_ranks), "graph" if n_ranks > 1 else "none"
+    flags = {"device": device, "split_mode": mode, "check_tensors": True}
+    prepared = prepare(SyntheticFile(small, on_gpus=True), to_params(library_values(LOADED, flags)))
+    with Engine(prepared) as engine:
+        assert engine.checked is not None
 
 
 def test_memory_in_use_is_what_the_plan_says() -> None:

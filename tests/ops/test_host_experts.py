@@ -17,7 +17,8 @@ from mlacli.errors import BackendError
 from mlacli.loading import synthetic
 from mlacli.loading.presets import PRESETS, type_name
 from mlacli.loading.synthetic import SyntheticFile
-from mlacli.parallel import host_stream
+from mlacli.parallel import host_stream, plan
+from mlacli.parallel.shards import keep_raw
 from mlacli.params import SamplingParams
 from mlacli.sampling import Sampler
 
@@ -87,6 +88,7 @@ class OfGpus(SyntheticFile):
 def test_experts_without_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit in host memory, read there by few and some tokens, streamed for many."""
     monkeypatch.setattr(host_stream, "SLOT_BYTES", 512 << 10)
+    monkeypatch.setattr(plan, "keep_raw", lambda shards, small: keep_raw(shards, True))
     found = []
     for on_gpus, mapped, flags in (
         (True, True, {}), (True, True, CMOE), (False, True, CMOE), (True, False, CMOE),

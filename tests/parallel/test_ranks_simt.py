@@ -17,6 +17,7 @@ from kit.simt import why_not
 from kit.simt_gpu import simulated
 
 import mlacli
+from mlacli.backends import cuda_weights
 from mlacli.backends.cuda_place import Place
 from mlacli.backends.cuda_steps import Stage
 from mlacli.backends.cuda_together import SharedGpu
@@ -214,6 +215,19 @@ def test_launches_a_layer(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     print(f"{name}: {first.total()} and {second.total()} launches a layer")
     assert first["add_partials"] == 2 and second["add_partials"] == 0
     assert first.total() == second.total() + 2 <= alone + 2
+
+
+def test_blocks_that_ranks_share_are_read_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all experts they are gigabytes, and the host needs them to give tensors back only."""
+    asked = []
+    monkeypatch.setattr(cuda_weights, "edge_blocks", lambda raw, qtype: asked.append(raw.shape))
+    flags = {"device": "cuda0,cuda0,cuda0", "split_mode": "graph", "ctx_size": 4096}
+    few = replace(cut("mistral4", 1), experts=8)
+    with recorded(monkeypatch, few, **flags) as engine:
+        down = engine._weights[1].layers[0].ffn_down_exps
+        assert down.edges is not None and not asked
+        down.edges()
+        assert len(asked) == 1 and asked[0][:2] == (8, 4096)
 
 
 @pytest.mark.parametrize("reduce_type, n, rounded", [
