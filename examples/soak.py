@@ -88,10 +88,11 @@ def main() -> None:
         if n == SETTLED:
             gc.collect()
             before = (rss(), used(gpus))
-        if n in (1, SETTLED) or n % 100 == 0:
+        if n in (1, SETTLED) or n % 50 == 0:
             print(f"{n:5d}  {_ms(seconds)}  RSS {_mib(rss())}  {_of(gpus, used(gpus))}", flush=True)
         if asked.seconds and time.perf_counter() - start > asked.seconds:
             break
+    gc.collect()
     grown = [now - then for now, then in zip(used(gpus), before[1], strict=True)]
     grown_rss = rss() - before[0]
     print(f"{n} cycles of {asked.dev} -sm {asked.sm}: median {_ms(seconds)}, {wrong} wrong answers")

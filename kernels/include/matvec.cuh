@@ -26,8 +26,7 @@ struct Few {
     static constexpr int zero = is_signed ? 128 : T::zero;  // in the numbers few_fragment() gives
     // 4-bit numbers of rows g + 8 come 16 times as large: that spares a shift.
     static constexpr bool sixteenfold = T::kind == TILE_SMALL && T::over_words == 0;
-    // Numbers of two bits stay where they lie: those of odd steps come four times as large.
-    static constexpr bool fourfold = T::thin && T::h_words == 0;
+    static constexpr bool fourfold = T::thin && T::h_words == 0;  // those of odd steps: left in place
     static constexpr float unit = SCALE_UNIT<QTYPE>, of_result = T::doubled ? 2 * unit : unit;
     static constexpr float result = whole ? 0x1p69f * of_result : FEW_ONE;
     static constexpr float result8 = sixteenfold ? 0x1p65f * of_result : result;
@@ -172,12 +171,10 @@ __device__ __forceinline__ void few_fragment(const TileData<QTYPE>& w, int j, un
         biased_fragment<QTYPE>(w, j, r);
     } else if constexpr (Few<QTYPE>::fourfold) {
         const unsigned first = w.q[j >> 1], q = first >> 8, mask = j & 1 ? 0x000C000C : 0x00030003;
-        r[0] = first & mask, r[1] = first & mask << 4;
-        r[2] = q & mask, r[3] = q & mask << 4;
+        r[0] = first & mask, r[1] = first & mask << 4, r[2] = q & mask, r[3] = q & mask << 4;
     } else if constexpr (Few<QTYPE>::sixteenfold) {
         const unsigned first = nibbles(w, j), q = first >> 8;
-        r[0] = first & 0x000F000F, r[1] = first & 0x00F000F0;
-        r[2] = q & 0x000F000F, r[3] = q & 0x00F000F0;
+        r[0] = first & 0x000F000F, r[1] = first & 0x00F000F0, r[2] = q & 0x000F000F, r[3] = q & 0x00F000F0;
     } else if constexpr (T::kind == TILE_SMALL) {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
@@ -229,16 +226,15 @@ __device__ __forceinline__ void few_scaled(
             const float d = half_bits_to_float(w.d[0] >> 16 * i & 0xFFFF);
             const unsigned both = __byte_perm(w.s[i], 0x47000000, select);
             const float s = __fmaf_rn(__uint_as_float(both & 0xFFFF0FFF), d, -big * d);
-            const float minimum = __uint_as_float(both & 0xFFFFF0FF) - big;
-            acc[i] = __fmaf_rn(s, __fmaf_rn(minimum, ones * (-FEW_ONE / 128), sums[i] * result), acc[i]);
+            const float x8 = ones * (-FEW_ONE / 128), most = __uint_as_float(both & 0xFFFFF0FF) - big;
+            acc[i] = __fmaf_rn(s, __fmaf_rn(most, x8, sums[i] * result), acc[i]);
         } else if constexpr (QTYPE == QT_Q2_K) {  // 2^15 + scale, 2^15 + 16 minimum
             const float d = half_bits_to_float(w.d[i] & 0xFFFF) * result;
             const float m = half_bits_to_float(w.d[i] >> 16) * (-FEW_ONE / 16);
             const unsigned both = __byte_perm(w.s[i], 0x47000000, select);
             const float s = __fmaf_rn(__uint_as_float(both & 0xFFFF0FFF), d, -big * d);
             acc[i] = __fmaf_rn(s, sums[i], acc[i]);
-            const float minimum = __fmaf_rn(__uint_as_float(both & 0xFFFFF0FF), m, -big * m);
-            acc[i] = __fmaf_rn(minimum, ones, acc[i]);
+            acc[i] = __fmaf_rn(__fmaf_rn(__uint_as_float(both & 0xFFFFF0FF), m, -big * m), ones, acc[i]);
         } else if constexpr (T::d_words == 2) {
             const float d = half_bits_to_float(w.d[i] & 0xFFFF) * result;
             const float m = half_bits_to_float(w.d[i] >> 16) * -FEW_ONE;

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from mlacli.backends.cuda_devices import current_device, device_memory
@@ -71,10 +71,10 @@ def explained(error: Exception, gpus: Mapping[int, Mortal]) -> MlacliError | Non
     known = faults()
     cause = error.__cause__ if isinstance(error, BackendError) else error
     if isinstance(cause, known) or (cause is None and isinstance(error, RankError)):
-        for device in gpus.values():
-            if (death := device.failure()) is not None:
-                ranks = [rank for rank, other in gpus.items() if other.name == device.name]
-                return _died(device.name, ranks, len(gpus), death)
+        deaths = {rank: device.failure() for rank, device in gpus.items()}
+        if any(deaths.values()):
+            return _died({rank: gpus[rank].name for rank, death in deaths.items() if death},
+                         len(gpus), next(filter(None, deaths.values())))  # fmt: skip
     if isinstance(error, RankError) and not isinstance(cause, known):
         if error.device or cause is None or error.rank not in gpus:
             return None
@@ -88,10 +88,14 @@ def explained(error: Exception, gpus: Mapping[int, Mortal]) -> MlacliError | Non
     return BackendError(f"device {name} failed: {words(cause)}", _AGAIN)
 
 
-def _died(name: str, ranks: Sequence[int], n_ranks: int, death: Exception) -> MlacliError:
-    if n_ranks > 1 and len(ranks) == 1:
-        return RankError(ranks[0], words(death), name, _AGAIN)
-    return BackendError(f"device {name} failed: {words(death)}", _AGAIN)
+def _died(names: Mapping[int, str], n_ranks: int, death: Exception) -> MlacliError:
+    """Drivers may end all GPUs of a process with one of them (seen on two H200)."""
+    if n_ranks > 1 and len(names) == 1:
+        ((rank, name),) = names.items()
+        return RankError(rank, words(death), name, _AGAIN)
+    several = list(dict.fromkeys(names.values()))
+    which = f"device {several[0]}" if len(several) == 1 else f"one of {', '.join(several)}"
+    return BackendError(f"{which} failed: {words(death)}", _AGAIN)
 
 
 def out_of_memory(name: str) -> MlacliError:

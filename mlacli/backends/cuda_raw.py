@@ -1,4 +1,6 @@
-"""Products of quantised weights that stay GGUF bytes on tensor cores: the types without tiles.
+"""Products of quantised weights that stay GGUF bytes, on tensor cores.
+
+Types that tiles make larger, where a plan says so: parallel/shards.py.
 
 Few tokens: kernels/matvec_raw.cu reads the bytes as they are. Many: a bounded part of the weight at
 a time is unpacked into float16 tiles (kernels/unpack.cu), which cuda_gemm multiplies. What neither

@@ -21,8 +21,18 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
             self.ptr = 1 << 40 | len(made) << 20
             made.append((self.ptr, nbytes))
 
+    class Stream:
+        ptr = 0
+
+        def __init__(self, non_blocking: bool) -> None:
+            assert non_blocking  # waits for no work of others, as they don't for it
+
+        def synchronize(self) -> None:
+            """Everything is done."""
+
     monkeypatch.setattr(cuda_arena.cp.cuda, "Memory", Memory)
-    monkeypatch.setattr(cuda_arena.cp.cuda.runtime, "memset", lambda *_: None)
+    monkeypatch.setattr(cuda_arena.cp.cuda, "Stream", Stream)
+    monkeypatch.setattr(cuda_arena.cp.cuda.runtime, "memsetAsync", lambda *_: None)
     return made
 
 

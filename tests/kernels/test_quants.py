@@ -5,7 +5,6 @@ Weakest link: gguf-py. The g++ build shares all code with the device but a few i
 
 import hashlib
 import runpy
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -14,10 +13,10 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 from gguf.quants import dequantize
+from kit.harness import INCLUDE, program
 from kit.toy_gguf import random_weight
 
 HERE = Path(__file__).parent
-INCLUDE = HERE.parents[1] / "kernels" / "include"
 FLOATS = ("F32", "F16", "BF16")
 # Byte offsets of the float16 scales in a block; IQ1_M and MXFP4 have none such.
 HALVES = {
@@ -56,15 +55,8 @@ def same_bits(got: np.ndarray, want: np.ndarray) -> None:
 
 @pytest.fixture(scope="session")
 def harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ to build the harness with")
-    binary = tmp_path_factory.mktemp("quants") / "harness"
-    flags = ["-std=c++17", "-O2", "-ffp-contract=off", f"-I{INCLUDE}"]
-    flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
-    flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    source = str(HERE / "quants_harness.cpp")
-    subprocess.run(["g++", *flags, source, "-o", str(binary)], check=True)
-    return binary
+    folder = tmp_path_factory.mktemp("quants")
+    return program(HERE / "quants_harness.cpp", folder, "-O2")
 
 
 def unpacked(harness: Path, name: str, raw: np.ndarray, n: int) -> np.ndarray:

@@ -3,7 +3,6 @@
 Weakest link: kit/tiled.py lays the tiles out, so repack.cu is tested against it.
 """
 
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,13 +10,13 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 from gguf.quants import dequantize
+from kit.harness import program
 from kit.tiled import TILED, boost, cut_row, qtype_of, scaled_values, shapes, tile_weight
 from kit.toy_gguf import random_weight
 
 from mlacli.loading.tiles import tiled_shape
 
 HERE = Path(__file__).parent
-INCLUDE = HERE.parents[1] / "kernels" / "include"
 
 
 def same_bits(got: np.ndarray, want: np.ndarray) -> None:
@@ -31,15 +30,8 @@ def same_bits(got: np.ndarray, want: np.ndarray) -> None:
 
 @pytest.fixture(scope="session")
 def harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ to build the harness with")
-    binary = tmp_path_factory.mktemp("tiles") / "harness"
-    flags = ["-std=c++17", "-O1", "-ffp-contract=off", f"-I{INCLUDE}"]
-    flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
-    flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    source = str(HERE / "tiles_harness.cpp")
-    subprocess.run(["g++", *flags, source, "-o", str(binary)], check=True)
-    return binary
+    folder = tmp_path_factory.mktemp("tiles")
+    return program(HERE / "tiles_harness.cpp", folder, "-O1")
 
 
 @pytest.mark.parametrize("name", TILED)

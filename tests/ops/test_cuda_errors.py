@@ -56,6 +56,12 @@ def test_a_gpu_of_several_ranks_or_of_the_only_one_is_named_alone() -> None:
         assert told is not None and told.message == f"device cuda0 failed: {ILLEGAL_WORDS}"
 
 
+def test_gpus_that_all_died_are_all_named() -> None:
+    gpus = {0: Gpu("cuda0", ILLEGAL), 1: Gpu("cuda1", ILLEGAL), 2: Gpu("cuda0", ILLEGAL)}
+    told = explained(of_code(ILLEGAL), gpus)
+    assert told is not None and told.message == f"one of cuda0, cuda1 failed: {ILLEGAL_WORDS}"
+
+
 def test_a_living_gpu_that_refuses_a_call() -> None:
     gpus = {0: Gpu("cuda0"), 1: Gpu("cuda1")}
     told = explained(of_code(INVALID), gpus)
