@@ -132,7 +132,7 @@ def test_debugging_compares_the_ranks_of_two_gpus(
     monkeypatch.setattr(CudaOps, "reduce_add_norm", reducing)
     monkeypatch.setattr(CudaOps, "route", routing)
     tokens, want = golden("v3")
-    flags = {"device": "cuda0,cuda1", "split_mode": "graph"}
+    flags = {"device": "cuda0,cuda1", "split_mode": "graph", "expert_split": "id"}  # both choose
     with mlacli.load(FILES["v3"], **EXACT, **flags) as engine:
         if spoiled:
             what = {"stream": "residual streams", "experts": "chosen experts"}[spoiled]
