@@ -172,9 +172,9 @@ class Collectives:
                 f"{self.group.limit_ms / 1000:g} s"
             ))  # fmt: skip
 
-    def stop(self) -> None:
-        """Ends all waits: what runs will not be used."""
-        self.way.stop()
+    def stop(self) -> bool:
+        """Ends all waits: what runs will not be used. Whether all memory may be freed after it."""
+        return self.way.stop()
 
     def reset(self) -> None:
         """Ready again after a failure, when no GPU runs anything any more."""

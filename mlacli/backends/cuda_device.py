@@ -376,10 +376,7 @@ class CudaDevice:
             self.use()  # captures of several GPUs lie within each other
             graph = self._ended()
 
-        def replay() -> None:
-            graph.launch(self.stream)
-
-        return replay
+        return partial(graph.launch, self.stream)  # no Python runs in it, so no signal's handler
 
     def _ended(self) -> Any:
         """The graph of the capture under way."""

@@ -123,26 +123,33 @@ class NcclWay:
         return self._part(gpu, len(self.group.gpus[gpu].ranks) + 1)
 
     def failed(self) -> int | None:
-        return None  # NCCL ends its own waits
+        return None  # NCCL says nothing: its waits have no end, see stop()
 
-    def stop(self) -> None:
-        """NCCL's kernels wait for ever: where a GPU died or comes to no rest, they are aborted.
+    def stop(self) -> bool:
+        """NCCL's kernels wait for ever: they are aborted where GPUs come to no rest.
 
-        In threads of their own: an abort may wait for a graph, or for a GPU that is no more.
+        Graphs refer to communicators when they are destroyed, so none may be after an abort. Where
+        a GPU died, nothing is touched any more.
         """
         devices = [gpu.device for gpu in self.group.gpus]
         until = time.monotonic() + _REST
-        while not (dead := any(d.failure() for d in devices)) and any(d.is_busy for d in devices):
+        while not self.aborted and not any(device.failure() for device in devices):
+            if not any(device.is_busy for device in devices):
+                return True
             if time.monotonic() > until:
-                break
+                self._abort()
             time.sleep(0.001)
-        if not dead and not any(device.is_busy for device in devices):
-            return
-        for known in (_KEPT, _TAKEN):
-            known.pop(tuple(gpu.index for gpu in self.group.gpus), None)
+        return False
+
+    def _abort(self) -> None:
+        """In threads of their own: it may wait for a graph."""
+        _KEPT.pop(tuple(gpu.index for gpu in self.group.gpus), None)
         self.aborted = True
-        for comm in self.comms:
-            threading.Thread(target=comm.abort, daemon=True).start()
+        threads = [threading.Thread(target=comm.abort, daemon=True) for comm in self.comms]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(_REST)
 
     def reset(self) -> None:
         """NCCL keeps no state of ours, and can't be used after an abort."""

@@ -256,10 +256,9 @@ class CudaRanks(Ranks):
 
     def close(self) -> None:
         between = self._between
-        if between is not None:
-            between.stop()
+        freed = between is None or between.stop()
         super().close()
-        if any(ops.device.failure() is not None for ops in self.ops):
+        if not freed or any(ops.device.failure() is not None for ops in self.ops):
             cuda_errors.abandon(self)
             return
         for stage in self._steps.stages if self._steps is not None else ():

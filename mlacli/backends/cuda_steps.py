@@ -7,6 +7,8 @@ Whoever calls launches all graphs; rank threads run only where forwards are capt
 
 from __future__ import annotations
 
+import operator
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -103,9 +105,10 @@ class Stage:
             graph = self.graphs[key] = self.captured(launches)
         for ops, forms in zip(self.ops, graph.forms, strict=True):
             ops.forms |= forms
-        for place, replay in zip(self.places, graph.replays, strict=True):
-            place.device.use()
-            replay()
+        # All at one go outside of Python: a signal in between would leave GPUs waiting for others.
+        replays = zip(self.places, graph.replays, strict=True)
+        calls = [call for place, replay in replays for call in (place.device.use, replay)]
+        deque(map(operator.call, calls), maxlen=0)
         self.logits, self.sent = graph.logits, graph.sent
 
     @contextmanager

@@ -70,8 +70,8 @@ class Collectives(Protocol):
         """RankError when a GPU waited too long for another one."""
         ...
 
-    def stop(self) -> None:
-        """Ends all waits: what runs will not be used."""
+    def stop(self) -> bool:
+        """Ends all waits: what runs will not be used. Whether all memory may be freed after it."""
         ...
 
     def reset(self) -> None:
@@ -254,8 +254,8 @@ class SharedGpu:
     def check(self) -> None:
         """Nobody waits for anybody."""
 
-    def stop(self) -> None:
-        """Likewise."""
+    def stop(self) -> bool:
+        return True
 
     def reset(self) -> None:
         """Nothing is counted."""

@@ -114,6 +114,8 @@ class Fault:
 
         self.collect(CudaDevice)
         self.wrap(CudaDevice, "send")
+        if self.kind.startswith("SIG") and self.place != "load":
+            self.wrap(CudaDevice, "copy_in")
         if self.kind == "exception" and self.place != "load":
             self.wrap(CudaOps, "latent_attention", lambda ops: ops.device)
         plain_capture, plain_ended = CudaDevice.capture, CudaDevice._ended
@@ -133,7 +135,7 @@ class Fault:
             replay = plain_capture(device, launches)
 
             def struck() -> None:
-                if self.kind != "exception":  # those come out of a forward
+                if self.kind == "illegal":  # exceptions come out of forwards
                     self.strike(device)
                 replay()
 

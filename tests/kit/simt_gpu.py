@@ -203,8 +203,8 @@ class SimtCollectives:
     def check(self) -> None:
         """Nobody waits."""
 
-    def stop(self) -> None:
-        """Nobody waits."""
+    def stop(self) -> bool:
+        return True
 
     def reset(self) -> None:
         """Nothing is counted."""

@@ -265,7 +265,7 @@ def test_a_cpu_beside_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_after_a_step_that_was_broken_off_gpus_count_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     for name in ("reset", "stop"):
-        monkeypatch.setattr(SharedGpu, name, lambda self, name=name: calls.append(name))
+        monkeypatch.setattr(SharedGpu, name, lambda self, name=name: calls.append(name) or True)
     flags = {"device": "cuda0,cuda0", "split_mode": "graph"}
     with recorded(monkeypatch, cut("v2lite", 1), **flags) as engine:
         engine.decode(1)
