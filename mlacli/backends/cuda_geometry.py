@@ -77,6 +77,7 @@ WIDE = range(96, 321)  # column tiles of weights that come in pieces
 _PIECE = 40 << 10  # bytes of a piece at most, of all weights that meet in it
 _PIECE_RING = 100 << 10  # bytes under way to an SM: twice as many were slower (kernels/README.md)
 _PIECE_MOST = 224 << 10  # bytes of shared memory of a CTA that has an SM for itself
+_PIECE_X = 180  # fragments of x in an SM's warps, the one that asks included: more spill
 
 
 def col_tiles(w: Weight) -> int:
@@ -177,6 +178,8 @@ def piece_geometry(
     warps = next(w for w in range(min(16, wide), 0, -1) if wide % w == 0)
     most = -(-n_row_tiles // ops.n_sm)  # row tiles of a CTA
     stages = _PIECE_RING // (nbytes // pieces)
+    if _spills(warps, pieces, wide):
+        return None
     if warps < 8 or stages < 2 or _PIECE_RING + 64 * warps * len(ws) * most + 1024 > _PIECE_MOST:
         return None
     return PieceGeometry(warps, pieces, min(stages, pieces * most), wide)
@@ -196,6 +199,8 @@ def piece_down_geometry(
     if n_row_tiles < ops.n_sm:
         return None
     warps = next(w for w in range(min(8, tiles), 0, -1) if tiles % w == 0)
+    if _spills(warps, pieces, tiles):
+        return None
     how = PieceGeometry(warps, pieces, 1, tiles)
     stages = _PIECE_RING // max(piece_bytes(how, [w]) for w in ws)
     return PieceGeometry(warps, pieces, stages, tiles) if warps >= 8 and stages >= 2 else None
@@ -204,6 +209,11 @@ def piece_down_geometry(
 def piece_bytes(how: PieceGeometry, ws: Sequence[Weight]) -> int:
     """Bytes of a piece of each of `ws`."""
     return sum(_batch_bytes(w, how.tiles, how.tiles % 4 == 0) for w in ws)
+
+
+def _spills(warps: int, pieces: int, tiles: int) -> bool:
+    """A warp keeps its part of x for all pieces: past its registers it goes through L2."""
+    return pieces * -(-tiles // warps) * (warps + 1) > _PIECE_X
 
 
 def _is_whole(w: Weight) -> bool:
