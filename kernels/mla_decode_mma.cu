@@ -183,13 +183,13 @@ mla_decode_mma(float* part, float* stat, const __half* q, const char* cache, con
     const int fresh = EARLY ? first_position(pos, n) : 0;
 #if BULK
     if (warp >= 8) {
-#if MT == 2 && !defined(SIMT)
+#if MT == 2 && defined(__CUDA_ARCH_FEAT_SM90_ALL)
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
 #endif
         produce(s, cache, fresh, start, stop, tiles);
         return;
     }
-#if MT == 2 && !defined(SIMT)
+#if MT == 2 && defined(__CUDA_ARCH_FEAT_SM90_ALL)
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
 #endif
     if (EARLY) pdl_wait();

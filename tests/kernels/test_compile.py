@@ -47,12 +47,12 @@ def names(part: object) -> str:
     return str(part)
 
 
-def check(unit: Unit, target: str) -> None:
+def check(unit: Unit, target: str, tuned: bool = True) -> None:
     try:
         _, log = compiled(unit, target, "--ptxas-options=-v")
     except KernelCompileError as e:
         pytest.fail(f"{e.message}\n{e.log}")
-    if promises_no_spills(unit.file):
+    if tuned and promises_no_spills(unit.file):
         frames = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
         assert frames, log
         assert set(frames) == {("0", "0")}, log
@@ -66,7 +66,8 @@ def test_kernel_compiles(unit: Unit, target: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("unit, target", cases(OTHERS), ids=names)
 def test_kernel_compiles_for_other_architectures(unit: Unit, target: str) -> None:
-    check(unit, target)
+    """Registers were counted for Hopper and the lowest alone: elsewhere a kernel may spill."""
+    check(unit, target, tuned=False)
 
 
 @pytest.mark.parametrize("kernel", signatures())
