@@ -19,6 +19,8 @@ pytest.importorskip("cupy", reason="needs CuPy's NVRTC (pip install 'mlacli[cuda
 from mlacli.backends.cuda_compile import Unit, compiled
 
 TUNED, OTHERS = 90, (80, 86, 89, 100, 120)
+# Where a few registers are missing that Hopper has: compiled there, tuned for Hopper.
+SPILLING = {("dsa_scores", "sm_100"), ("dsa_scores", "sm_120"), ("matvec_raw", "sm_120")}
 # Files whose headers don't name their variants yet.
 DEFINES = {
     "embed": {"WTYPE": 12},
@@ -47,12 +49,12 @@ def names(part: object) -> str:
     return str(part)
 
 
-def check(unit: Unit, target: str, tuned: bool = True) -> None:
+def check(unit: Unit, target: str) -> None:
     try:
         _, log = compiled(unit, target, "--ptxas-options=-v")
     except KernelCompileError as e:
         pytest.fail(f"{e.message}\n{e.log}")
-    if tuned and promises_no_spills(unit.file):
+    if promises_no_spills(unit.file) and (unit.file, target) not in SPILLING:
         frames = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
         assert frames, log
         assert set(frames) == {("0", "0")}, log
@@ -66,8 +68,7 @@ def test_kernel_compiles(unit: Unit, target: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("unit, target", cases(OTHERS), ids=names)
 def test_kernel_compiles_for_other_architectures(unit: Unit, target: str) -> None:
-    """Registers were counted for Hopper and the lowest alone: elsewhere a kernel may spill."""
-    check(unit, target, tuned=False)
+    check(unit, target)
 
 
 @pytest.mark.parametrize("kernel", signatures())
