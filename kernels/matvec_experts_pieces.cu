@@ -35,6 +35,7 @@ constexpr int WIDE = N_COL_TILES / N_PIECES;
 constexpr bool SHARED = WTYPE2 >= 0, ALIKE = WTYPE0 == WTYPE2 && WTYPE1 == WTYPE3;
 using Routed = RowStreams<WIDE, WTYPE0, WTYPE1>;
 using Beside = RowStreams<WIDE, (SHARED ? WTYPE2 : WTYPE0), (SHARED ? WTYPE3 : WTYPE1)>;
+using X = OneXOf<WTYPE0, WTYPE1, (SHARED ? WTYPE2 : WTYPE0), (SHARED ? WTYPE3 : WTYPE1)>;
 constexpr int NBYTES = Routed::nbytes > Beside::nbytes ? Routed::nbytes : Beside::nbytes;
 using At = PieceAt<N_STAGES, NBYTES>;
 static_assert(N_COL_TILES % N_PIECES == 0, "equal pieces");
@@ -98,7 +99,7 @@ experts_up_pieces(float* h, const unsigned char* gate, const unsigned char* up,
         if (!waited) pdl_wait();
         pdl_launch();  // not earlier: experts_down_pieces with AFTER_UP relies on this launch having waited
     } else {
-        PieceX<N_PIECES, WIDE, N_WARPS> in, weight;
+        PieceX<X, N_PIECES, WIDE, N_WARPS> in, weight;
         if (WITH_NORM) weight.template ask<true>(warp, norm, 64 * WIDE);
         pdl_wait();
         pdl_launch();
@@ -154,6 +155,7 @@ experts_up_pieces(float* h, const unsigned char* gate, const unsigned char* up,
 constexpr int N_PIECES = N_USED + N_SHARED;
 using Routed = RowStreams<N_COL_TILES, WTYPE0>;
 using Beside = RowStreams<N_COL_TILES, (N_SHARED ? WTYPE1 : WTYPE0)>;
+using X = OneXOf<WTYPE0, (N_SHARED ? WTYPE1 : WTYPE0)>;
 constexpr int NBYTES = Routed::nbytes > Beside::nbytes ? Routed::nbytes : Beside::nbytes;
 using At = PieceAt<N_STAGES, NBYTES>;
 
@@ -210,7 +212,7 @@ experts_down_pieces(float* y, const unsigned char* down, const unsigned char* sh
     } else {
         if (AFTER_UP) pdl_wait();
         if (SENDS) pdl_launch();
-        PieceX<N_PIECES, N_COL_TILES, N_WARPS> in;
+        PieceX<X, N_PIECES, N_COL_TILES, N_WARPS> in;
         in.template ask<false>(warp, h, 64 * N_COL_TILES);
 #pragma unroll
         for (int p = 0; p < N_USED; p++) in.scale(p, __shfl_sync(~0u, weight, p));

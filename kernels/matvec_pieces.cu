@@ -15,7 +15,8 @@
 // Needs     9.0
 // Variants  N_STAGES=6 N_PIECES=4 N_ROWS=5 N_WARPS=14 N_COL_TILES=112 WITH_NORM=1 GATED=1 WTYPE0=12 WTYPE1=12;
 //           N_STAGES=6 N_PIECES=4 N_ROWS=4 N_WARPS=12 N_COL_TILES=144 WITH_NORM=0 WITH_ADD=1 WTYPE0=14;
-//           SEND_TO=2 N_STAGES=2 N_PIECES=2 N_ROWS=4 N_WARPS=16 N_COL_TILES=128 WITH_NORM=0 WITH_ADD=0 WTYPE0=12
+//           SEND_TO=2 N_STAGES=2 N_PIECES=2 N_ROWS=4 N_WARPS=16 N_COL_TILES=128 WITH_NORM=0 WITH_ADD=0 WTYPE0=12;
+//           N_STAGES=6 N_PIECES=4 N_ROWS=4 N_WARPS=12 N_COL_TILES=144 WITH_NORM=0 WITH_ADD=1 WTYPE0=16
 // Sources   own
 // Tested by tests/kernels/test_matvec.py, tests/gpu/test_cuda_matvec.py
 #include "matvec_pieces.cuh"
@@ -30,8 +31,10 @@ constexpr int THREADS = 32 * N_WARPS + 32, WIDE = N_COL_TILES / N_PIECES;
 static_assert(N_COL_TILES % N_PIECES == 0, "equal pieces");
 #ifdef GATED
 using Streams = RowStreams<WIDE, WTYPE0, WTYPE1>;
+using X = OneXOf<WTYPE0, WTYPE1>;
 #else
 using Streams = RowStreams<WIDE, WTYPE0>;
+using X = OneXOf<WTYPE0>;
 #endif
 constexpr int NBYTES = Streams::nbytes, N_STREAMS = Streams::count;
 using At = PieceAt<N_STAGES, NBYTES>;
@@ -57,7 +60,7 @@ struct Memory {
 // What all warps but the one that asks do; n row tiles.
 __device__ __forceinline__ void multiply(Memory& memory, int n, const float* x, const float* norm) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    PieceX<N_PIECES, WIDE, N_WARPS> in, weight;
+    PieceX<X, N_PIECES, WIDE, N_WARPS> in, weight;
     if (WITH_NORM) weight.template ask<true>(warp, norm, 64 * WIDE);
     pdl_wait();
     if (SENDS) pdl_launch();  // not earlier: reduce_sent relies on it

@@ -10,7 +10,8 @@
 // Bound by  bytes of w
 // Needs     9.0
 // Variants  N_STAGES=3 N_ROWS=25 N_WARPS=8 N_CTAS=2 N_COL_TILES=32 WITH_NORM=1 WTYPE0=14;
-//           N_STAGES=2 N_ROWS=17 N_WARPS=4 N_CTAS=3 N_COL_TILES=22 WITH_NORM=0 WTYPE0=6
+//           N_STAGES=2 N_ROWS=17 N_WARPS=4 N_CTAS=3 N_COL_TILES=22 WITH_NORM=0 WTYPE0=6;
+//           N_STAGES=3 N_ROWS=25 N_WARPS=8 N_CTAS=2 N_COL_TILES=32 WITH_NORM=1 WTYPE0=29
 // Spills    none
 // Sources   own
 // Tested by tests/kernels/test_matvec.py, tests/gpu/test_cuda_matvec.py
@@ -51,7 +52,7 @@ products_stream(float* y, const unsigned char* weight, const float* x, const flo
         }
         pdl_wait();
     } else {
-        RowX<N_COL_TILES, N_WARPS> of;
+        RowX<OneXOf<WTYPE0>, N_COL_TILES, N_WARPS> of;
         float squares = 0.f;
         pdl_wait();
         of.template take<WITH_NORM>(warp, x, norm, squares);

@@ -152,8 +152,8 @@ FORCE_INLINE void write_numbers(
             if constexpr (T::q_bytes == 512) words[j] |= (x & 0x000F000F) << 4 * i;
             if constexpr (T::kind == TILE_MAP8) {
                 const unsigned two = (x | x >> 8) & 0xFFFF;  // halves in neighbouring bytes
-                words[j >> 1] |= (two & 0x0303) << (16 * (i >> 1) + 4 * (i & 1) + 2 * (j & 1));
-                high[0] |= (two >> 2 & 0x0101) << (16 * (i >> 1) + 4 * (i & 1) + j);
+                words[j >> 1] |= (two & 0x0303) << (16 * (i & 1) + 4 * (i >> 1) + 2 * (j & 1));
+                high[0] |= (two >> 2 & 0x0101) << (16 * (i & 1) + 4 * (i >> 1) + j);
             } else if constexpr (T::doubled) {
                 words[j >> 1] |= (x >> 2 & 0x00030003) << (4 * i + 2 * (j & 1));
                 high[0] |= (x & 0x00010001) << (4 * i + j);

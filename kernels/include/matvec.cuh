@@ -190,8 +190,8 @@ __device__ __forceinline__ void few_fragment(const TileData<QTYPE>& w, int j, un
         unsigned lo, hi;
         mapped<QTYPE>(nibbles(w, j), 0, lo, hi);
         if constexpr (T::kind == TILE_MAP8) {
-            r[0] = lo & 0x00FF00FF, r[1] = __byte_perm(lo, 0, 0x4341);
-            r[2] = hi & 0x00FF00FF, r[3] = __byte_perm(hi, 0, 0x4341);
+            r[0] = lo & 0x00FF00FF, r[2] = __byte_perm(lo, 0, 0x4341);
+            r[1] = hi & 0x00FF00FF, r[3] = __byte_perm(hi, 0, 0x4341);
             return;
         }
         const unsigned first = __byte_perm(lo, hi, 0x5140), last = __byte_perm(lo, hi, 0x7362);
@@ -293,6 +293,14 @@ template <>
 struct FewX<0> {
     unsigned b[2];  // of step g / 2
     float ones;     // sum of x of step t, both parts
+
+    __device__ __forceinline__ static FewX of(const float (&v)[4], int lane);  // few_x<false>()
+    __device__ __forceinline__ uint2 words(int) const { return make_uint2(b[0], b[1]); }
+    __device__ __forceinline__ static FewX from(
+            const uint2 (&words)[32], const float (&ones)[4], int lane) {
+        const uint2 own = words[lane];
+        return {{own.x, own.y}, ones[lane & 3]};
+    }
 };
 
 // x of one token from its four floats per lane: SCALED: they are times 2^64 already.
@@ -306,6 +314,9 @@ __device__ __forceinline__ FewX<0> few_x(const float (&v)[4], int lane) {
     few_mma(c, a, x.b);
     x.ones = c[0] + c[1];
     return x;
+}
+__device__ __forceinline__ FewX<0> FewX<0>::of(const float (&v)[4], int lane) {
+    return few_x<false>(v, lane);
 }
 
 // acc[0..1] += rows g and g + 8 of the tile times x: step t's part in lane 4 g + t.

@@ -70,11 +70,11 @@ __device__ __forceinline__ void row_fetch(
 
 // ---------------------------------------------------------------- x -------------------------
 // The fragments of x that meet a warp's column tiles: those of part `part` of PARTS.
-template <int TILES, int PARTS>
+template <class X, int TILES, int PARTS>
 struct RowX {
     using Share = OneShare<TILES, PARTS, TILES>;
     static constexpr int most = Share::most, rounds = (most + 5) / 6, group = (most + rounds - 1) / rounds;
-    FewX<0> of[most];
+    X of[most];
 
     __device__ __forceinline__ static bool has(int part, int i) {
         return Share::even || i < most - 1 || i < Share::count(part);
@@ -108,7 +108,7 @@ struct RowX {
 #pragma unroll
                     for (int k = 0; k < 4; k++)
                         squares += v[i][k] * v[i][k], v[i][k] *= weight[i][k];
-                of[first + i] = few_x<false>(v[i], lane);
+                of[first + i] = X::of(v[i], lane);
             }
         }
     }

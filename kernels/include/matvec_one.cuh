@@ -6,7 +6,7 @@
 //
 // Sources: own. Tested by tests/kernels/test_matvec.py, tests/gpu/test_cuda_matvec.py
 #pragma once
-#include "matvec.cuh"
+#include "matvec_bytes.cuh"
 
 // TILES column tiles split over PARTS warps, DEPTH of them under way to each.
 template <int TILES, int PARTS, int DEPTH>
@@ -34,7 +34,8 @@ struct OneStreams {
     static constexpr int count = 0;
     __device__ __forceinline__ void load(int, bool) {}
     __device__ __forceinline__ void next() {}
-    __device__ __forceinline__ void add(int, const FewX<0>&, int, float (*)[2]) const {}
+    template <class X>
+    __device__ __forceinline__ void add(int, const X&, int, float (*)[2]) const {}
 };
 template <class SHARE, int Q, int... REST>
 struct OneStreams<SHARE, Q, REST...> : OneStreams<SHARE, REST...> {
@@ -82,7 +83,8 @@ struct OneStreams<SHARE, Q, REST...> : OneStreams<SHARE, REST...> {
         Others::next();
     }
     // acc[0]: this row tile, acc[1]: the next
-    __device__ __forceinline__ void add(int i, const FewX<0>& x, int lane, float (*acc)[2]) const {
+    template <class X>
+    __device__ __forceinline__ void add(int i, const X& x, int lane, float (*acc)[2]) const {
         few_add<Q>(w[i], x, lane, acc[0]);
         Others::add(i, x, lane, acc + 1);
     }
@@ -139,7 +141,7 @@ __device__ __forceinline__ void one_warp(
                 of_x[k] = v[i][k];
                 if constexpr (NORM) squares += of_x[k] * of_x[k], of_x[k] *= weight[i][k];
             }
-            w.add(i, few_x<false>(of_x, lane), lane, acc);
+            w.add(i, OneXOf<Q...>::of(of_x, lane), lane, acc);
             if constexpr (SHARE::loops) {
                 const bool more = SHARE::has(at + depth + i, count);
                 w.load(i, more);
@@ -160,7 +162,7 @@ struct OneX {
 
 // to = x (times norm) of the warp's column tiles, about MOST of them at a time; squares += those of x.
 // Passes pdl_wait().
-template <class SHARE, bool NORM, bool RAGGED, int MOST, int TILES>
+template <class X, class SHARE, bool NORM, bool RAGGED, int MOST, int TILES>
 __device__ __forceinline__ void one_stage(
         OneX<TILES>& to, int from, int count, const float* x, const float* norm, int in, int skip,
         float& squares) {
@@ -207,8 +209,8 @@ __device__ __forceinline__ void one_stage(
 #pragma unroll
                 for (int k = 0; k < 4; k++) squares += v[i][k] * v[i][k], v[i][k] *= weight[i][k];
             }
-            const FewX<0> f = few_x<false>(v[i], lane);
-            to.b[from + first + i][lane] = make_uint2(f.b[0], f.b[1]);
+            const X f = X::of(v[i], lane);
+            to.b[from + first + i][lane] = f.words(lane);
             if (lane < 4) to.ones[from + first + i][lane] = f.ones;
         }
     }
@@ -228,7 +230,8 @@ __device__ __forceinline__ void one_rows(
     bool there = seek(w, 0);
 #pragma unroll
     for (int i = 0; i < depth; i++) w.load(i, there && SHARE::has_first(i, count));
-    one_stage<SHARE, NORM, RAGGED, 4>(fragments, from, count, x, norm, in, skip, squares);
+    using X = OneXOf<Q...>;
+    one_stage<X, SHARE, NORM, RAGGED, 4>(fragments, from, count, x, norm, in, skip, squares);
 #pragma unroll 1
     for (int k = 0; k < n; k++) {
         float acc[streams][2];
@@ -246,11 +249,9 @@ __device__ __forceinline__ void one_rows(
             }
 #pragma unroll
             for (int i = 0; i < depth; i++) {
-                FewX<0> f = {{0, 0}, 0.f};
-                if (SHARE::even && SHARE::most % depth == 0 || at + i < count) {
-                    const uint2 b = fragments.b[from + at + i][lane];
-                    f = {{b.x, b.y}, fragments.ones[from + at + i][lane & 3]};
-                }
+                X f = {};
+                if (SHARE::even && SHARE::most % depth == 0 || at + i < count)
+                    f = X::from(fragments.b[from + at + i], fragments.ones[from + at + i], lane);
                 w.add(i, f, lane, acc);
                 w.load(i, there && (SHARE::loops ? SHARE::has(ahead + i, count)
                                                  : SHARE::has_first(i, count)));

@@ -14,12 +14,12 @@ __align__(128) extern __shared__ unsigned char ring[];
 // ---------------------------------------------------------------- x -------------------------
 // The fragments of x that meet a warp's column tiles of each of PIECES pieces of TILES column tiles: those
 // of part `part` of PARTS.
-template <int PIECES, int TILES, int PARTS>
+template <class X, int PIECES, int TILES, int PARTS>
 struct PieceX {
     using Share = OneShare<TILES, PARTS, TILES>;
     static constexpr int most = Share::most;
     float v[PIECES][most][4];
-    FewX<0> of[PIECES][most];
+    X of[PIECES][most];
 
     __device__ __forceinline__ static bool has(int part, int i) {
         return Share::even || i < most - 1 || i < Share::count(part);
@@ -67,7 +67,7 @@ struct PieceX {
 #pragma unroll
         for (int p = 0; p < PIECES; p++)
 #pragma unroll
-            for (int i = 0; i < most; i++) of[p][i] = few_x<false>(v[p][i], threadIdx.x & 31);
+            for (int i = 0; i < most; i++) of[p][i] = X::of(v[p][i], threadIdx.x & 31);
     }
     // acc += piece p in `stage` times x over the warp's columns; few_rows() is still to be called.
     template <class STREAMS>

@@ -38,8 +38,9 @@ template <class SHARE, int... Q>
 struct RingStreams {
     static constexpr int nbytes = 0, count = 0;
     __device__ __forceinline__ void copy(unsigned char*, int, int, int) const {}
+    template <class X>
     __device__ __forceinline__ void add(
-            const unsigned char*, int, int, const FewX<0>&, int, float (*)[2]) const {}
+            const unsigned char*, int, int, const X&, int, float (*)[2]) const {}
 };
 template <class SHARE, int Q, int... REST>
 struct RingStreams<SHARE, Q, REST...> : RingStreams<SHARE, REST...> {
@@ -96,8 +97,9 @@ struct RingStreams<SHARE, Q, REST...> : RingStreams<SHARE, REST...> {
         Others::copy(to + own, at, n, lane);
     }
     // acc += tile i of the batch that begins at column tile `at`.
+    template <class X>
     __device__ __forceinline__ void add(
-            const unsigned char* stage, int at, int i, const FewX<0>& x, int lane,
+            const unsigned char* stage, int at, int i, const X& x, int lane,
             float (*acc)[2]) const {
         TileData<Q> w;
         load_numbers<Q, false>(stage + i * T::q_bytes, stage + at_h + i * T::h_bytes, lane, w);
@@ -135,7 +137,8 @@ __device__ __forceinline__ void ring_rows(
         if (next_k < n) copy_next(s);
         ring_commit();
     }
-    one_stage<SHARE, NORM, RAGGED, 8>(fragments, from, count, x, norm, in, skip, squares);
+    using X = OneXOf<Q...>;
+    one_stage<X, SHARE, NORM, RAGGED, 8>(fragments, from, count, x, norm, in, skip, squares);
     int stage = 0;
 #pragma unroll 1
     for (int k = 0; k < n; k++) {
@@ -150,8 +153,7 @@ __device__ __forceinline__ void ring_rows(
 #pragma unroll
             for (int i = 0; i < depth; i++) {
                 if (!whole && at + i >= count) break;
-                const uint2 b = fragments.b[from + at + i][lane];
-                const FewX<0> f = {{b.x, b.y}, fragments.ones[from + at + i][lane & 3]};
+                const X f = X::from(fragments.b[from + at + i], fragments.ones[from + at + i], lane);
                 w.add(batch, from + at, i, f, lane, acc);
             }
             __syncwarp();  // all have read the stage

@@ -12,7 +12,7 @@
 // in the low half; R1 = row g + 8, the same columns; R2 and R3 = 8 columns further.
 //   q, 4 bits    16 bytes at 16 lane: word j; Ri's halves at bits 4 i and 16 + 4 i
 //   q, 2 bits    8 bytes at 8 lane: word j / 2; from bit 2 (j % 2) of each nibble on. Nibbles as of
-//                4 bits; IQ2: R0 and R1 low half, R0 and R1 high half, then R2 and R3
+//                4 bits; IQ2: R0 and R2 low half, R0 and R2 high half, then R1 and R3
 //   h, 3rd bit   of these: word at 4 lane: bit j of each nibble. IQ1_M: bit 0 of four, q bits 2 and 3
 //   h, 5th bit   word at 4 lane: bits 4 j + i and 16 + 4 j + i
 //   h, bits 5-6  8 bytes at 8 lane: word j / 2; from bits 8 (j % 2) + 2 i and 16 + that on

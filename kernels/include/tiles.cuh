@@ -103,7 +103,7 @@ FORCE_INLINE unsigned stored_bytes(const TileData<QTYPE>& w, int j, int i) {
     } else {
         unsigned lo, hi;  // signed ones in two's complement: value + 128 with the top bit turned
         mapped<QTYPE>(nibbles(w, j), QTYPE == QT_MXFP4 ? 0 : 0x80808080, lo, hi);
-        if constexpr (Tile<QTYPE>::kind == TILE_MAP8) return (i & 2 ? hi : lo) >> 8 * (i & 1);
+        if constexpr (Tile<QTYPE>::kind == TILE_MAP8) return (i & 1 ? hi : lo) >> 8 * (i >> 1);
         return __byte_perm(lo, hi, 0x0400 | i | i << 8);
     }
 }

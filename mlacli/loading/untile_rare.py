@@ -23,7 +23,7 @@ ODD = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")  # sc
 
 def thin_numbers(name: str, q: Codes, h: Codes | None, j: int, i: int, half: int) -> Codes:
     """The numbers of register i, half `half`, step j; q [..., 2], h [..., 1] words of lanes."""
-    at = 16 * (i >> 1) + 4 * (i & 1) + 8 * half if name.startswith("IQ2") else 4 * i + 16 * half
+    at = 16 * (i & 1) + 4 * (i >> 1) + 8 * half if name.startswith("IQ2") else 4 * i + 16 * half
     value = q[..., j >> 1] >> np.uint32(at + 2 * (j & 1)) & 3
     if h is None:
         return value

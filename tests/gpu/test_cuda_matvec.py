@@ -24,9 +24,10 @@ def test_every_type(ops, rng, name, n) -> None:
     assert few.products(ops, rng, n, n_in, [(name, 205)], normed=n != 3, add=n == 3) < BAR
 
 
+@pytest.mark.parametrize("name", ["Q4_K", "IQ1_S"])
 @pytest.mark.parametrize("scale", [1e5, 1.0, 1e-6])
-def test_any_size_of_x(ops, rng, scale) -> None:
-    assert few.products(ops, rng, 1, 2048, [("Q4_K", 64)], scale=scale) < BAR
+def test_any_size_of_x(ops, rng, name, scale) -> None:
+    assert few.products(ops, rng, 1, 2048, [(name, 64)], scale=scale) < BAR
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -53,7 +54,9 @@ def test_shapes_of_models(ops, rng, case) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [("Q6_K", 2048, 102400), ("Q5_1", 1024, 30005), ("IQ1_M", 2048, 30000)], ids=str
+    "case",
+    [("Q6_K", 2048, 102400), ("Q5_1", 1024, 30005), ("IQ1_M", 2048, 30000), ("IQ2_S", 2048, 30000)],
+    ids=str,
 )
 def test_a_large_weight(ops, rng, case) -> None:
     name, n_in, rows = case
@@ -70,6 +73,8 @@ def test_a_large_weight(ops, rng, case) -> None:
         (8192, [("Q4_K", 7168)], False, True),
         (9216, [("Q6_K", 7168)], False, False),
         (7168, [("Q6_K", 9000)], True, False),
+        (7168, [("IQ1_S", 2200), ("IQ1_S", 30)], True, False),
+        (9216, [("IQ2_XXS", 2200)], False, True),
     ],
     ids=str,
 )
@@ -100,6 +105,12 @@ EXPERTS = {
         n_used=4, first=2, held=4, padded=True, add=True, after_up=False,
     ),
     "merged": few.Experts(("Q4_K", "", "Q5_0"), None, d=512, f=96),
+    "few bits": few.Experts(
+        ("IQ1_S", "IQ1_M", "IQ2_XXS"), ("IQ2_XS", "IQ2_S", "IQ1_M"), d=512, f=256, fs=768, n_used=6
+    ),
+    "few bits and others": few.Experts(
+        ("IQ1_S", "", "IQ1_M"), ("Q4_K", "Q4_K", "Q6_K"), d=512, f=256, fs=512, add=True
+    ),
     "up mid-tile": few.Experts(("Q4_K", "", "F16"), None, d=512, f=90),
 }  # fmt: skip
 
@@ -108,6 +119,10 @@ WIDE = {
     "up": few.Experts(
         ("Q4_K", "Q4_K", "Q6_K"), ("Q4_K", "Q4_K", "Q6_K"), d=7168, f=256, fs=256, n_experts=9,
         first=2, held=5, n_used=8,
+    ),
+    "few bits": few.Experts(
+        ("IQ1_M", "IQ1_S", "IQ2_S"), ("IQ2_XXS", "IQ2_XXS", "IQ1_M"), d=7168, f=1024, fs=1024,
+        n_experts=9, first=2, held=5, n_used=8,
     ),
     "down": few.Experts(
         ("Q4_K", "Q4_K", "Q6_K"), ("Q4_K", "Q4_K", "Q4_K"), d=2304, f=1024, fs=1024, n_experts=9,

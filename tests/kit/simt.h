@@ -231,6 +231,26 @@ inline void mma_16816(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)
         }
     });
 }
+// mma.m16n8k32 of bytes, those of b signed.
+inline void mma_16832(
+        unsigned (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], bool a_signed) {
+    struct In { const unsigned *a, *b; } in{a, b};
+    collective(&in, [&](std::vector<void*>& s) {
+        const int g = lane() / 4, t = lane() % 4;
+        for (int i = 0; i < 4; i++) {
+            const int row = g + 8 * (i / 2), col = 2 * t + i % 2;
+            int sum = 0;
+            for (int k = 0; k < 32; k++) {
+                const In& x = *(In*)s[row % 8 * 4 + k % 16 / 4];
+                const In& y = *(In*)s[col * 4 + k % 16 / 4];
+                const unsigned wa = x.a[row / 8 + 2 * (k / 16)] >> 8 * (k % 4) & 255;
+                const unsigned wb = y.b[k / 16] >> 8 * (k % 4) & 255;
+                sum += (a_signed ? (signed char)wa : (int)wa) * (signed char)wb;
+            }
+            d[i] += (unsigned)sum;
+        }
+    });
+}
 // Eight-by-eight matrices of 16-bit values from row addresses held by lanes 8i .. 8i + 7.
 template <int N>
 inline void ldmatrix(unsigned (&r)[N], const void* row, bool transposed) {

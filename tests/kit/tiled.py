@@ -277,7 +277,7 @@ def _number_planes(lanes: np.ndarray, name: str) -> dict[str, np.ndarray]:
     at = 4 * register[:, None] + half
     if name in THIN:
         if name.startswith("IQ2"):
-            at = 16 * (register >> 1)[:, None] + 4 * (register & 1)[:, None] + half // 2
+            at = 16 * (register & 1)[:, None] + 4 * (register >> 1)[:, None] + half // 2
         steps = 2 * np.arange(2, dtype=np.uint32)[:, None, None]
         low, third = (lanes >> 2, lanes & 1) if name == "IQ1_M" else (lanes & 3, lanes >> 2)
         pairs = low.reshape(*lanes.shape[:3], 2, 2, 4, 2)

@@ -1,0 +1,86 @@
+"""One token's products with IQ1 and IQ2 as int8 (matvec_bytes.cuh), by kit/simt.h, against float64.
+
+test_matvec.py has each of these types by each kernel of dense products; here are kernels for wide
+weights and experts, launches that mix types, and x that integers are bad at.
+"""
+
+import numpy as np
+import pytest
+from kit import few_tokens as few
+from kit.launcher import Launcher
+from kit.simt import why_not
+from kit.simt_device import SimtDevice
+
+from mlacli.backends.cuda_geometry import DownGeometry, Geometry, PieceGeometry
+
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+
+BAR = 1e-9  # x has 15 bits and a sign, by the largest of 16
+
+
+@pytest.fixture(scope="module")
+def ops() -> Launcher:
+    return Launcher(SimtDevice(n_sm=2, capability=90))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(8)
+
+
+@pytest.mark.parametrize("name", ["IQ1_S", "IQ2_XXS"])
+def test_wide_weights_by_pieces(ops, rng, name) -> None:
+    how = PieceGeometry(2, 2, 3, 4)
+    assert few.products(ops, rng, 1, 512, [(name, 70)], True, geometry=how) < BAR
+
+
+@pytest.mark.parametrize("gate, up", [("IQ1_S", "IQ2_S"), ("IQ1_M", "Q4_K")])
+def test_two_types_of_one_x(ops, rng, gate, up) -> None:
+    """Both as bytes; one of them, which then takes x as the other does."""
+    assert few.gated(ops, rng, 1, 512, 37, gate, up, geometry=Geometry(2, 1, 1, 1)) < BAR
+
+
+@pytest.mark.parametrize("shared", ["IQ2_XS", "Q4_K"])
+def test_experts_by_pieces(ops, rng, shared) -> None:
+    case = few.Experts(("IQ1_M", "IQ1_S", "IQ2_XXS"), (shared,) * 3, d=512, f=256, fs=256)
+    up, down = PieceGeometry(2, 2, 3, 4), PieceGeometry(2, 4, 4, 4)
+    assert max(few.experts(ops, rng, case, up, down)) < BAR
+
+
+def test_experts_through_the_ring(ops, rng) -> None:
+    case = few.Experts(("IQ1_S", "", "IQ1_M"), None, d=512, f=256, first=1, held=5)
+    assert max(few.experts(ops, rng, case, Geometry(2, 1, 1, 1, 3), DownGeometry(2, 0, 2))) < BAR
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_any_size_of_x(ops, rng, scale) -> None:
+    how = Geometry(2, 1, 1, 1)
+    assert few.products(ops, rng, 1, 512, [("IQ1_S", 20)], scale=scale, geometry=how) < BAR
+
+
+def product(
+    ops: Launcher, rng: np.random.Generator, x: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the kernel makes of x, and float64."""
+    w, y = few.weight(ops, rng, "IQ1_M", (40, len(x))), ops.new((1, 40))
+    few.few.products(ops, [(w, y)], ops.put(x[None]), geometry=Geometry(2, 2, 1, 1))
+    return ops.get(y)[0], w.values @ x.astype(np.float64)
+
+
+def test_x_of_zeros(ops, rng) -> None:
+    assert not product(ops, rng, np.zeros(512, np.float32))[0].any()
+
+
+def test_one_large_value_in_each_sixteen(ops, rng) -> None:
+    """The others have few bits left; what they add is small as well."""
+    x = rng.standard_normal(512).astype(np.float32)
+    x[5::16] *= 100
+    got, want = product(ops, rng, x)
+    assert few.nmse(got, want) < BAR
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+def test_what_is_no_number_stays_none(ops, rng, odd) -> None:
+    x = rng.standard_normal(512).astype(np.float32)
+    x[100] = odd
+    assert not np.isfinite(product(ops, rng, x)[0]).any()
