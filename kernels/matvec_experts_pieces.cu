@@ -35,7 +35,7 @@ constexpr int WIDE = N_COL_TILES / N_PIECES;
 constexpr bool SHARED = WTYPE2 >= 0, ALIKE = WTYPE0 == WTYPE2 && WTYPE1 == WTYPE3;
 using Routed = RowStreams<WIDE, WTYPE0, WTYPE1>;
 using Beside = RowStreams<WIDE, (SHARED ? WTYPE2 : WTYPE0), (SHARED ? WTYPE3 : WTYPE1)>;
-using X = OneXOf<WTYPE0, WTYPE1, (SHARED ? WTYPE2 : WTYPE0), (SHARED ? WTYPE3 : WTYPE1)>;
+using X = OneXOf<2 * N_ROWS, WTYPE0, WTYPE1, (SHARED ? WTYPE2 : WTYPE0), (SHARED ? WTYPE3 : WTYPE1)>;
 constexpr int NBYTES = Routed::nbytes > Beside::nbytes ? Routed::nbytes : Beside::nbytes;
 using At = PieceAt<N_STAGES, NBYTES>;
 static_assert(N_COL_TILES % N_PIECES == 0, "equal pieces");
@@ -155,7 +155,7 @@ experts_up_pieces(float* h, const unsigned char* gate, const unsigned char* up,
 constexpr int N_PIECES = N_USED + N_SHARED;
 using Routed = RowStreams<N_COL_TILES, WTYPE0>;
 using Beside = RowStreams<N_COL_TILES, (N_SHARED ? WTYPE1 : WTYPE0)>;
-using X = OneXOf<WTYPE0, (N_SHARED ? WTYPE1 : WTYPE0)>;
+using X = OneXOf<N_ROWS, WTYPE0, (N_SHARED ? WTYPE1 : WTYPE0)>;
 constexpr int NBYTES = Routed::nbytes > Beside::nbytes ? Routed::nbytes : Beside::nbytes;
 using At = PieceAt<N_STAGES, NBYTES>;
 

@@ -31,10 +31,10 @@ constexpr int THREADS = 32 * N_WARPS + 32, WIDE = N_COL_TILES / N_PIECES;
 static_assert(N_COL_TILES % N_PIECES == 0, "equal pieces");
 #ifdef GATED
 using Streams = RowStreams<WIDE, WTYPE0, WTYPE1>;
-using X = OneXOf<WTYPE0, WTYPE1>;
+using X = OneXOf<2 * N_ROWS, WTYPE0, WTYPE1>;
 #else
 using Streams = RowStreams<WIDE, WTYPE0>;
-using X = OneXOf<WTYPE0>;
+using X = OneXOf<N_ROWS, WTYPE0>;
 #endif
 constexpr int NBYTES = Streams::nbytes, N_STREAMS = Streams::count;
 using At = PieceAt<N_STAGES, NBYTES>;

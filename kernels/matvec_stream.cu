@@ -52,7 +52,7 @@ products_stream(float* y, const unsigned char* weight, const float* x, const flo
         }
         pdl_wait();
     } else {
-        RowX<OneXOf<WTYPE0>, N_COL_TILES, N_WARPS> of;
+        RowX<OneXOf<N_ROWS, WTYPE0>, N_COL_TILES, N_WARPS> of;
         float squares = 0.f;
         pdl_wait();
         of.template take<WITH_NORM>(warp, x, norm, squares);

@@ -293,14 +293,6 @@ template <>
 struct FewX<0> {
     unsigned b[2];  // of step g / 2
     float ones;     // sum of x of step t, both parts
-
-    __device__ __forceinline__ static FewX of(const float (&v)[4], int lane);  // few_x<false>()
-    __device__ __forceinline__ uint2 words(int) const { return make_uint2(b[0], b[1]); }
-    __device__ __forceinline__ static FewX from(
-            const uint2 (&words)[32], const float (&ones)[4], int lane) {
-        const uint2 own = words[lane];
-        return {{own.x, own.y}, ones[lane & 3]};
-    }
 };
 
 // x of one token from its four floats per lane: SCALED: they are times 2^64 already.
@@ -314,9 +306,6 @@ __device__ __forceinline__ FewX<0> few_x(const float (&v)[4], int lane) {
     few_mma(c, a, x.b);
     x.ones = c[0] + c[1];
     return x;
-}
-__device__ __forceinline__ FewX<0> FewX<0>::of(const float (&v)[4], int lane) {
-    return few_x<false>(v, lane);
 }
 
 // acc[0..1] += rows g and g + 8 of the tile times x: step t's part in lane 4 g + t.

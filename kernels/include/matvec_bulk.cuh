@@ -101,14 +101,16 @@ struct RowX {
                         weight[i][k] = __uint_as_float(two[0]), weight[i][k + 1] = __uint_as_float(two[1]);
                     }
                 }
+            if constexpr (NORM && X::scales) one_normed(v, weight, squares);
+            const typename X::Scale scale = X::scale(v);
 #pragma unroll
             for (int i = 0; i < group; i++) {
                 if (first + i >= most) break;
-                if constexpr (NORM)
+                if constexpr (NORM && !X::scales)
 #pragma unroll
                     for (int k = 0; k < 4; k++)
                         squares += v[i][k] * v[i][k], v[i][k] *= weight[i][k];
-                of[first + i] = X::of(v[i], lane);
+                of[first + i] = X::of(v[i], lane, scale);
             }
         }
     }

@@ -1,22 +1,23 @@
 // Products of ONE token with types of few bits as int8 on tensor cores: as matvec.cuh has it, with half the
 // products and no number widened to 16 bits. Instructions are what these types wait for.
 //
-// x becomes integers of up to 22 bits and a sign, which count a power of two by the tile's largest |x|, in three
-// signed digits: 65536 d0 + 256 d1 + d2. d0 and d1 of step j are columns 2 j and 2 j + 1 of B, as hi and lo are in
-// matvec.cuh, d2 column 2 j of a second product of the same bytes of weights. A lane's four columns of a step are
-// the four bytes of a register, in the order c, c + 8, c + 1, c + 9: as tiles have numbers of two and four bits.
-// Products begin at BYTE_ZERO, so that a sum's bits are those of a float32: no conversion.
-// Numerics  x is rounded to 2^-22 of the largest of its 64, sums of a step are exact, the rest float32: NMSE about
-//           1e-13 to float64. |x| < 1e34; below 1e-31 it becomes 0.
-// Sources   own. Tested by tests/kernels/test_matvec.py, tests/gpu/test_cuda_matvec.py
+// x becomes integers of up to 22 bits and a sign, which count a power of two by the largest |x| of some tiles (what
+// a warp fetches at once), in three signed digits: 65536 d0 + 256 d1 + d2. d0 and d1 of step j are columns 2 j and
+// 2 j + 1 of B, as hi and lo are in matvec.cuh, d2 column 2 j of a second product of the same bytes of weights. A
+// lane's four columns of a step are the four bytes of a register, in the order c, c + 8, c + 1, c + 9: as tiles have
+// numbers of two and four bits. Products begin at BYTE_ZERO, so that a sum's bits are those of a float32.
+// Numerics  x is rounded to 2^-22 of the largest of those, sums of a step are exact, the rest float32: NMSE about
+//           1e-13 to float64. |x| < 1e34; x of which the largest is below 1e-32 becomes 0.
+// Sources   own. Tested by tests/kernels/test_matvec_bytes.py, tests/gpu/test_cuda_matvec.py
 #pragma once
 #include "matvec.cuh"
 
 constexpr float BYTE_ZERO = 0x1.8p23f;
+constexpr int BYTE_ROWS = 3;  // row tiles that must meet x for it to pay
 
 // Whether products of one token take a type as bytes.
 template <int QTYPE>
-constexpr bool AS_BYTES = FEW_MMA && (QTYPE == QT_IQ1_S || QTYPE == QT_IQ1_M || Tile<QTYPE>::kind == TILE_MAP8);
+constexpr bool AS_BYTES = QTYPE == QT_IQ1_S || QTYPE == QT_IQ1_M || Tile<QTYPE>::kind == TILE_MAP8;
 
 // ---------------------------------------------------------------- instructions --------------
 #if defined(SIMT)
@@ -25,7 +26,7 @@ __device__ __forceinline__ void byte_mma(unsigned (&d)[4], const unsigned (&a)[4
     simt::mma_16832(d, a, b, SIGNED);
 }
 __device__ __forceinline__ float byte_max(float a, float b) { return a > b || a != a ? a : b; }
-#elif FEW_MMA
+#else
 // d += a b; a int8 or unsigned, b int8, int32 sums.
 template <bool SIGNED>
 __device__ __forceinline__ void byte_mma(unsigned (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
@@ -48,7 +49,6 @@ __device__ __forceinline__ float byte_max(float a, float b) {
 }
 #endif
 
-#if FEW_MMA
 // What a lane gets of step t's products: of digits 0 and 1, and of digit 2 and of nothing.
 struct ByteSums {
     unsigned upper[4], last[4];
@@ -66,27 +66,55 @@ struct ByteSums {
 };
 
 // ---------------------------------------------------------------- x -------------------------
-// The columns of x that meet a column tile.
+// x as two bfloat16, by the names of ByteX.
+struct PairX : FewX<0> {
+    struct Scale {};  // none: each number has its own exponent
+    static constexpr bool scales = false;
+    template <int N>
+    __device__ __forceinline__ static Scale scale(const float (&)[N][4]) { return {}; }
+    __device__ __forceinline__ static PairX of(const float (&v)[4], int lane, Scale) {
+        return {few_x<false>(v, lane)};
+    }
+    __device__ __forceinline__ uint2 words(int) const { return make_uint2(b[0], b[1]); }
+    __device__ __forceinline__ static PairX from(
+            const uint2 (&words)[32], const float (&ones)[4], int lane) {
+        const uint2 own = words[lane];
+        return {{{own.x, own.y}, ones[lane & 3]}};
+    }
+};
+
+// x as bytes: the columns that meet a column tile.
 struct ByteX {
     unsigned b;     // of step g / 2, four columns: digit 0 where g is even, 1 where it is odd
     unsigned last;  // digit 2 where g is even, else anything
     float unit;     // what the integers count: a power of two, or no number
     float ones;     // sum of x of step t
 
-    // From a lane's columns c, c + 1, c + 8, c + 9.
-    __device__ __forceinline__ static ByteX of(const float (&v)[4], int lane) {
-        float most = byte_max(byte_max(fabsf(v[0]), fabsf(v[1])), byte_max(fabsf(v[2]), fabsf(v[3])));
+    // What makes integers of all these columns, of a whole warp.
+    struct Scale {
+        float in, unit;
+    };
+    static constexpr bool scales = true;
+    template <int N>
+    __device__ __forceinline__ static Scale scale(const float (&v)[N][4]) {
+        float most = fabsf(v[0][0]);
+#pragma unroll
+        for (int i = 1; i < 4 * N; i++) most = byte_max(most, fabsf(v[i / 4][i % 4]));
 #pragma unroll
         for (int i = 1; i < 32; i *= i == 2 ? 4 : 2) most = byte_max(most, __shfl_xor_sync(~0u, most, i));
         const unsigned e = max(__float_as_uint(most) & 0x7F800000u, 22u << 23);
-        const float in = __uint_as_float((275u << 23) - e);  // integers up to 2^22
+        return {__uint_as_float((275u << 23) - e),  // integers up to 2^22
+                e == 0x7F800000u ? most : __uint_as_float(e - (21u << 23))};
+    }
+    // From a lane's columns c, c + 1, c + 8, c + 9.
+    __device__ __forceinline__ static ByteX of(const float (&v)[4], int lane, Scale scale) {
         ByteX x;
-        x.unit = e == 0x7F800000u ? most : __uint_as_float(e - (21u << 23));
+        x.unit = scale.unit;
         // The top digit is byte 2 of the integer + 0x8080, the next byte 1 of it + 0x80, the last byte 0.
         const unsigned more = lane & 4 ? 0x80 : 0x8080 - 0x400000, pick = lane & 4 ? 0x0051 : 0x0062;
         unsigned bits[4];
 #pragma unroll
-        for (int k = 0; k < 4; k++) bits[k] = __float_as_uint(__fmaf_rn(v[k], in, BYTE_ZERO));
+        for (int k = 0; k < 4; k++) bits[k] = __float_as_uint(__fmaf_rn(v[k], scale.in, BYTE_ZERO));
         x.last = __byte_perm(__byte_perm(bits[0], bits[2], 0x0040), __byte_perm(bits[1], bits[3], 0x0040), 0x5410);
 #pragma unroll
         for (int k = 0; k < 4; k++) bits[k] += more;
@@ -106,6 +134,37 @@ struct ByteX {
             const uint2 (&words)[32], const float (&ones)[4], int lane) {
         const uint2 own = words[lane];
         return {own.x, own.y, __uint_as_float(words[4].y), ones[lane & 3]};
+    }
+    // What meets steps 2 u and 2 u + 1.
+    __device__ __forceinline__ void meets(int u, int lane, unsigned (&upper)[2], unsigned (&lower)[2]) const {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            upper[i] = lane >> 3 == 2 * u + i ? b : 0;
+            lower[i] = lane >> 2 == 4 * u + 2 * i ? last : 0;
+        }
+    }
+};
+
+// The same for many row tiles: chosen once, in registers.
+struct ByteHeld {
+    unsigned upper[2][2], lower[2][2];
+    float unit, ones;
+
+    __device__ __forceinline__ static ByteHeld of(const ByteX& x, int lane) {
+        ByteHeld out;
+        out.unit = x.unit, out.ones = x.ones;
+#pragma unroll
+        for (int u = 0; u < 2; u++) {
+            x.meets(u, lane, out.upper[u], out.lower[u]);
+#ifndef SIMT  // else the compiler chooses anew for every row tile
+#pragma unroll
+            for (int i = 0; i < 2; i++) asm volatile("" : "+r"(out.upper[u][i]), "+r"(out.lower[u][i]));
+#endif
+        }
+        return out;
+    }
+    __device__ __forceinline__ void meets(int u, int, unsigned (&up)[2], unsigned (&low)[2]) const {
+        up[0] = upper[u][0], up[1] = upper[u][1], low[0] = lower[u][0], low[1] = lower[u][1];
     }
 };
 
@@ -127,8 +186,8 @@ __device__ __forceinline__ void byte_fragment(const TileData<QTYPE>& w, int u, u
 }
 
 // acc[0..1] += rows g and g + 8 of the tile times x: step t's part in lane 4 g + t. As few_scaled().
-template <int QTYPE>
-__device__ __forceinline__ void few_add(const TileData<QTYPE>& w, const ByteX& x, int lane, float* acc) {
+template <int QTYPE, class X>
+__device__ __forceinline__ void byte_add(const TileData<QTYPE>& w, const X& x, int lane, float* acc) {
     using F = Few<QTYPE>;
     constexpr bool map = Tile<QTYPE>::kind == TILE_MAP8;
     constexpr float big = 32768.f, less = map ? 0.f : Tile<QTYPE>::zero * F::unit;
@@ -137,11 +196,10 @@ __device__ __forceinline__ void few_add(const TileData<QTYPE>& w, const ByteX& x
     for (int u = 0; u < 2; u++) {
         unsigned r[4];
         byte_fragment<QTYPE>(w, u, r);
-        const bool even = lane >> 3 == 2 * u, odd = lane >> 3 == 2 * u + 1;
-        const unsigned b[2] = {even ? x.b : 0, odd ? x.b : 0};
-        const unsigned last[2] = {lane >> 2 == 4 * u ? x.last : 0, lane >> 2 == 4 * u + 2 ? x.last : 0};
-        byte_mma<map>(c.upper, r, b);
-        byte_mma<map>(c.last, r, last);
+        unsigned upper[2], lower[2];
+        x.meets(u, lane, upper, lower);
+        byte_mma<map>(c.upper, r, upper);
+        byte_mma<map>(c.last, r, lower);
     }
     const int t = lane & 3;
     const unsigned select = 0x7604 | t << 4;
@@ -162,18 +220,24 @@ __device__ __forceinline__ void few_add(const TileData<QTYPE>& w, const ByteX& x
         acc[i] = __fmaf_rn(s, v, acc[i]);
     }
 }
-#endif
+template <int QTYPE>
+__device__ __forceinline__ void few_add(const TileData<QTYPE>& w, const ByteX& x, int lane, float* acc) {
+    byte_add<QTYPE>(w, x, lane, acc);
+}
+template <int QTYPE>
+__device__ __forceinline__ void few_add(const TileData<QTYPE>& w, const ByteHeld& x, int lane, float* acc) {
+    byte_add<QTYPE>(w, x, lane, acc);
+}
 
-// x as products of one token with all of these types want it.
+// x as products of one token with all of these types want it, where ROWS row tiles of each meet it: to make bytes of
+// x takes longer than to make two bfloat16.
 template <bool BYTES>
 struct OnePicked {
-    using type = FewX<0>;
+    using type = PairX;
 };
-#if FEW_MMA
 template <>
 struct OnePicked<true> {
     using type = ByteX;
 };
-#endif
-template <int... Q>
-using OneXOf = typename OnePicked<(AS_BYTES<Q> && ...)>::type;
+template <int ROWS, int... Q>
+using OneXOf = typename OnePicked<(AS_BYTES<Q> && ...) && ROWS >= BYTE_ROWS>::type;

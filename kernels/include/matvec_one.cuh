@@ -42,6 +42,8 @@ struct OneStreams<SHARE, Q, REST...> : OneStreams<SHARE, REST...> {
     using T = Tile<Q>;
     using Others = OneStreams<SHARE, REST...>;
     static constexpr int count = 1 + Others::count;  // row tiles
+    template <int ROWS>
+    using X = OneXOf<ROWS * count, Q, REST...>;
     const unsigned char *q, *h, *s, *m, *d;  // this lane's bytes of the batch to load
     int col_tile;
     TileData<Q> w[SHARE::depth];
@@ -89,6 +91,15 @@ struct OneStreams<SHARE, Q, REST...> : OneStreams<SHARE, REST...> {
         Others::add(i, x, lane, acc + 1);
     }
 };
+
+// v times weight; squares += those of v before.
+template <int N>
+__device__ __forceinline__ void one_normed(float (&v)[N][4], const float (&weight)[N][4], float& squares) {
+#pragma unroll
+    for (int i = 0; i < N; i++)
+#pragma unroll
+        for (int k = 0; k < 4; k++) squares += v[i][k] * v[i][k], v[i][k] *= weight[i][k];
+}
 
 // acc += the row tiles times x, over the columns of `part`; squares += those of x. The streams have
 // started. RAGGED: packed columns outside of skip .. skip + in - 1 meet no x. x and norm: column 0.
@@ -141,7 +152,7 @@ __device__ __forceinline__ void one_warp(
                 of_x[k] = v[i][k];
                 if constexpr (NORM) squares += of_x[k] * of_x[k], of_x[k] *= weight[i][k];
             }
-            w.add(i, OneXOf<Q...>::of(of_x, lane), lane, acc);
+            w.add(i, few_x<false>(of_x, lane), lane, acc);
             if constexpr (SHARE::loops) {
                 const bool more = SHARE::has(at + depth + i, count);
                 w.load(i, more);
@@ -201,15 +212,17 @@ __device__ __forceinline__ void one_stage(
         }
         if constexpr (NORM) {
             if (first) fetch_weights(first);
+            if constexpr (X::scales) one_normed(v, weight, squares);
         }
+        const typename X::Scale scale = X::scale(v);
 #pragma unroll
         for (int i = 0; i < group; i++) {
             if (first + i >= count) break;
-            if constexpr (NORM) {
+            if constexpr (NORM && !X::scales) {
 #pragma unroll
                 for (int k = 0; k < 4; k++) squares += v[i][k] * v[i][k], v[i][k] *= weight[i][k];
             }
-            const X f = X::of(v[i], lane);
+            const X f = X::of(v[i], lane, scale);
             to.b[from + first + i][lane] = f.words(lane);
             if (lane < 4) to.ones[from + first + i][lane] = f.ones;
         }
@@ -217,9 +230,23 @@ __device__ __forceinline__ void one_stage(
     __syncwarp();
 }
 
+// Whether a warp has registers for its fragments of x: what is made of them is then made once.
+template <class X, class SHARE, int... Q>
+constexpr bool ONE_HELD = X::scales && !SHARE::loops && (int)sizeof...(Q) * SHARE::depth <= 4;
+template <class SHARE, int DEPTH, int TILES>
+__device__ __forceinline__ void one_hold(
+        ByteHeld (&own)[DEPTH], const OneX<TILES>& fragments, int from, int count, int lane) {
+#pragma unroll
+    for (int i = 0; i < DEPTH; i++) {
+        ByteX x = {};
+        if (SHARE::has_first(i, count)) x = ByteX::from(fragments.b[from + i], fragments.ones[from + i], lane);
+        own[i] = ByteHeld::of(x, lane);
+    }
+}
+
 // part[k][warp][stream] = the warp's sums of the CTA's k-th of n row tiles. seek(w, k) starts the streams
 // there and says whether there is anything to read.
-template <bool NORM, bool RAGGED, int WARPS, class SHARE, int TILES, class SEEK, int... Q>
+template <bool NORM, bool RAGGED, class X, int WARPS, class SHARE, int TILES, class SEEK, int... Q>
 __device__ __forceinline__ void one_rows(
         float (*part)[WARPS][sizeof...(Q)][16], OneX<TILES>& fragments,
         OneStreams<SHARE, Q...>& w, int n, const SEEK& seek, const float* x, const float* norm,
@@ -230,8 +257,10 @@ __device__ __forceinline__ void one_rows(
     bool there = seek(w, 0);
 #pragma unroll
     for (int i = 0; i < depth; i++) w.load(i, there && SHARE::has_first(i, count));
-    using X = OneXOf<Q...>;
     one_stage<X, SHARE, NORM, RAGGED, 4>(fragments, from, count, x, norm, in, skip, squares);
+    constexpr bool held = ONE_HELD<X, SHARE, Q...>;
+    ByteHeld own[held ? depth : 1];
+    if constexpr (held) one_hold<SHARE>(own, fragments, from, count, lane);
 #pragma unroll 1
     for (int k = 0; k < n; k++) {
         float acc[streams][2];
@@ -249,10 +278,14 @@ __device__ __forceinline__ void one_rows(
             }
 #pragma unroll
             for (int i = 0; i < depth; i++) {
-                X f = {};
-                if (SHARE::even && SHARE::most % depth == 0 || at + i < count)
-                    f = X::from(fragments.b[from + at + i], fragments.ones[from + at + i], lane);
-                w.add(i, f, lane, acc);
+                if constexpr (held) {
+                    w.add(i, own[i], lane, acc);
+                } else {
+                    X f = {};
+                    if (SHARE::even && SHARE::most % depth == 0 || at + i < count)
+                        f = X::from(fragments.b[from + at + i], fragments.ones[from + at + i], lane);
+                    w.add(i, f, lane, acc);
+                }
                 w.load(i, there && (SHARE::loops ? SHARE::has(ahead + i, count)
                                                  : SHARE::has_first(i, count)));
             }

@@ -64,10 +64,11 @@ struct PieceX {
             for (int k = 0; k < 4; k++) v[p][i][k] *= factor;
     }
     __device__ __forceinline__ void split() {
+        const auto scale = X::scale(reinterpret_cast<const float (&)[PIECES * most][4]>(v));
 #pragma unroll
         for (int p = 0; p < PIECES; p++)
 #pragma unroll
-            for (int i = 0; i < most; i++) of[p][i] = X::of(v[p][i], threadIdx.x & 31);
+            for (int i = 0; i < most; i++) of[p][i] = X::of(v[p][i], threadIdx.x & 31, scale);
     }
     // acc += piece p in `stage` times x over the warp's columns; few_rows() is still to be called.
     template <class STREAMS>

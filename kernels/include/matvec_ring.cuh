@@ -54,6 +54,8 @@ struct RingStreams<SHARE, Q, REST...> : RingStreams<SHARE, REST...> {
     static constexpr int at_m = at_s + depth * T::s_bytes, at_d = at_m + depth * T::m_bytes;
     static constexpr int own = at_d + blocks * T::d_bytes, nbytes = own + Others::nbytes;
     static constexpr int count = 1 + Others::count;  // row tiles
+    template <int ROWS>
+    using X = OneXOf<ROWS * count, Q, REST...>;
     TileView<Q> view;
     long long first;  // tile of the row tile
 
@@ -113,7 +115,7 @@ struct RingStreams<SHARE, Q, REST...> : RingStreams<SHARE, REST...> {
 
 // ---------------------------------------------------------------- row tile after row tile ---
 // As one_rows. ring: STAGES stages of this warp, at a multiple of 16 bytes.
-template <bool NORM, bool RAGGED, int STAGES, int WARPS, class SHARE, int TILES, class SEEK, int... Q>
+template <bool NORM, bool RAGGED, int STAGES, class X, int WARPS, class SHARE, int TILES, class SEEK, int... Q>
 __device__ __forceinline__ void ring_rows(
         float (*part)[WARPS][sizeof...(Q)][16], OneX<TILES>& fragments,
         RingStreams<SHARE, Q...>& w, unsigned char* ring, int n, const SEEK& seek, const float* x,
@@ -137,8 +139,10 @@ __device__ __forceinline__ void ring_rows(
         if (next_k < n) copy_next(s);
         ring_commit();
     }
-    using X = OneXOf<Q...>;
     one_stage<X, SHARE, NORM, RAGGED, 8>(fragments, from, count, x, norm, in, skip, squares);
+    constexpr bool held = ONE_HELD<X, SHARE, Q...>;
+    ByteHeld own[held ? depth : 1];
+    if constexpr (held) one_hold<SHARE>(own, fragments, from, count, lane);
     int stage = 0;
 #pragma unroll 1
     for (int k = 0; k < n; k++) {
@@ -153,8 +157,12 @@ __device__ __forceinline__ void ring_rows(
 #pragma unroll
             for (int i = 0; i < depth; i++) {
                 if (!whole && at + i >= count) break;
-                const X f = X::from(fragments.b[from + at + i], fragments.ones[from + at + i], lane);
-                w.add(batch, from + at, i, f, lane, acc);
+                if constexpr (held) {
+                    w.add(batch, from + at, i, own[i], lane, acc);
+                } else {
+                    const X f = X::from(fragments.b[from + at + i], fragments.ones[from + at + i], lane);
+                    w.add(batch, from + at, i, f, lane, acc);
+                }
             }
             __syncwarp();  // all have read the stage
             if (next_k < n) copy_next(stage);

@@ -51,16 +51,17 @@ __device__ __forceinline__ void one_cta(
         int n, const SEEK& seek, const float* x, const float* norm, int in, int skip) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     float squares = 0.f;
+    using X = typename STREAMS::template X<ROWS>;
     if constexpr (OneStaged<TILES>::fits) {
 #if HAS_RING
         if constexpr (STAGES > 0) {
             __align__(128) extern __shared__ unsigned char ring[];
-            ring_rows<NORM, RAGGED, STAGES>(
+            ring_rows<NORM, RAGGED, STAGES, X>(
                 sums.part, staged.x, streams, ring + warp * STAGES * STREAMS::nbytes, n, seek, x, norm,
                 in, skip, squares);
         } else
 #endif
-            one_rows<NORM, RAGGED>(sums.part, staged.x, streams, n, seek, x, norm, in, skip, squares);
+            one_rows<NORM, RAGGED, X>(sums.part, staged.x, streams, n, seek, x, norm, in, skip, squares);
     } else {
         static_assert(ROWS == 1, "one row tile a CTA");
         float acc[STREAMS::count][2];
