@@ -135,15 +135,12 @@ mla_combine_many(float* o, const float* part, const float* stat, const unsigned 
         const long long row = (long long)(first + warp + 8 * i) * h + head;
         float peak = __int_as_float(0xff800000), total = 0.f;
         for (int s = lane; s < live[i]; s += 32) peak = fmaxf(peak, stat[(row * splits + s) * 2]);
-#pragma unroll
-        for (int offset = 16; offset; offset >>= 1)
-            peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, offset));
+        peak = warp_max(peak);
         for (int s = lane; s < live[i]; s += 32) {
             const float top = stat[(row * splits + s) * 2], sum = stat[(row * splits + s) * 2 + 1];
             if (sum > 0.f) total += sum * exp2f(top - peak);
         }
-#pragma unroll
-        for (int offset = 16; offset; offset >>= 1) total += __shfl_xor_sync(~0u, total, offset);
+        total = warp_sum(total);
         if (lane == 0) {
             peaks[warp + 8 * i] = peak, lives[warp + 8 * i] = live[i];
             inverses[warp + 8 * i] = live[i] ? 1.f / total : 0.f;

@@ -229,9 +229,7 @@ mla_short(float* o, __half* cache, const float* q, const float* c_kv, const floa
             p[a][i] = row < rows ? p[a][i] * (scale * 1.4426950408889634f) : none;
             top[a] = fmaxf(top[a], p[a][i]);
         }
-#pragma unroll
-        for (int offset = 16; offset; offset >>= 1)
-            top[a] = fmaxf(top[a], __shfl_xor_sync(~0u, top[a], offset));
+        top[a] = warp_max(top[a]);
 #pragma unroll
         for (int i = 0; i < HELD; i++) {
             p[a][i] = rows > 0 ? exp2f(p[a][i] - top[a]) : 0.f;
