@@ -28,12 +28,6 @@
 #include "gemm_dense.cuh"
 #endif
 
-#if CLUSTER > 1
-#define __split_bounds__(threads) __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(threads, CTAS)
-#else
-#define __split_bounds__(threads) __launch_bounds__(threads, CTAS)
-#endif
-
 constexpr int LD = GEMM_ROWS + 4;  // of sums [TOKENS][LD]: a warp's stores meet all banks
 
 // ---------------------------------------------------------------- device helpers ------------
@@ -147,7 +141,7 @@ __device__ __forceinline__ void for_own(
 
 // ---------------------------------------------------------------- kernels -------------------
 #ifdef GATED
-extern "C" __global__ void __split_bounds__(GEMM_THREADS)
+extern "C" __global__ void __cluster_bounds__(GEMM_THREADS, CTAS)
 gemm_gated_split(unsigned short* h, const unsigned char* gate, const unsigned char* up,
                  const unsigned short* x, int n, int rows, int row_tiles, int col_tiles, int cols,
                  int skip, long long ldh, long long ldx) {
@@ -184,7 +178,7 @@ gemm_gated_split(unsigned short* h, const unsigned char* gate, const unsigned ch
     sync();  // others may still read this CTA's sums
 }
 #else
-extern "C" __global__ void __split_bounds__(GEMM_THREADS)
+extern "C" __global__ void __cluster_bounds__(GEMM_THREADS, CTAS)
 gemm_split(void* y0, const unsigned char* w0, int rows0, int row_tiles0, int col_tiles0, int skip0,
            long long ldy0, long long yb0, void* y1, const unsigned char* w1, int rows1,
            int row_tiles1, int col_tiles1, int skip1, long long ldy1, long long yb1, void* y2,
