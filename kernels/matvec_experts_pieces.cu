@@ -126,7 +126,7 @@ experts_up_pieces(float* h, const unsigned char* gate, const unsigned char* up,
                 at.leave();
                 at.next();
             }
-            piece_rows(acc, part[k][warp]);
+            few_rows(acc, part[k][warp]);
         }
     }
     __syncthreads();
@@ -229,7 +229,7 @@ experts_down_pieces(float* y, const unsigned char* down, const unsigned char* sh
                 at.leave();
                 at.next();
             }
-            piece_rows(acc, part[k][warp]);
+            few_rows(acc, part[k][warp]);
         }
     }
     Post<SEND_TO> post;

@@ -78,7 +78,7 @@ __device__ __forceinline__ void multiply(Memory& memory, int n, const float* x, 
             at.leave();
             at.next();
         }
-        piece_rows(acc, memory.part[k][warp]);
+        few_rows(acc, memory.part[k][warp]);
     }
 }
 

@@ -115,13 +115,3 @@ struct PieceAt {
         if ((threadIdx.x & 31) == 0) row_arrive(of.empty + stage);
     }
 };
-// The rows' sums of a warp, out of what its lanes have.
-template <int STREAMS>
-__device__ __forceinline__ void piece_rows(float (&acc)[STREAMS][2], float (*out)[16]) {
-    const int lane = threadIdx.x & 31;
-#pragma unroll
-    for (int i = 0; i < STREAMS; i++) {
-        few_rows(acc[i]);
-        if ((lane & 3) == 0) out[i][lane >> 2] = acc[i][0], out[i][8 + (lane >> 2)] = acc[i][1];
-    }
-}
