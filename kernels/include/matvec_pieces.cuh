@@ -5,12 +5,6 @@
 #pragma once
 #include "matvec_bulk.cuh"
 
-#ifdef SIMT
-extern thread_local unsigned char ring[];
-#else
-__align__(128) extern __shared__ unsigned char ring[];
-#endif
-
 // ---------------------------------------------------------------- x -------------------------
 // The fragments of x that meet a warp's column tiles of each of PIECES pieces of TILES column tiles: those
 // of part `part` of PARTS.
@@ -109,6 +103,12 @@ struct PieceAt {
         if (n >= STAGES) row_wait(of.empty + stage, parity ^ 1);
     }
     __device__ __forceinline__ void wait_full() const { row_wait(of.full + stage, parity); }
+    // By the thread that asks: all bytes of the row tiles that `w` has started on.
+    template <class STREAMS>
+    __device__ __forceinline__ void fetch(const STREAMS& w) const {
+        row_expect(full(), STREAMS::nbytes);
+        row_fetch(w, memory(), full());
+    }
     // By a whole warp that has read the stage.
     __device__ __forceinline__ void leave() const {
         __syncwarp();
