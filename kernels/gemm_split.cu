@@ -46,6 +46,14 @@ struct Shares {
 
 typedef Gemm<Shares, TILE_BYTES, true> Ring;
 
+// With WGMMA the warps that copy x and those that store wait for the launch before by themselves.
+__device__ __forceinline__ void begin() {
+    pdl_launch();
+#ifndef WGMMA
+    pdl_wait();
+#endif
+}
+
 // A barrier of the cluster's computing threads: the others leave, and don't count then.
 __device__ __forceinline__ void sync() {
 #if CLUSTER > 1
@@ -147,10 +155,7 @@ gemm_gated_split(unsigned short* h, const unsigned char* gate, const unsigned ch
                  int skip, long long ldh, long long ldx) {
     extern __shared__ uint4 shared[];
     __shared__ Items items;  // spares registers
-    pdl_launch();
-#ifndef WGMMA
-    pdl_wait();
-#endif
+    begin();
     items.set(gate, up, x, ldx, n, rows, row_tiles, col_tiles, cols, skip);
     __syncthreads();  // every thread wrote the same
     const Shares shares{items, (int)gridDim.x};
@@ -187,10 +192,7 @@ gemm_split(void* y0, const unsigned char* w0, int rows0, int row_tiles0, int col
            long long ldx, long long xb, float scale) {
     extern __shared__ uint4 shared[];
     __shared__ Items items;  // spares registers
-    pdl_launch();
-#ifndef WGMMA
-    pdl_wait();
-#endif
+    begin();
     items.s0 = {y0, w0, rows0, row_tiles0, col_tiles0, skip0, ldy0, yb0};
     items.s1 = {y1, w1, rows1, row_tiles1, col_tiles1, skip1, ldy1, yb1};
     items.s2 = {y2, w2, rows2, row_tiles2, col_tiles2, skip2, ldy2, yb2};
