@@ -3,6 +3,7 @@
 Decodes 1,000 tokens twice, drawn several a launch by the device and one a launch, and prints the
 median, 99th percentile and longest time of a token, and where the longest ones were. The first
 pass captures its graphs as it goes, as a first answer does; the second finds all of them there.
+With --depth a prompt of as many random tokens comes first, timed likewise, in ubatches of --ub.
 """
 
 from __future__ import annotations
@@ -52,22 +53,29 @@ def main() -> None:
     parser.add_argument("--dev", default="cuda0")
     parser.add_argument("--sm", default="none")
     parser.add_argument("--comm", default="auto")
+    parser.add_argument("--ub", type=int, default=512)
     parser.add_argument("-n", type=int, default=1000)
     parser.add_argument("--depth", type=int, default=0, help="rows cached before")
     asked = parser.parse_args()
     size = -(-(asked.depth + asked.n + AHEAD) // 256) * 256
     flags = {"device": asked.dev, "split_mode": asked.sm, "comm": asked.comm, "ctx_size": size}
+    flags |= {"ubatch_size": asked.ub, "batch_size": max(2048, asked.ub)}
+    where, passes = f"{asked.dev} -sm {asked.sm} {asked.depth}+{asked.n}", ("first", "second")
     params = to_params(library_values(LOADED, flags))
     file = SyntheticFile(preset(asked.synthetic), on_gpus=True) if asked.synthetic else asked.model
     with Engine(prepare(file, params)) as engine:
         engine.warm_up()
-        if asked.depth:
-            rng = np.random.default_rng(0)
-            engine.prefill(rng.integers(0, engine.prepared.hparams.n_vocab, asked.depth).tolist())
-        for at_once in (AHEAD, 1):
-            for which in ("first", "second"):
+        n_vocab = engine.prepared.hparams.n_vocab
+        prompt = np.random.default_rng(0).integers(0, n_vocab, asked.depth).tolist()
+        for which in passes if prompt else ():
+            engine.rewind(0)
+            began = time.perf_counter()
+            engine.prefill(prompt)
+            rate = asked.depth / (time.perf_counter() - began)
+            print(f"{where}, prompt, ubatches of {asked.ub}, {which} pass: {rate:.0f} t/s")
+        for at_once in (AHEAD, 1) if asked.n else ():
+            for which in passes:
                 found = list(times(engine, asked.n, at_once, asked.depth))
-                where = f"{asked.dev} -sm {asked.sm} {asked.depth}+{asked.n}"
                 print(f"{where}, {at_once} a launch, {which} pass: {line(found)}", flush=True)
 
 

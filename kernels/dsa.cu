@@ -39,9 +39,7 @@ __device__ __forceinline__ void store_q8(signed char* row, __half* scales, const
     for (int block = threadIdx.x >> 5; block * 32 < width; block += blockDim.x >> 5) {
         const int i = block * 32 + lane;
         const float v = i < width ? y[i] : 0.f;
-        float most = fabsf(v);
-        for (int offset = 16; offset; offset >>= 1)
-            most = fmaxf(most, __shfl_xor_sync(~0u, most, offset));
+        const float most = warp_max(fabsf(v));
         const float scale = __fdiv_rn(most, 127.f), inverse = scale == 0.f ? 0.f : __fdiv_rn(1.f, scale);
         row[i] = (signed char)(int)roundf(__fmul_rn(v, inverse));
         if (lane == 0) scales[block] = __float2half_rn(scale);
@@ -120,8 +118,7 @@ __device__ __forceinline__ void prepare_head(unsigned short* parts, float* head_
         if (i < half) v[m] = rotated(v[m].x, v[m].y, cosine[i], sine[i]);
         most = fmaxf(most, fmaxf(fabsf(v[m].x), fabsf(v[m].y)));
     }
-    for (int offset = 16; offset; offset >>= 1)
-        most = fmaxf(most, __shfl_xor_sync(~0u, most, offset));
+    most = warp_max(most);
     const int exponent = min(max((int)(__float_as_uint(most) >> 23), 9), 254);
     const float up = __uint_as_float((unsigned)(262 - exponent) << 23);   // 2^8 / 2^(exponent - 127)
     const float down = __uint_as_float((unsigned)(exponent - 8) << 23);

@@ -19,12 +19,6 @@
 #include "mma.cuh"
 #include "pdl.cuh"
 
-#ifndef HEADS
-#define HEADS 32
-#endif
-#ifndef WIDTH
-#define WIDTH 128
-#endif
 #define TOKENS_AT_ONCE 16  // of dsa_scores_many, for one load of its keys
 #define PLAIN_ROWS 64
 
@@ -114,14 +108,6 @@ struct WarpKeys {
             }
     }
 };
-
-// Largest position of n tokens; whole warps.
-__device__ __forceinline__ int largest(const int* pos, int n) {
-    int last = -1;
-    for (int i = threadIdx.x & 31; i < n; i += 32) last = max(last, pos[i]);
-    for (int offset = 16; offset; offset >>= 1) last = max(last, __shfl_xor_sync(~0u, last, offset));
-    return last;
-}
 
 // Few tokens: all of them staged, each warp takes 32 keys at a time.
 extern "C" __global__ void __launch_bounds__(256, 2)

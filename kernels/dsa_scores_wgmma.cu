@@ -20,16 +20,11 @@
 #include <cuda_fp16.h>
 
 #include "bulk_copy.cuh"
+#include "dsa.cuh"
 #include "mma.cuh"
 #include "pdl.cuh"
 #include "warpgroup.cuh"
 
-#ifndef HEADS
-#define HEADS 32
-#endif
-#ifndef WIDTH
-#define WIDTH 128
-#endif
 #define CHUNKS (WIDTH / 32)
 #define TOKENS 32
 #define TOGETHER (128 / HEADS)                       // tokens of a product
@@ -39,14 +34,6 @@
 #define ROWS 384                                     // keys of a CTA
 
 extern __shared__ __align__(1024) uint4 staged[];
-
-// Largest position of n tokens; whole warps.
-__device__ __forceinline__ int largest(const int* pos, int n) {
-    int last = -1;
-    for (int i = threadIdx.x & 31; i < n; i += 32) last = max(last, pos[i]);
-    for (int offset = 16; offset; offset >>= 1) last = max(last, __shfl_xor_sync(~0u, last, offset));
-    return last;
-}
 
 // 64 keys of a warpgroup as A fragments. A lane's 16 bytes are 8 neighbouring columns: two steps in
 // depth, whose order dsa_prepare gives the queries too.

@@ -14,7 +14,7 @@
 #include "pdl.cuh"
 #include "select.cuh"
 
-extern "C" __global__ void __select_bounds__(SELECT_THREADS)
+extern "C" __global__ void __cluster_bounds__(SELECT_THREADS)
 dsa_select(int* chosen, const float* scores, const int* pos, int top_k, long long ld) {
     __shared__ SelectShared s;
     pdl_launch();

@@ -9,14 +9,16 @@
 //           of value / 16, h and y saturating; sums float32
 // Grid      any number of CTAs (CTAS fit an SM), which share the work items: (tile of tokens, 256
 //           rows; up: 128 of gate and of up); threads and shared bytes as gemm
-// Assumes   tiles of MOST tokens at most, 128 or 32: as gemm; gate and up with the same number of column tiles; y of slots whose expert is not
+// Assumes   tiles of MOST tokens at most, 128, 64 or 32: as gemm; gate and up with the same number of column tiles; y of slots whose expert is not
 //           held is not written
 // Numerics  as gemm; a token's result does not depend on its place in the list
 // Bound by  tensor cores: 6 n n_used f d operations; few tokens: bytes of the chosen experts
 // Sources   see include/gemm.cuh
 // Variants  GATED=1 Q0=12 Q1=12 STAGES=4; Q0=6 Q1=-1 STAGES=4; GATED=1 Q0=12 Q1=14 STAGES=4;
 //           Q0=14 Q1=-1 STAGES=4; GATED=1 Q0=12 Q1=12 MOST=32 CTAS=2 STAGES=7 @9.0a;
-//           GATED=1 Q0=12 Q1=14 MOST=32 STAGES=8; Q0=6 Q1=-1 MOST=32 CTAS=2 STAGES=7 @9.0a
+//           GATED=1 Q0=12 Q1=14 MOST=32 STAGES=8; GATED=1 Q0=12 Q1=12 MOST=64 STAGES=8;
+//           GATED=1 Q0=12 Q1=14 MOST=64 STAGES=8; Q0=6 Q1=-1 MOST=64 STAGES=8;
+//           Q0=6 Q1=-1 MOST=32 CTAS=2 STAGES=7 @9.0a
 // Needs     8.0
 // Tested by tests/gpu/test_gemm.py, tests/kernels/test_gemm.py
 #include "gemm.cuh"

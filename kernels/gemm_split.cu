@@ -28,12 +28,6 @@
 #include "gemm_dense.cuh"
 #endif
 
-#if CLUSTER > 1
-#define __split_bounds__(threads) __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(threads, CTAS)
-#else
-#define __split_bounds__(threads) __launch_bounds__(threads, CTAS)
-#endif
-
 constexpr int LD = GEMM_ROWS + 4;  // of sums [TOKENS][LD]: a warp's stores meet all banks
 
 // ---------------------------------------------------------------- device helpers ------------
@@ -51,6 +45,14 @@ struct Shares {
 };
 
 typedef Gemm<Shares, TILE_BYTES, true> Ring;
+
+// With WGMMA the warps that copy x and those that store wait for the launch before by themselves.
+__device__ __forceinline__ void begin() {
+    pdl_launch();
+#ifndef WGMMA
+    pdl_wait();
+#endif
+}
 
 // A barrier of the cluster's computing threads: the others leave, and don't count then.
 __device__ __forceinline__ void sync() {
@@ -147,16 +149,13 @@ __device__ __forceinline__ void for_own(
 
 // ---------------------------------------------------------------- kernels -------------------
 #ifdef GATED
-extern "C" __global__ void __split_bounds__(GEMM_THREADS)
+extern "C" __global__ void __cluster_bounds__(GEMM_THREADS, CTAS)
 gemm_gated_split(unsigned short* h, const unsigned char* gate, const unsigned char* up,
                  const unsigned short* x, int n, int rows, int row_tiles, int col_tiles, int cols,
                  int skip, long long ldh, long long ldx) {
     extern __shared__ uint4 shared[];
     __shared__ Items items;  // spares registers
-    pdl_launch();
-#ifndef WGMMA
-    pdl_wait();
-#endif
+    begin();
     items.set(gate, up, x, ldx, n, rows, row_tiles, col_tiles, cols, skip);
     __syncthreads();  // every thread wrote the same
     const Shares shares{items, (int)gridDim.x};
@@ -184,7 +183,7 @@ gemm_gated_split(unsigned short* h, const unsigned char* gate, const unsigned ch
     sync();  // others may still read this CTA's sums
 }
 #else
-extern "C" __global__ void __split_bounds__(GEMM_THREADS)
+extern "C" __global__ void __cluster_bounds__(GEMM_THREADS, CTAS)
 gemm_split(void* y0, const unsigned char* w0, int rows0, int row_tiles0, int col_tiles0, int skip0,
            long long ldy0, long long yb0, void* y1, const unsigned char* w1, int rows1,
            int row_tiles1, int col_tiles1, int skip1, long long ldy1, long long yb1, void* y2,
@@ -193,10 +192,7 @@ gemm_split(void* y0, const unsigned char* w0, int rows0, int row_tiles0, int col
            long long ldx, long long xb, float scale) {
     extern __shared__ uint4 shared[];
     __shared__ Items items;  // spares registers
-    pdl_launch();
-#ifndef WGMMA
-    pdl_wait();
-#endif
+    begin();
     items.s0 = {y0, w0, rows0, row_tiles0, col_tiles0, skip0, ldy0, yb0};
     items.s1 = {y1, w1, rows1, row_tiles1, col_tiles1, skip1, ldy1, yb1};
     items.s2 = {y2, w2, rows2, row_tiles2, col_tiles2, skip2, ldy2, yb2};

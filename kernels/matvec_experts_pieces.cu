@@ -48,8 +48,7 @@ __device__ __forceinline__ void ask(const At& at, const TileView<GATE>& gate, lo
     RowStreams<WIDE, UP>& second = w;
     w.start(gate, gate_tile * N_COL_TILES + piece * WIDE, 0, 0);
     second.start(up, up_tile * N_COL_TILES + piece * WIDE, 0, 0);
-    row_expect(at.full(), RowStreams<WIDE, GATE, UP>::nbytes);
-    row_fetch(w, at.memory(), at.full());
+    at.fetch(w);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -127,17 +126,11 @@ experts_up_pieces(float* h, const unsigned char* gate, const unsigned char* up,
                 at.leave();
                 at.next();
             }
-            piece_rows(acc, part[k][warp]);
+            few_rows(acc, part[k][warp]);
         }
     }
     __syncthreads();
-    float scale = 1.f;
-    if (WITH_NORM) {
-        float square = 0.f;
-#pragma unroll
-        for (int w = 0; w < N_WARPS; w++) square += squared[w];
-        scale = rsqrtf(square / d + eps);
-    }
+    const float scale = WITH_NORM ? row_norm(squared, d, eps) : 1.f;
     for (int k = threadIdx.x >> 4; k < n; k += THREADS / 16) {
         const int row = threadIdx.x & 15, tile = blockIdx.x + k * ctas, routed = tile - shared_tiles;
         const int slot = max(routed, 0) / row_tiles, o = 16 * (routed < 0 ? tile : routed - slot * row_tiles) + row;
@@ -193,16 +186,14 @@ experts_down_pieces(float* y, const unsigned char* down, const unsigned char* sh
                 } else if (p < N_USED) {
                     Routed w;
                     w.start(of_routed, ((long long)e * row_tiles + tile) * N_COL_TILES, 0, 0);
-                    row_expect(at.full(), Routed::nbytes);
-                    row_fetch(w, at.memory(), at.full());
+                    at.fetch(w);
                 }
 #if N_SHARED
                 else {
                     Beside w;
                     w.start(tile_view<WTYPE1>(shared_down, row_tiles, N_SHARED * N_COL_TILES),
                             ((long long)tile * N_SHARED + p - N_USED) * N_COL_TILES, 0, 0);
-                    row_expect(at.full(), Beside::nbytes);
-                    row_fetch(w, at.memory(), at.full());
+                    at.fetch(w);
                 }
 #endif
             }
@@ -231,7 +222,7 @@ experts_down_pieces(float* y, const unsigned char* down, const unsigned char* sh
                 at.leave();
                 at.next();
             }
-            piece_rows(acc, part[k][warp]);
+            few_rows(acc, part[k][warp]);
         }
     }
     Post<SEND_TO> post;

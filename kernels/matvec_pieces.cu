@@ -44,10 +44,7 @@ struct Memory {
     PieceRing<N_STAGES, NBYTES> ring;
 
     __device__ __forceinline__ float norm(int in, float eps) const {
-        float square = 0.f;
-#pragma unroll
-        for (int w = 0; w < N_WARPS; w++) square += squared[w];
-        return rsqrtf(square / in + eps);
+        return row_norm(squared, in, eps);
     }
     __device__ __forceinline__ float sum(int k, int stream, int row) const {
         float sum = 0.f;
@@ -81,7 +78,7 @@ __device__ __forceinline__ void multiply(Memory& memory, int n, const float* x, 
             at.leave();
             at.next();
         }
-        piece_rows(acc, memory.part[k][warp]);
+        few_rows(acc, memory.part[k][warp]);
     }
 }
 
@@ -107,8 +104,7 @@ gated_pieces(float* h, const unsigned char* gate, const unsigned char* up, const
                     RowStreams<WIDE, WTYPE1>& second = w;
                     w.start(of_gate, first, 0, 0), second.start(of_up, first, 0, 0);
                     at.wait_empty();
-                    row_expect(at.full(), NBYTES);
-                    row_fetch(w, at.memory(), at.full());
+                    at.fetch(w);
                 }
         }
         pdl_wait();
@@ -144,8 +140,7 @@ products_pieces(float* y0, float* y1, const unsigned char* w0, const unsigned ch
                     w.start(other < 0 ? view0 : view1,
                             (long long)(other < 0 ? tile : other) * N_COL_TILES + p * WIDE, 0, 0);
                     at.wait_empty();
-                    row_expect(at.full(), NBYTES);
-                    row_fetch(w, at.memory(), at.full());
+                    at.fetch(w);
                 }
         }
         pdl_wait();

@@ -17,12 +17,6 @@
 // Tested by tests/kernels/test_matvec.py, tests/gpu/test_cuda_matvec.py
 #include "matvec_bulk.cuh"
 
-#ifdef SIMT
-extern thread_local unsigned char ring[];
-#else
-__align__(128) extern __shared__ unsigned char ring[];
-#endif
-
 constexpr int THREADS = 32 * N_WARPS + 32;
 
 extern "C" __global__ void __launch_bounds__(THREADS, N_CTAS)
@@ -72,13 +66,7 @@ products_stream(float* y, const unsigned char* weight, const float* x, const flo
         }
     }
     __syncthreads();
-    float scale = 1.f;
-    if (WITH_NORM) {
-        float square = 0.f;
-#pragma unroll
-        for (int w = 0; w < N_WARPS; w++) square += squared[w];
-        scale = rsqrtf(square / in + eps);
-    }
+    const float scale = WITH_NORM ? row_norm(squared, in, eps) : 1.f;
     for (int k = threadIdx.x >> 4; k < n; k += THREADS / 16) {
         const int row = threadIdx.x & 15, o = 16 * (blockIdx.x + k * gridDim.x) + row;
         float sum = 0.f;

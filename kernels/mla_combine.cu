@@ -24,6 +24,7 @@
 // Spills    none
 // Sources   own
 // Tested by tests/kernels/test_mla.py, tests/gpu/test_cuda_attention.py
+#include "cluster.cuh"
 #include "mla_merge.cuh"
 #include "pdl.cuh"
 
@@ -37,18 +38,11 @@ constexpr int TILES = (R + EDGE - 1) / EDGE * EDGE / 64, USED = (R + 63) / 64;  
 #endif
 
 // ---------------------------------------------------------------- kernels -------------------
-#if defined(CLUSTER) && __CUDA_ARCH__ >= 900
+#if CLUSTER > 1 && __CUDA_ARCH__ >= 900
 constexpr int SHARE = R / CLUSTER, OWN = (ROW_TILES + CLUSTER - 1) / CLUSTER;  // columns merged; row tiles of a CTA
 constexpr int DEPTH = (USED + 7) / 8;                    // column tiles of a warp
 
-__device__ __forceinline__ void cluster_arrive() {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait() {
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(256)
+extern "C" __global__ void __cluster_bounds__(256)
 mla_combine(float* o, const float* part, const float* stat, const unsigned char* v_b, const int* pos,
             int n, int h, int splits, int top_k) {
     __align__(16) __shared__ float x[CLUSTER * SHARE];
@@ -74,16 +68,10 @@ mla_combine(float* o, const float* part, const float* stat, const unsigned char*
                                         rank * SHARE);
     cluster_wait();
     if (threadIdx.x < SHARE) {  // to everybody's x
-        const unsigned here = (unsigned)__cvta_generic_to_shared(x + rank * SHARE + threadIdx.x);
 #pragma unroll
-        for (int i = 0; i < CLUSTER; i++) {
-            unsigned there;
-            asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(i));
-            asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(y) : "memory");
-        }
+        for (int i = 0; i < CLUSTER; i++) store_there(peer_address(x + rank * SHARE + threadIdx.x, i), y);
     }
-    cluster_arrive();
-    cluster_wait();
+    cluster_sync();
     float acc[OWN][2];
 #pragma unroll
     for (int k = 0; k < OWN; k++) acc[k][0] = acc[k][1] = 0.f;
@@ -135,15 +123,12 @@ mla_combine_many(float* o, const float* part, const float* stat, const unsigned 
         const long long row = (long long)(first + warp + 8 * i) * h + head;
         float peak = __int_as_float(0xff800000), total = 0.f;
         for (int s = lane; s < live[i]; s += 32) peak = fmaxf(peak, stat[(row * splits + s) * 2]);
-#pragma unroll
-        for (int offset = 16; offset; offset >>= 1)
-            peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, offset));
+        peak = warp_max(peak);
         for (int s = lane; s < live[i]; s += 32) {
             const float top = stat[(row * splits + s) * 2], sum = stat[(row * splits + s) * 2 + 1];
             if (sum > 0.f) total += sum * exp2f(top - peak);
         }
-#pragma unroll
-        for (int offset = 16; offset; offset >>= 1) total += __shfl_xor_sync(~0u, total, offset);
+        total = warp_sum(total);
         if (lane == 0) {
             peaks[warp + 8 * i] = peak, lives[warp + 8 * i] = live[i];
             inverses[warp + 8 * i] = live[i] ? 1.f / total : 0.f;

@@ -22,7 +22,9 @@
 // Tested by tests/gpu/test_cuda_attention.py
 #include <cuda_fp16.h>
 
+#define CLUSTER 8
 #include "bulk_copy.cuh"
+#include "cluster.cuh"
 #include "matvec_cta.cuh"
 #include "mla_splits.cuh"
 #include "mma.cuh"
@@ -36,25 +38,6 @@ static_assert(R == 512 && W % 16 == 0 && N_ROWS % 32 == 0, "64 columns a CTA, wh
 static_assert(HEADS <= 8 && HEADS * (P / 2) <= 256, "heads are columns of B; a thread a pair of q_pe");
 
 // ---------------------------------------------------------------- device helpers ------------
-__device__ __forceinline__ void cluster_arrive() {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait() {
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// Where CTA `rank` of the cluster has what `mine` is here.
-__device__ __forceinline__ unsigned there(const void* mine, int rank) {
-    unsigned at;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-                 : "=r"(at) : "r"(shared_address(mine)), "r"(rank));
-    return at;
-}
-__device__ __forceinline__ void send(unsigned at, float a, float b) {
-    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(a), "f"(b) : "memory");
-}
-__device__ __forceinline__ void send(unsigned at, unsigned a) {
-    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(at), "r"(a) : "memory");
-}
 __device__ __forceinline__ unsigned halves(float a, float b) {
     const __half2 two = __floats2half2_rn(a, b);
     return *(const unsigned*)&two;
@@ -63,7 +46,7 @@ __device__ __forceinline__ unsigned halves(float a, float b) {
 // ---------------------------------------------------------------- kernels -------------------
 extern __shared__ uint4 attention_memory[];
 
-extern "C" __global__ void __cluster_dims__(8, 1, 1) __launch_bounds__(256, CTAS)
+extern "C" __global__ void __cluster_bounds__(256, CTAS)
 mla_short(float* o, __half* cache, const float* q, const float* c_kv, const float* k_pe,
           const float* norm, const unsigned char* k_b, const unsigned char* v_b, const float* cosine,
           const float* sine, const int* pos, int h, float eps, float scale, float warmth, int length) {
@@ -174,11 +157,10 @@ mla_short(float* o, __half* cache, const float* q, const float* c_kv, const floa
     }
 #pragma unroll
     for (int a = 0; a < HEADS; a++)
-        send(there(query[a] + 64 * rank + 2 * lane, warp),
-             halves((lat[a][0][2 * lane] + lat[a][1][2 * lane]) * warmer,
-                    (lat[a][0][2 * lane + 1] + lat[a][1][2 * lane + 1]) * warmer));
-    cluster_arrive();
-    cluster_wait();
+        store_there(peer_address(query[a] + 64 * rank + 2 * lane, warp),
+                    halves((lat[a][0][2 * lane] + lat[a][1][2 * lane]) * warmer,
+                           (lat[a][0][2 * lane + 1] + lat[a][1][2 * lane + 1]) * warmer));
+    cluster_sync();
 
     // ---- scores: each warp has some columns of all rows; a query is a column of B
     barrier_wait(shared_address(&bar), 0);
@@ -229,9 +211,7 @@ mla_short(float* o, __half* cache, const float* q, const float* c_kv, const floa
             p[a][i] = row < rows ? p[a][i] * (scale * 1.4426950408889634f) : none;
             top[a] = fmaxf(top[a], p[a][i]);
         }
-#pragma unroll
-        for (int offset = 16; offset; offset >>= 1)
-            top[a] = fmaxf(top[a], __shfl_xor_sync(~0u, top[a], offset));
+        top[a] = warp_max(top[a]);
 #pragma unroll
         for (int i = 0; i < HELD; i++) {
             p[a][i] = rows > 0 ? exp2f(p[a][i] - top[a]) : 0.f;
@@ -268,13 +248,12 @@ mla_short(float* o, __half* cache, const float* q, const float* c_kv, const floa
     if (g < HEADS) {
 #pragma unroll
         for (int i = 0; i < 8; i++)
-            send(there(&shares[rank][g][8 * i + 2 * t], warp), out[i][0], out[i][1]);
+            store_there(peer_address(&shares[rank][g][8 * i + 2 * t], warp), out[i][0], out[i][1]);
     }
 #pragma unroll
     for (int a = 0; a < HEADS; a++)
-        if (lane == 0) send(there(stats[rank][a], warp), top[a], total[a]);
-    cluster_arrive();
-    cluster_wait();
+        if (lane == 0) store_there(peer_address(stats[rank][a], warp), top[a], total[a]);
+    cluster_sync();
 
     // ---- all shares of this CTA's 64 columns merged, and taken out of latent space
 #pragma unroll
@@ -299,13 +278,14 @@ mla_short(float* o, __half* cache, const float* q, const float* c_kv, const floa
             few_add<WTYPE1>(w1[a][k], in, lane, rows_of);
             few_rows(rows_of);
             if (t == 0) {
-                send(there(&outs[rank][a * OWN1 + k][g], warp), __float_as_uint(rows_of[0]));
-                send(there(&outs[rank][a * OWN1 + k][8 + g], warp), __float_as_uint(rows_of[1]));
+                store_there(peer_address(&outs[rank][a * OWN1 + k][g], warp),
+                            __float_as_uint(rows_of[0]));
+                store_there(peer_address(&outs[rank][a * OWN1 + k][8 + g], warp),
+                            __float_as_uint(rows_of[1]));
             }
         }
     }
-    cluster_arrive();
-    cluster_wait();
+    cluster_sync();
     if (threadIdx.x < 16 * HEADS * OWN1) {
         const int own = threadIdx.x / 16, at = 16 * (rank + 8 * (own % OWN1)) + threadIdx.x % 16;
         float sum = outs[0][own][threadIdx.x % 16];

@@ -1,5 +1,5 @@
 // Op        moe_sort: the slots (token t's choice k is slot t n_used + k) in order of their expert, and
-//           tiles of up to `tile` (128 or 32) of them, wide ones first, for the grouped products
+//           tiles of up to `tile` (128, 64 or 32) of them, wide ones first, for the grouped products
 //           moe_combine: y[t] (+)= sum_k weights[t][k] * 16 part[t n_used + k], in the order of k
 // Shapes    slots [n_slots], tiles [most, 4]: (held expert, first place in slots, slots, 0), most =
 //           n_slots / tile + held; ends [4]: tiles of over 3/4, over half, over a quarter of `tile`

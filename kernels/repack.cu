@@ -15,6 +15,7 @@
 // Spills    none
 #include "pdl.cuh"
 #include "quants.cuh"
+#include "reduce.cuh"
 #include "tile_layout.cuh"
 
 template <int QTYPE> struct Stored { typedef unsigned char Number; };
@@ -255,9 +256,7 @@ FORCE_INLINE void repack(
                     row < rows ? block_scale<QTYPE>(b) : 0;
         }
     }
-#pragma unroll
-    for (int offset = 16; offset; offset >>= 1)
-        bound = fmaxf(bound, __shfl_xor_sync(~0u, bound, offset));
+    bound = warp_max(bound);
     if (lane == 0) atomicMax((unsigned*)buffer, __float_as_uint(bound));  // of positive floats
 }
 

@@ -227,7 +227,7 @@ __device__ __forceinline__ void exchange_candidates(
 }
 #endif
 
-extern "C" __global__ void __select_bounds__(SELECT_THREADS)
+extern "C" __global__ void __cluster_bounds__(SELECT_THREADS)
 sample(int* token, int* pos, int* ring, float* logits, const long long* chain, int n_vocab,
        int ring_size, int first, const void* mail) {
     __shared__ SelectShared s;

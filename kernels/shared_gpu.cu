@@ -14,6 +14,7 @@
 #include <cuda_fp16.h>
 
 #include "pdl.cuh"
+#include "reduce.cuh"
 
 #ifndef TYPE
 #define TYPE 0
@@ -27,11 +28,7 @@ __device__ __forceinline__ float travelled(float x) {
 #elif TYPE == 2
     return __bfloat162float(__float2bfloat16_rn(x));
 #elif TYPE == 3
-    float most = fabsf(x);
-#pragma unroll
-    for (int offset = 16; offset; offset >>= 1)
-        most = fmaxf(most, __shfl_xor_sync(~0u, most, offset));
-    const float d = most / 127.f, inverse = d == 0.f ? 0.f : 1.f / d;
+    const float most = warp_max(fabsf(x)), d = most / 127.f, inverse = d == 0.f ? 0.f : 1.f / d;
     return __half2float(__float2half_rn(d)) * roundf(x * inverse);
 #else
     return x;

@@ -80,8 +80,24 @@ def chunk_rows(sizes: Sizes, n_ctx: int) -> int:
 
 
 def chunks(sizes: Sizes, n_ctx: int, n_kv: int) -> int:
-    """Chunks of a step over n_kv rows. Part of the key of captured steps."""
+    """Chunks of a step over n_kv rows."""
     return -(-n_kv // chunk_rows(sizes, n_ctx))
+
+
+def step_kind(sizes: Sizes, n: int, n_ctx: int, n_kv: int) -> tuple[int, bool]:
+    """What a captured step of `n` tokens, padded ones too, depends on: chunks; few rows before it.
+
+    Alike for all heads means alike for some of them: see chunk_rows.
+    """
+    return chunks(sizes, n_ctx, n_kv), n_kv < 2 * n
+
+
+def planned_rows(sizes: Sizes, n: int, n_ctx: int, n_kv: int) -> int:
+    """The n_kv that work is divided for: one of all steps of a kind, so that bits don't depend on
+    which of them was captured. The least while few rows lie before the step, else the most."""
+    n_chunks, flat = step_kind(sizes, n, n_ctx, n_kv)
+    chunk = chunk_rows(sizes, n_ctx)
+    return max(n, (n_chunks - 1) * chunk + 1) if flat else min(n_ctx, n_chunks * chunk)
 
 
 def scratch_bytes(sizes: Sizes, n: int, n_ctx: int) -> int:

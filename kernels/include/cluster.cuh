@@ -10,7 +10,7 @@
 #endif
 
 #if CLUSTER > 1
-#define __select_bounds__(threads) __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(threads)
+#define __cluster_bounds__(...) __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(__VA_ARGS__)
 
 __device__ __forceinline__ unsigned cluster_rank() {
     unsigned rank;
@@ -23,6 +23,7 @@ __device__ __forceinline__ void cluster_arrive() {
 __device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
+// Where CTA `rank` of the cluster has what `mine` is here.
 __device__ __forceinline__ unsigned peer_address(const void* mine, unsigned rank) {
     unsigned at;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
@@ -36,12 +37,21 @@ __device__ __forceinline__ unsigned peer_load(const unsigned* mine, unsigned ran
                  : "=r"(v) : "r"(peer_address(mine, rank)) : "memory");
     return v;
 }
+// To an address that peer_address() gave.
+__device__ __forceinline__ void store_there(unsigned at, unsigned v) {
+    asm volatile("st.shared::cluster.u32 [%0], %1;" :: "r"(at), "r"(v) : "memory");
+}
+__device__ __forceinline__ void store_there(unsigned at, float v) {
+    asm volatile("st.shared::cluster.f32 [%0], %1;" :: "r"(at), "f"(v) : "memory");
+}
+__device__ __forceinline__ void store_there(unsigned at, float a, float b) {
+    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" :: "r"(at), "f"(a), "f"(b) : "memory");
+}
 __device__ __forceinline__ void peer_store(unsigned* mine, unsigned rank, unsigned v) {
-    asm volatile("st.shared::cluster.u32 [%0], %1;"
-                 :: "r"(peer_address(mine, rank)), "r"(v) : "memory");
+    store_there(peer_address(mine, rank), v);
 }
 #else
-#define __select_bounds__(threads) __launch_bounds__(threads)
+#define __cluster_bounds__(...) __launch_bounds__(__VA_ARGS__)
 __device__ __forceinline__ unsigned cluster_rank() { return 0; }
 __device__ __forceinline__ void cluster_arrive() {}
 __device__ __forceinline__ void cluster_wait() { __syncthreads(); }

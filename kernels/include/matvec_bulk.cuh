@@ -5,6 +5,12 @@
 #pragma once
 #include "matvec_ring.cuh"
 
+#ifdef SIMT  // stages of row tiles, or of pieces of them
+extern thread_local unsigned char ring[];
+#else
+__align__(128) extern __shared__ unsigned char ring[];
+#endif
+
 // ---------------------------------------------------------------- instructions --------------
 using RowBarrier = unsigned long long;
 #ifdef SIMT  // copies are over at once. A barrier: phase, arrivals of a phase and those missing, 16 bits each
@@ -129,3 +135,12 @@ struct RowX {
         for (int k = 0; k < STREAMS::count; k++) few_rows(acc[k]);
     }
 };
+
+// 1 / sqrt(mean of x^2 + eps) out of the warps' sums of squares.
+template <int WARPS>
+__device__ __forceinline__ float row_norm(const float (&squared)[WARPS], int in, float eps) {
+    float square = 0.f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) square += squared[w];
+    return rsqrtf(square / in + eps);
+}

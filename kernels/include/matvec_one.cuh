@@ -290,13 +290,7 @@ __device__ __forceinline__ void one_rows(
                                                  : SHARE::has_first(i, count)));
             }
         }
-#pragma unroll
-        for (int r = 0; r < streams; r++) {
-            few_rows(acc[r]);
-            if ((lane & 3) == 0)
-                part[k][warp][r][lane >> 2] = acc[r][0],
-                part[k][warp][r][8 + (lane >> 2)] = acc[r][1];
-        }
+        few_rows(acc, part[k][warp]);
     }
 }
 

@@ -5,12 +5,6 @@
 #pragma once
 #include "matvec_bulk.cuh"
 
-#ifdef SIMT
-extern thread_local unsigned char ring[];
-#else
-__align__(128) extern __shared__ unsigned char ring[];
-#endif
-
 // ---------------------------------------------------------------- x -------------------------
 // The fragments of x that meet a warp's column tiles of each of PIECES pieces of TILES column tiles: those
 // of part `part` of PARTS.
@@ -110,19 +104,15 @@ struct PieceAt {
         if (n >= STAGES) row_wait(of.empty + stage, parity ^ 1);
     }
     __device__ __forceinline__ void wait_full() const { row_wait(of.full + stage, parity); }
+    // By the thread that asks: all bytes of the row tiles that `w` has started on.
+    template <class STREAMS>
+    __device__ __forceinline__ void fetch(const STREAMS& w) const {
+        row_expect(full(), STREAMS::nbytes);
+        row_fetch(w, memory(), full());
+    }
     // By a whole warp that has read the stage.
     __device__ __forceinline__ void leave() const {
         __syncwarp();
         if ((threadIdx.x & 31) == 0) row_arrive(of.empty + stage);
     }
 };
-// The rows' sums of a warp, out of what its lanes have.
-template <int STREAMS>
-__device__ __forceinline__ void piece_rows(float (&acc)[STREAMS][2], float (*out)[16]) {
-    const int lane = threadIdx.x & 31;
-#pragma unroll
-    for (int i = 0; i < STREAMS; i++) {
-        few_rows(acc[i]);
-        if ((lane & 3) == 0) out[i][lane >> 2] = acc[i][0], out[i][8 + (lane >> 2)] = acc[i][1];
-    }
-}

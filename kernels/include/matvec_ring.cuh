@@ -169,13 +169,7 @@ __device__ __forceinline__ void ring_rows(
             ring_commit();
             if (++stage == STAGES) stage = 0;
         }
-#pragma unroll
-        for (int r = 0; r < streams; r++) {
-            few_rows(acc[r]);
-            if ((lane & 3) == 0)
-                part[k][warp][r][lane >> 2] = acc[r][0],
-                part[k][warp][r][8 + (lane >> 2)] = acc[r][1];
-        }
+        few_rows(acc, part[k][warp]);
     }
 }
 #else

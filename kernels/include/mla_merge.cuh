@@ -2,6 +2,7 @@
 #pragma once
 
 #include "mla_splits.cuh"
+#include "reduce.cuh"
 
 #define MERGE_SPLITS 256  // splits that can be merged: a thread weighs one
 
@@ -46,14 +47,11 @@ __device__ __forceinline__ float merge_splits(const float* part, const float* st
         }
         peak = fmaxf(peak, top[i]);
     }
-#pragma unroll
-    for (int offset = 16; offset; offset >>= 1)
-        peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, offset));
+    peak = warp_max(peak);
 #pragma unroll
     for (int i = 0; i < WEIGHED; i++)
         if (top[i] > none) total += sum[i] * exp2f(top[i] - peak);
-#pragma unroll
-    for (int offset = 16; offset; offset >>= 1) total += __shfl_xor_sync(~0u, total, offset);
+    total = warp_sum(total);
     float4 o = make_float4(0.f, 0.f, 0.f, 0.f);
     auto add = [&](float its_top, const float4& x) {
         const float w = its_top > none ? exp2f(its_top - peak) : 0.f;

@@ -3,6 +3,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "reduce.cuh"
+
 // A warp writes block `b`, 32 values, of row `pos` of the cache; y: this lane's value, 0 beyond the
 // row's width. KIND 0 float16, 1 bfloat16, 2 float32, 3 q8_0: int8 [n_ctx, 32 blocks] and float16
 // scales [n_ctx, blocks] apart, as gguf-py quantises: scale = largest |y| / 127, halves rounded away
@@ -14,11 +16,7 @@ __device__ __forceinline__ void store_block(void* cache, __half* scales, long lo
     const long long at = pos * width + i;
     if (KIND == 3) {
         const int blocks = (width + 31) / 32;
-        float most = fabsf(y);
-#pragma unroll
-        for (int offset = 16; offset; offset >>= 1)
-            most = fmaxf(most, __shfl_xor_sync(~0u, most, offset));
-        const float d = most / 127.f, inverse = d == 0.f ? 0.f : 1.f / d;
+        const float most = warp_max(fabsf(y)), d = most / 127.f, inverse = d == 0.f ? 0.f : 1.f / d;
         ((signed char*)cache)[pos * 32 * blocks + i] = (signed char)(int)roundf(y * inverse);
         if (lane == 0) scales[pos * blocks + b] = __float2half_rn(d);
         return;

@@ -13,15 +13,6 @@ __device__ __forceinline__ unsigned ordered(float x) {
     return u & 0x80000000 ? ~u : u | 0x80000000;
 }
 
-__device__ __forceinline__ unsigned warp_max(unsigned x) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    return __reduce_max_sync(~0u, x);
-#else
-    for (int offset = 16; offset; offset >>= 1) x = max(x, __shfl_xor_sync(~0u, x, offset));
-    return x;
-#endif
-}
-
 struct Choice {
     int n_used, n_groups, n_groups_used, sigmoid, renormalise;
     float scale;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cluster.cuh"
+#include "reduce.cuh"
 
 #define SELECT_THREADS 1024
 #define SELECT_WARPS (SELECT_THREADS / 32)
@@ -34,14 +35,6 @@ __device__ __forceinline__ float larger(float a, float b) {
 #endif
 }
 
-__device__ __forceinline__ unsigned warp_max(unsigned x) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    return __reduce_max_sync(~0u, x);
-#else
-    for (int offset = 16; offset; offset >>= 1) x = max(x, __shfl_xor_sync(~0u, x, offset));
-    return x;
-#endif
-}
 __device__ __forceinline__ unsigned warp_min(unsigned x) { return ~warp_max(~x); }
 __device__ __forceinline__ unsigned warp_add(unsigned x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800

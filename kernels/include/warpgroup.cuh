@@ -78,7 +78,8 @@ __device__ __forceinline__ void take_registers() {
 #define PRODUCT_D8 PRODUCT_D4 ", %4, %5, %6, %7"
 #define PRODUCT_D12 PRODUCT_D8 ", %8, %9, %10, %11"
 #define PRODUCT_D16 PRODUCT_D12 ", %12, %13, %14, %15"
-#define PRODUCT_D32 PRODUCT_D16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define PRODUCT_D24 PRODUCT_D16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define PRODUCT_D32 PRODUCT_D24 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define PRODUCT_D48 PRODUCT_D32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define PRODUCT_D64 PRODUCT_D48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define PRODUCT_D96                                                                                       \
@@ -105,7 +106,7 @@ __device__ __forceinline__ void multiply(float (&d)[COUNT], Slab a, Slab b, int 
 template <int COUNT>
 __device__ __forceinline__ void multiply(
         float (&d)[COUNT], const unsigned (&a)[4], Slab b, int add) {
-    static_assert(COUNT <= 64 && COUNT % (COUNT < 16 ? 4 : 16) == 0, "no such width");
+    static_assert(COUNT <= 64 && COUNT % (COUNT < 16 ? 4 : COUNT < 32 ? 8 : 16) == 0, "no such width");
     if constexpr (COUNT == 4)
         asm volatile(PRODUCT_TEXT("8", PRODUCT_D4, "{%4, %5, %6, %7}, %8", "%9", "0")
                      : PRODUCT_OUT4(0) : PRODUCT_FRAGMENT, "r"(add));
@@ -118,6 +119,10 @@ __device__ __forceinline__ void multiply(
     if constexpr (COUNT == 16)
         asm volatile(PRODUCT_TEXT("32", PRODUCT_D16, "{%16, %17, %18, %19}, %20", "%21", "0")
                      : PRODUCT_OUT16(0) : PRODUCT_FRAGMENT, "r"(add));
+    if constexpr (COUNT == 24)
+        asm volatile(PRODUCT_TEXT("48", PRODUCT_D24, "{%24, %25, %26, %27}, %28", "%29", "0")
+                     : PRODUCT_OUT16(0), PRODUCT_OUT4(16), PRODUCT_OUT4(20)
+                     : PRODUCT_FRAGMENT, "r"(add));
     if constexpr (COUNT == 32)
         asm volatile(PRODUCT_TEXT("64", PRODUCT_D32, "{%32, %33, %34, %35}, %36", "%37", "0")
                      : PRODUCT_OUT32(0) : PRODUCT_FRAGMENT, "r"(add));

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 Host = NDArray[Any]
 _PAGE = 4 << 20  # bytes of page-locked memory for copies
-_INPUT, _N_INPUTS = 64 << 10, 4  # bytes of a step's inputs; steps that may be under way
-_OUTPUT, _N_OUTPUTS = 2 << 20, 2  # likewise, of what is fetched from them
+UNDER_WAY = 8  # steps that may be, beside the one whose output is asked for: one a stage
+_INPUT, _OUTPUT = 64 << 10, 2 << 20  # bytes of a step's inputs, of what is fetched from it
 
 
 _NOT_READY = 600  # cudaErrorNotReady
@@ -100,7 +100,7 @@ class Device(Protocol):
         ...
 
     def fetch(self, array: Array) -> Callable[[], Host]:
-        """A host copy as of now, to be asked for after at most one more `fetch`."""
+        """A host copy as of now, to be asked for after at most UNDER_WAY more of them."""
         ...
 
     def spare(self, most: int) -> Array:
@@ -193,8 +193,8 @@ class CudaDevice:
         self._runtime = cp.cuda.runtime
         self._page = np.frombuffer(cp.cuda.alloc_pinned_memory(_PAGE), np.uint8, _PAGE)
         self._page_in_use = False  # by a copy to the device that may be under way
-        self._inputs: Any = Ring(_INPUT, _N_INPUTS)
-        self._outputs: Any = Ring(_OUTPUT, _N_OUTPUTS)
+        self._inputs: Any = Ring(_INPUT, UNDER_WAY + 1)
+        self._outputs: Any = Ring(_OUTPUT, UNDER_WAY + 1)
         device = cp.cuda.Device()
         self.name, self.index, self.use = name, int(device.id), device.use
         self.on_delay: Callable[[], None] | None = None  # called while a wait takes long

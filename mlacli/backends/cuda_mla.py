@@ -18,6 +18,7 @@ from mlacli.backends.cuda_acts import Act
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_attention import CacheRows
 from mlacli.backends.cuda_weights import near
+from mlacli.parallel.cuda_sizes import bucket
 
 if TYPE_CHECKING:
     from mlacli.backends.cuda_ops import CudaOps
@@ -51,10 +52,12 @@ class Attention:
     def step_kind(self, n: int, n_kv: int) -> tuple[Any, ...]:
         """What a captured step depends on beside its size."""
         chooses = self.hp.sparse is not None and n_kv > self.hp.sparse.top_k
-        form, chunks = attention_form(self.ops.context, n), 0
+        context, kind = self.ops.context, (0, False)
+        form = attention_form(context, n)
         if form.keys == "expanded":
-            chunks = expanded.chunks(self._sizes(self.hp.H), self.ops.context.n_ctx, n_kv)
-        return form, chunks, chooses, n == 1 and n_kv <= 8 * absorbed.SHORT_SHARE
+            size = bucket(n, context.n_ubatch)
+            kind = expanded.step_kind(self._sizes(self.hp.H), size, context.n_ctx, n_kv)
+        return form, *kind, chooses, n == 1 and n_kv <= 8 * absorbed.SHORT_SHARE
 
     def _sizes(self, h: int) -> expanded.Sizes:
         return expanded.Sizes(h, self.hp.r, self.hp.k, self.hp.p, self.hp.v)

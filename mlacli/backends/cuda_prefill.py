@@ -21,7 +21,9 @@ from mlacli.expanded_sizes import (
     chunk_rows,
     chunks,
     expand_shared,
+    planned_rows,
     slabs,
+    step_kind,
     takes,
     tile_rows,
 )
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
 _CACHES = {"f16": 0, "bf16": 1, "f32": 2, "q8_0": 3}  # CACHE_KIND of the kernels
 
-__all__ = ["Sizes", "attend_expanded", "chunks", "takes"]
+__all__ = ["Sizes", "attend_expanded", "step_kind", "takes"]
 
 
 class Launcher(Protocol):
@@ -69,19 +71,19 @@ def attend_expanded(
     q [n, h * (k + p)] float32 as the query product leaves it: rotation by step.cos and step.sin,
     and mistral4's temperature, are done here. k_b [h, r, k] and v_b [h, v, r] in tiles or GGUF
     bytes. step.pos[i] < 0 is a padded token, whose result is 0; rows past the highest position may
-    hold anything. Of step.n_kv only chunks() is baked in: a captured step serves all that have
-    as many.
+    hold anything. Of step.n_kv only step_kind() is baked in: a captured step serves all of a kind.
     """
     h, n = sizes.h, step.n
-    chunk = chunk_rows(sizes, kv.values.shape[0])
+    n_ctx = kv.values.shape[0]
+    chunk, n_chunks = chunk_rows(sizes, n_ctx), chunks(sizes, n_ctx, step.n_kv)
     n_k, n_p, n_v = slabs(sizes.k), slabs(sizes.p), slabs(sizes.v)
     attending = {"K": sizes.k, "P": sizes.p, "V": sizes.v, "TILE": tile_rows(sizes)}
     factor = scale * math.log2(math.e)
     queries, up, unboost = _inputs(ops, q, k_b, v_b, step, sizes, temperature)
     keys, values = (ops.new((h * chunk * size * 128,), np.uint8) for size in (n_k, n_v))
     rope = ops.new((chunk * n_p * 128,), np.uint8)
-    n_chunks = chunks(sizes, kv.values.shape[0], step.n_kv)
-    items, splits = sizes.items(n), _splits(sizes, n, step.n_kv, chunk, ops.n_sm)
+    planned = planned_rows(sizes, n, n_ctx, step.n_kv)
+    items, splits = sizes.items(n), _splits(sizes, n, planned, chunk, ops.n_sm)
     parts = splits * items if splits * n_chunks > 1 else 0
     state = ops.new((parts * sizes.kept // 4,)) if parts else None
     o = ops.new((n, h * sizes.v), np.float16)

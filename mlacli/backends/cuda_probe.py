@@ -104,8 +104,8 @@ def _own_rates(index: int) -> tuple[float, float]:
         n = min(_COPIED, int(cp.cuda.runtime.memGetInfo()[0]) // 4)
         a, b = cp.cuda.Memory(n), cp.cuda.Memory(n)
         page = cp.cuda.alloc_pinned_memory(n // 4)
-        own = 2 * n / _seconds_of_copy(index, b.ptr, a.ptr, n)  # read and written
-        return own, n // 4 / _seconds_of_copy(index, a.ptr, page.ptr, n // 4)
+        own = 2 * n / seconds_of_copy(index, b.ptr, a.ptr, n)  # read and written
+        return own, n // 4 / seconds_of_copy(index, a.ptr, page.ptr, n // 4)
 
 
 def _link_rate(source: int, target: int) -> float:
@@ -114,10 +114,10 @@ def _link_rate(source: int, target: int) -> float:
         a = cp.cuda.Memory(n)
     with cp.cuda.Device(target):
         b = cp.cuda.Memory(n)
-    return n / _seconds_of_copy(source, b.ptr, a.ptr, n)
+    return n / seconds_of_copy(source, b.ptr, a.ptr, n)
 
 
-def _seconds_of_copy(index: int, target: int, source: int, n: int) -> float:
+def seconds_of_copy(index: int, target: int, source: int, n: int) -> float:
     """The best of a few, by events on a stream of device `index`."""
     runtime, best = cp.cuda.runtime, float("inf")
     with cp.cuda.Device(index):

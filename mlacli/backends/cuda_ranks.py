@@ -36,7 +36,7 @@ class CudaRanks(Ranks):
     """Ranks on GPUs."""
 
     ops: list[CudaOps]
-    n_ahead = 1  # so that stages overlap, and no GPU waits for the host
+    n_ahead: int  # so that all stages have work, and no GPU waits for the host
 
     def __init__(self, plan: ShardPlan, context: ContextParams, hp: Any) -> None:
         if any(rank.kind != "cuda" for rank in plan.ranks):
@@ -46,6 +46,7 @@ class CudaRanks(Ranks):
             )
         self._context, self._hp, self._steps = context, hp, None
         n, self._together = len(plan.ranks), None
+        self.n_ahead = min(n, cuda_device.UNDER_WAY) if plan.mode == "layer" else 1
         self._lockstep = Lockstep(n)
         if plan.mode == "graph" and n > 1:
             widths = [rank.vocab[1] - rank.vocab[0] for rank in plan.ranks]

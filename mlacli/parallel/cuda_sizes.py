@@ -84,7 +84,7 @@ def slot_tile(n_slots: int, held: int) -> int:
 
     A tile's width is a quarter of it, two, three or four; few slots an expert need narrow ones.
     """
-    return 32 if n_slots <= 16 * held else 128
+    return next((tile for tile, most in ((32, 16), (64, 48)) if n_slots <= most * held), 128)
 
 
 # ---- absorbed attention ---------------------------------------------------------------------

@@ -1,23 +1,16 @@
 """bench_link.py without a GPU: the bytes that it counts, on the recorder."""
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from kit.example_scripts import example
 from kit.recorder import recorded
 
 from mlacli.loading.presets import PRESETS
 
-SOURCE = Path(__file__).parents[2] / "examples" / "bench_link.py"
-
 
 def test_bytes_of_the_experts_that_a_step_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("bench_link", SOURCE)
-    assert spec is not None and spec.loader is not None
-    bench = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+    bench = example("bench_link")
     with recorded(monkeypatch, replace(PRESETS["v2lite"], layers=3), cpu_moe=True) as engine:
         on_host = sum(s.bytes_on("cuda") for s in engine.prepared.plan.shards if s.host)
         load, decode, prefill = bench.lines(engine, 55e9, [96])

@@ -1,24 +1,17 @@
 """bench_ops.py without a GPU: what it records on the recorder, its fit and its table."""
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from kit.example_scripts import example
 from kit.recorder import Recorder, active_bytes, recorded, recorder
 
 from mlacli.loading.presets import PRESETS
 
-SOURCE = Path(__file__).parents[2] / "examples" / "bench_ops.py"
-
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_ops", SOURCE)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return example("bench_ops")
 
 
 @pytest.mark.parametrize("n", [1, 64])

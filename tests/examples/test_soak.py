@@ -31,6 +31,6 @@ def test_growth_beyond_the_bar_fails() -> None:
 
 
 def test_times_of_tokens() -> None:
-    done = run("token_times.py", "--dev", "cpu", "-n", "20")
+    done = run("token_times.py", "--dev", "cpu", "-n", "20", "--depth", "30", "--ub", "16")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("  p99 ") == 4
+    assert done.stdout.count("  p99 ") == 4 and done.stdout.count(" t/s") == 2

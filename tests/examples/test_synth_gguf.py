@@ -4,8 +4,6 @@ That a preset has its model's shapes is held to the files' published sizes; that
 tensors of a preset, to the plan.
 """
 
-import importlib.util
-import sys
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf.quants import dequantize
+from kit.example_scripts import example
 from kit.toy_gguf import Toy, write_toy
 
 import mlacli
@@ -21,15 +20,10 @@ from mlacli.loading.presets import PRESETS, value_spread
 from mlacli.loading.synthetic import tensor_infos
 from mlacli.models import ARCHS
 
-SOURCE = Path(__file__).parents[2] / "examples" / "synth_gguf.py"
-
 
 @pytest.fixture(scope="module")
 def synth():
-    spec = importlib.util.spec_from_file_location("synth_gguf", SOURCE)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return example("synth_gguf")
 
 
 @pytest.mark.parametrize("quant", ["q4_k_m", "q4_0", "q8_0", "f16"])

@@ -1,29 +1,22 @@
 """validate.py without a GPU: its splits, its arithmetic, weights that no split changes."""
 
-import importlib.util
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace as Of
 
 import numpy as np
 import pytest
+from kit.example_scripts import example
 from kit.simt import why_not
 from kit.simt_gpu import simulated
 
 from mlacli.kld_file import log_softmax
 from mlacli.loading.presets import PRESETS
 
-SOURCE = Path(__file__).parents[2] / "examples" / "validate.py"
-
 
 @pytest.fixture(scope="module")
 def validate():
-    spec = importlib.util.spec_from_file_location("validate", SOURCE)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return example("validate")
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 8])

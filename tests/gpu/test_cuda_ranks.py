@@ -211,6 +211,20 @@ def test_random_weights_are_the_same_whatever_the_split(n_ranks: int) -> None:
         assert engine.checked is not None
 
 
+@pytest.mark.parametrize("n_stages", [2, 4])
+def test_ubatches_under_way_in_all_stages_give_the_bits_of_one_gpu(n_stages: int) -> None:
+    """More ubatches than may be under way; the last one's logits, and those of a token after it."""
+    small = replace(PRESETS["v2lite"], layers=4, experts=8, vocab=2048)
+    tokens, found = np.random.default_rng(3).integers(0, 2048, 40 * 16 + 3).tolist(), []
+    for device, mode in (("cuda0", "none"), (",".join(["cuda0"] * n_stages), "layer")):
+        flags = {"device": device, "split_mode": mode, "ubatch_size": 16, "ctx_size": 1024}
+        params = to_params(library_values(LOADED, flags))
+        with Engine(prepare(SyntheticFile(small, on_gpus=True), params)) as engine:
+            found.append(np.stack([engine.prefill(tokens)[0], engine.decode(7)]))
+            assert len(engine.prepared.plan.ranks) == (1 if mode == "none" else n_stages)
+    assert np.array_equal(*found) and np.ptp(found[0]) > 0
+
+
 def test_memory_in_use_is_what_the_plan_says() -> None:
     with mlacli.load(None, **SPLITS["3 ranks"]) as engine:
         engine.prefill([1, 2, 3])

@@ -59,6 +59,12 @@ CASES: dict[str, Case] = {
     "few slots of a rank": (
         128, 1e-8, cases.routed, (("Q6_K", "Q5_K", "F16"), 33, 3, 9, 256, 96, 33, (2, 7))
     ),
+    "some slots of an expert": (
+        128, 1e-8, cases.routed, (("Q4_K", "Q4_K", "Q5_0"), 200, 6, 32, 512, 352, 35)
+    ),
+    "some slots of a rank": (
+        128, 1e-8, cases.routed, (("Q6_K", "Q5_K", "F16"), 100, 3, 9, 256, 96, 36, (2, 7))
+    ),
     "scores of few": (128, 1e-12, cases.scores, (33, 70, 2052, 34)),
     "rows": (128, 1e-12, cases.rows, (33, 2048, 26)),
     "ragged rows": (128, 1e-12, cases.rows, (5, 77, 27)),
@@ -108,6 +114,7 @@ def test_sorting(ops) -> None:
         cases.sorting(ops, 300, 6, 20, 3, 11, seed)
         cases.sorting(ops, 2048, 8, 256, 0, 256, seed)
         cases.sorting(ops, 64, 6, 64, 0, 64, seed, tile=32)
+        cases.sorting(ops, 512, 6, 64, 0, 64, seed, tile=64)
 
 
 @pytest.mark.parametrize("form", [128, *SHARED], ids=str)
@@ -126,7 +133,8 @@ def test_two_runs_give_the_same_bits(ops, monkeypatch, form) -> None:
     assert (runs[0] == runs[1]).all()
 
 
-def test_places_among_an_experts_slots_change_nothing(ops) -> None:
-    first, *others = cases.crowded(ops, 64, 35)
+@pytest.mark.parametrize("n", [64, 120, 300])  # tiles of 32, 64 and 128 slots
+def test_places_among_an_experts_slots_change_nothing(ops, n) -> None:
+    first, *others = cases.crowded(ops, n, 35)
     assert np.abs(first).max() > 0
     assert all((first == other).all() for other in others)

@@ -64,7 +64,7 @@ def test_the_forms_that_share_columns(ops, monkeypatch, parts) -> None:
 
 
 @pytest.mark.parametrize(("held_experts", "merged"), [(None, False), ((1, 2), True)])
-@pytest.mark.parametrize("n", [40, 27])  # wide tiles, narrow ones
+@pytest.mark.parametrize("n", [100, 40, 27])  # tiles of 128, 64 and 32 slots
 def test_experts(ops, held_experts, merged, n) -> None:
     types = ("Q4_0", "Q4_0" if merged else "IQ4_NL", "Q8_0")
     held(cases.routed(ops, types, n, 2, 4, 64, 32, 4, held_experts, merged), rounded=1e-8)
@@ -75,6 +75,7 @@ def test_sorting(ops, seed) -> None:
     cases.sorting(ops, 300, 6, 20, 3, 11, seed)
     cases.sorting(ops, 7, 1, 64, 0, 64, seed)
     cases.sorting(ops, 100, 2, 20, 3, 11, seed, tile=32)
+    cases.sorting(ops, 300, 2, 20, 3, 11, seed, tile=64)
 
 
 def test_rows(ops) -> None:

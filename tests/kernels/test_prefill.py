@@ -32,7 +32,7 @@ from mlacli import expanded_sizes
 from mlacli.backends import cuda_prefill
 from mlacli.backends.cuda_array import Array
 from mlacli.backends.cuda_prefill import Sizes, attend_expanded, takes
-from mlacli.expanded_sizes import chunks, scratch_bytes
+from mlacli.expanded_sizes import scratch_bytes, step_kind
 from mlacli.models.parts import Temperature
 from mlacli.ops import Step
 
@@ -107,47 +107,64 @@ def test_one_percent_of_a_key_weight_shows(simulated: Callable[..., SimulatedOps
 
 
 class Scratch:
-    """`cuda_prefill.Launcher` that runs nothing and counts bytes."""
+    """`cuda_prefill.Launcher` that runs nothing, counts bytes and keeps what was launched."""
 
     n_sm = 132
 
     def __init__(self) -> None:
         self.nbytes = 0
+        self.launches: list[tuple[Any, ...]] = []
 
     def new(self, shape: tuple[int, ...], dtype: Any = "f4") -> Array:
         array = Array.dense(0, shape, dtype)
         self.nbytes += -(-array.nbytes // 256) * 256
         return array
 
-    def run(self, *_: Any, **__: Any) -> None:
-        pass
+    def run(self, *launch: Any, **defines: Any) -> None:
+        plain = (x for x in launch if not isinstance(x, Array))
+        self.launches.append((*plain, *sorted(defines.items())))
+
+
+def attended(sizes: Sizes, n: int, n_ctx: int, n_kv: int) -> Scratch:
+    """What attention of `n` tokens takes and launches."""
+    ops, none = Scratch(), Array.dense(0, (1,), np.float32)
+    rows = Array.dense(0, (n_ctx, sizes.r + sizes.p), np.float16)
+    kv = SimpleNamespace(cache_type="f16", values=rows, scales=None)
+    w: Any = SimpleNamespace(tiles=none, qtype=SimpleNamespace(id=8))
+    q = Array.dense(0, (n, sizes.h * (sizes.k + sizes.p)), np.float32)
+    step = Step(none, none, none, none, n, n_kv, ())
+    attend_expanded(ops, q, kv, w, w, step, sizes, 1.0)
+    return ops
 
 
 @pytest.mark.parametrize("sizes", [V2_LITE, GLM_FLASH, MISTRAL, TOY, few(V2_LITE, 128)])
 @pytest.mark.parametrize("n", [128, 300, 2048])
 def test_the_plan_pays_for_all_scratch(sizes: Sizes, n: int) -> None:
-    n_ctx, none = 40960, Array.dense(0, (1,), np.float32)
-    rows = Array.dense(0, (n_ctx, sizes.r + sizes.p), np.float16)
-    kv = SimpleNamespace(cache_type="f16", values=rows, scales=None)
-    w: Any = SimpleNamespace(tiles=none, qtype=SimpleNamespace(id=8))
-    q = Array.dense(0, (n, sizes.h * (sizes.k + sizes.p)), np.float32)
-    taken = []
-    for n_kv in range(n, n_ctx + 1, 509):
-        ops, step = Scratch(), Step(none, none, none, none, n, n_kv, ())
-        attend_expanded(ops, q, kv, w, w, step, sizes, 1.0)
-        taken.append(ops.nbytes)
+    n_ctx = 40960
+    taken = [attended(sizes, n, n_ctx, n_kv).nbytes for n_kv in range(n, n_ctx + 1, 509)]
     assert max(taken) <= scratch_bytes(sizes, n, n_ctx) < 2 * max(taken) + (1 << 22)
 
 
-@pytest.mark.parametrize("n_ctx", [700, 5000, 40960])
-def test_steps_alike_for_all_heads_are_alike_for_some(n_ctx: int) -> None:
-    """The number of chunks is part of a captured step's key, which knows the model, no rank."""
-    for heads in (1, 5, 20, 32):
-        pairs = {
-            (chunks(few(GLM_FLASH, 128), n_ctx, n_kv), chunks(few(GLM_FLASH, heads), n_ctx, n_kv))
-            for n_kv in range(1, n_ctx + 1, 3)
-        }
-        assert len(dict(pairs)) == len(pairs)
+@pytest.mark.parametrize("heads", [1, 5, 20, 32, 128])
+@pytest.mark.parametrize("n, n_ctx", [(128, 700), (512, 5000), (512, 40960), (2048, 40960)])
+def test_steps_of_a_kind_launch_the_same(n: int, n_ctx: int, heads: int) -> None:
+    """A captured step's key knows the model, no rank: it tells apart what fewer heads launch."""
+    model, rank = few(GLM_FLASH, 128), few(GLM_FLASH, heads)
+    launched: dict[tuple[int, bool], list[tuple[Any, ...]]] = {}
+    for n_kv in (*range(n // 2, 4 * n, n // 8), *range(4 * n, n_ctx, 509), n_ctx):
+        launches = attended(rank, n, n_ctx, min(n_kv, n_ctx)).launches
+        kind = step_kind(model, n, n_ctx, min(n_kv, n_ctx))
+        assert launched.setdefault(kind, launches) == launches
+    assert len(launched) > 1
+
+
+def test_a_step_far_down_shares_its_rows_among_more_ctas() -> None:
+    """Its 64 items alone would leave half of 132 SMs idle."""
+    grids = [
+        [one[1] for one in attended(V2_LITE, 512, 16384, n_kv).launches if one[0] == "mla_prefill"]
+        for n_kv in (512, 8192)
+    ]
+    assert grids == [[(64, 1)], [(64, 2)]]
 
 
 def test_sizes_that_are_not_taken() -> None:

@@ -65,7 +65,7 @@ class SimulatedOps:
         sizes = "".join(f"#define {key} {value}\n" for key, value in sorted(defines.items()))
         text = sizes + text  # not as options: K and the like are names in the C++ library
         flags = [f"-DKERNEL={name}"]
-        kit = "".join((KIT / f).read_text() for f in ("simt.h", "warpgroup_sim.h"))
+        kit = "".join((KIT / f).read_text() for f in ("simt.h", "barrier_sim.h", "warpgroup_sim.h"))
         made_of = repr((text, flags, kit, HARNESS.read_text()))
         folder = self.folder / hashlib.sha256(made_of.encode()).hexdigest()[:16]
         if not (folder / "kernel.so").exists():

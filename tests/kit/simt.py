@@ -78,7 +78,8 @@ def kernel(name: str, defines: tuple[tuple[str, Any], ...]) -> Callable[..., Non
 
 def library(unit: str) -> ctypes.CDLL:
     """`unit`, which simt.h comes before, as a library."""
-    digest = _digest(unit, *(KIT.joinpath(file).read_text() for file in ("simt.h", "bulk_sim.h")))
+    headers = ("simt.h", "barrier_sim.h", "bulk_sim.h")
+    digest = _digest(unit, *(KIT.joinpath(file).read_text() for file in headers))
     made = _folder() / f"{digest}.so"
     if not made.exists():
         _build(made, "c++", "-", f'#include "{_precompiled()}"\n{unit}')

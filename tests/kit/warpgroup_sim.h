@@ -3,7 +3,7 @@
 // `shared` stands for dynamic shared memory; its addresses are offsets.
 // What it can't show: missing fences and waits for products, bank conflicts, speed.
 #pragma once
-#include <map>
+#include "barrier_sim.h"
 
 alignas(1024) static unsigned char shared[232448];
 
@@ -11,40 +11,6 @@ inline unsigned shared_address(const void* p) { return (unsigned)((unsigned char
 inline void pdl_wait() {}
 inline void pdl_launch() {}
 
-// ---------------------------------------------------------------- barriers ------------------
-struct SimBarrier {
-    int arrivals = 0, missing = 0, nbytes = 0, phase = 0;
-    void settle() {
-        if (missing == 0 && nbytes == 0) phase ^= 1, missing = arrivals;
-    }
-};
-static std::map<unsigned, SimBarrier> sim_barriers;
-
-inline void sim_fail(const char* what) {
-    fprintf(stderr, "%s in thread %d\n", what, threadIdx.x), abort();
-}
-inline SimBarrier& sim_barrier(unsigned bar) {
-    if (!sim_barriers.count(bar)) sim_fail("unknown barrier");
-    return sim_barriers[bar];
-}
-inline void barrier_init(unsigned bar, int n) { sim_barriers[bar] = {n, n, 0, 0}; }
-inline void barriers_ready() {}
-inline void barrier_arrive(unsigned bar) {
-    SimBarrier& b = sim_barrier(bar);
-    if (b.missing-- <= 0) sim_fail("too many arrivals");
-    b.settle();
-}
-inline void barrier_expect(unsigned bar, int nbytes) {
-    sim_barrier(bar).nbytes += nbytes;
-    barrier_arrive(bar);
-}
-inline void barrier_wait(unsigned bar, int parity) {
-    for (long spins = 0; sim_barrier(bar).phase == parity; spins++) {
-        if (spins > 200000) sim_fail("deadlock at a barrier");
-        simt::yield();
-    }
-}
-inline void meet(int id, int threads) { simt::arrive(simt::cta->named[id], threads); }
 inline void let_pass(int id, int threads) {
     simt::Barrier& b = simt::cta->named[id];
     if (++b.waiting == threads) b.waiting = 0, b.generation++;

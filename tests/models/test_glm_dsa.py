@@ -11,6 +11,7 @@ import pytest
 from kit import reference
 from kit.compare import nmse, row_nmse, same_top1
 from kit.golden_files import EXACT, FILES, SPLITS, golden, logits
+from kit.residuals import watch
 from kit.toy_gguf import Toy, write_toy
 
 import mlacli
@@ -104,15 +105,7 @@ def test_long_prefill_across_both_block_sizes(mla: int) -> None:
 
 
 def test_all_ranks_choose_the_same_rows_and_keep_one_residual(selections, monkeypatch) -> None:
-    residuals: dict[int, list[bytes]] = {}
-    plain = NumpyOps.reduce_add_norm
-
-    def watched(self, partial, residual, norm, eps):
-        residual, x = plain(self, partial, residual, norm, eps)
-        residuals.setdefault(self.comm.rank, []).append(residual.tobytes())
-        return residual, x
-
-    monkeypatch.setattr(NumpyOps, "reduce_add_norm", watched)
+    residuals = watch(monkeypatch)
     with mlacli.load(GLM, **SPLITS["3 ranks"]) as engine:
         engine.prefill(TOKENS)
         engine.decode(5)

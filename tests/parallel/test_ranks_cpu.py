@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kit.residuals import watch
 
 import mlacli
 from mlacli.errors import MlacliError, RankError
@@ -64,17 +65,7 @@ def test_many_reductions_of_mixed_sizes_never_mix() -> None:
 @pytest.mark.parametrize("name", ["v3", "glm47flash"])
 @pytest.mark.parametrize("experts", ["width", "id", "layer"])
 def test_two_reductions_a_layer_and_one_residual(name: str, experts: str, monkeypatch) -> None:
-    seen: dict[int, list[bytes]] = {}
-    from mlacli.backends.numpy_ops import NumpyOps
-
-    plain = NumpyOps.reduce_add_norm
-
-    def watched(self, partial, residual, norm, eps):
-        residual, x = plain(self, partial, residual, norm, eps)
-        seen.setdefault(self.comm.rank, []).append(residual.tobytes())
-        return residual, x
-
-    monkeypatch.setattr(NumpyOps, "reduce_add_norm", watched)
+    seen = watch(monkeypatch)
     flags = {"device": "cpu,cpu,cpu", "split_mode": "graph", "expert_split": experts}
     with mlacli.load(V3.with_name(f"{name}.gguf"), **flags) as engine:
         engine.prefill(list(range(40)))
