@@ -9,10 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType as T
-from gguf.quants import dequantize
-from kit.tiled import qtype_of, tile_weight
-from kit.toy_gguf import random_weight
+from kit.tiled import qtype_of, random_rows, tile_weight
 
 from mlacli.backends import cuda_matvec as few
 from mlacli.loading.quant_types import QType
@@ -39,13 +36,9 @@ def weight(
     first: int = 0,
 ) -> Held:  # fmt: skip
     q = qtype_of(name)
-    n_held = -(-(skip + shape[-1]) // q.block) * q.block
-    raw = random_weight((*shape[:-1], n_held), T[name], rng)
+    raw, values = random_rows(name, shape, skip, rng)
     if name == "F32":
-        return Held(shape, q, raw.astype(np.float64), raw=ops.put(raw.view(np.uint8)), first=first)
-    raw = raw.view(np.uint8).reshape(*shape[:-1], -1)
-    values = dequantize(raw.reshape(-1, raw.shape[-1]), T[name]).reshape(*shape[:-1], n_held)
-    values = values[..., skip : skip + shape[-1]].astype(np.float64)
+        return Held(shape, q, values, raw=ops.put(raw), first=first)
     tiles = ops.put(tile_weight(raw, name, shape, skip))
     return Held(shape, q, values, tiles=tiles, skip=skip, first=first)
 

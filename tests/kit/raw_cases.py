@@ -10,11 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType as T
-from gguf.quants import dequantize
 from kit.launcher import Launcher
-from kit.tiled import qtype_of
-from kit.toy_gguf import random_weight
+from kit.tiled import qtype_of, random_rows
 
 from mlacli.backends import cuda_gemm as gemm
 from mlacli.backends import cuda_raw as raw
@@ -48,13 +45,8 @@ def held(
     ops: Any, rng: np.random.Generator, name: str, shape: tuple[int, ...], skip: int = 0,
     first: int = 0,
 ) -> Held:  # fmt: skip
-    q = qtype_of(name)
-    n_held = -(-(skip + shape[-1]) // q.block) * q.block
-    rows = random_weight((*shape[:-1], n_held), T[name], rng).view(np.uint8)
-    rows = rows.reshape(*shape[:-1], -1)
-    values = dequantize(rows.reshape(-1, rows.shape[-1]), T[name]).reshape(*shape[:-1], n_held)
-    values = values[..., skip : skip + shape[-1]].astype(np.float64)
-    return Held(CudaWeight(name, shape, q, ops.put(rows), None, skip, first), values)
+    rows, values = random_rows(name, shape, skip, rng)
+    return Held(CudaWeight(name, shape, qtype_of(name), ops.put(rows), None, skip, first), values)
 
 
 def nmse(got: np.ndarray, want: np.ndarray) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType as T
 from gguf.quants import dequantize
+from kit.toy_gguf import random_weight
 
 from mlacli.loading.quant_types import QType, from_id
 from mlacli.loading.tiles import TiledShape, tiled_shape
@@ -49,6 +50,18 @@ TABLES = {
 
 def qtype_of(name: str) -> QType:
     return from_id(int(T[name]), name)
+
+
+def random_rows(
+    name: str, shape: tuple[int, ...], skip: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """(bytes of rows of whole blocks, float64 of `shape`: their columns from `skip` on)."""
+    q = qtype_of(name)
+    n_held = -(-(skip + shape[-1]) // q.block) * q.block
+    rows = random_weight((*shape[:-1], n_held), T[name], rng).view(np.uint8)
+    rows = rows.reshape(*shape[:-1], -1)
+    values = dequantize(rows.reshape(-1, rows.shape[-1]), T[name]).reshape(*shape[:-1], n_held)
+    return rows, values[..., skip : skip + shape[-1]].astype(np.float64)
 
 
 def cut_row(name: str, n_in: int, skip: int) -> tuple[int, slice]:
