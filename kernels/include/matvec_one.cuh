@@ -230,20 +230,6 @@ __device__ __forceinline__ void one_stage(
     __syncwarp();
 }
 
-// Whether a warp has registers for its fragments of x: what is made of them is then made once.
-template <class X, class SHARE, int... Q>
-constexpr bool ONE_HELD = X::scales && !SHARE::loops && (int)sizeof...(Q) * SHARE::depth <= 4;
-template <class SHARE, int DEPTH, int TILES>
-__device__ __forceinline__ void one_hold(
-        ByteHeld (&own)[DEPTH], const OneX<TILES>& fragments, int from, int count, int lane) {
-#pragma unroll
-    for (int i = 0; i < DEPTH; i++) {
-        ByteX x = {};
-        if (SHARE::has_first(i, count)) x = ByteX::from(fragments.b[from + i], fragments.ones[from + i], lane);
-        own[i] = ByteHeld::of(x, lane);
-    }
-}
-
 // part[k][warp][stream] = the warp's sums of the CTA's k-th of n row tiles. seek(w, k) starts the streams
 // there and says whether there is anything to read.
 template <bool NORM, bool RAGGED, class X, int WARPS, class SHARE, int TILES, class SEEK, int... Q>
@@ -258,9 +244,6 @@ __device__ __forceinline__ void one_rows(
 #pragma unroll
     for (int i = 0; i < depth; i++) w.load(i, there && SHARE::has_first(i, count));
     one_stage<X, SHARE, NORM, RAGGED, 4>(fragments, from, count, x, norm, in, skip, squares);
-    constexpr bool held = ONE_HELD<X, SHARE, Q...>;
-    ByteHeld own[held ? depth : 1];
-    if constexpr (held) one_hold<SHARE>(own, fragments, from, count, lane);
 #pragma unroll 1
     for (int k = 0; k < n; k++) {
         float acc[streams][2];
@@ -278,14 +261,10 @@ __device__ __forceinline__ void one_rows(
             }
 #pragma unroll
             for (int i = 0; i < depth; i++) {
-                if constexpr (held) {
-                    w.add(i, own[i], lane, acc);
-                } else {
-                    X f = {};
-                    if (SHARE::even && SHARE::most % depth == 0 || at + i < count)
-                        f = X::from(fragments.b[from + at + i], fragments.ones[from + at + i], lane);
-                    w.add(i, f, lane, acc);
-                }
+                X f = {};
+                if (SHARE::even && SHARE::most % depth == 0 || at + i < count)
+                    f = X::from(fragments.b[from + at + i], fragments.ones[from + at + i], lane);
+                w.add(i, f, lane, acc);
                 w.load(i, there && (SHARE::loops ? SHARE::has(ahead + i, count)
                                                  : SHARE::has_first(i, count)));
             }

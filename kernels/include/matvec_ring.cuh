@@ -114,6 +114,20 @@ struct RingStreams<SHARE, Q, REST...> : RingStreams<SHARE, REST...> {
 };
 
 // ---------------------------------------------------------------- row tile after row tile ---
+// Whether a warp has registers for its fragments of x beside no weights: what is made of them is made once.
+template <class X, class SHARE, int... Q>
+constexpr bool RING_HELD = X::scales && !SHARE::loops && (int)sizeof...(Q) * SHARE::depth <= 4;
+template <class SHARE, int DEPTH, int TILES>
+__device__ __forceinline__ void ring_hold(
+        ByteHeld (&own)[DEPTH], const OneX<TILES>& fragments, int from, int count, int lane) {
+#pragma unroll
+    for (int i = 0; i < DEPTH; i++) {
+        ByteX x = {};
+        if (SHARE::has_first(i, count)) x = ByteX::from(fragments.b[from + i], fragments.ones[from + i], lane);
+        own[i] = ByteHeld::of(x, lane);
+    }
+}
+
 // As one_rows. ring: STAGES stages of this warp, at a multiple of 16 bytes.
 template <bool NORM, bool RAGGED, int STAGES, class X, int WARPS, class SHARE, int TILES, class SEEK, int... Q>
 __device__ __forceinline__ void ring_rows(
@@ -140,9 +154,9 @@ __device__ __forceinline__ void ring_rows(
         ring_commit();
     }
     one_stage<X, SHARE, NORM, RAGGED, 8>(fragments, from, count, x, norm, in, skip, squares);
-    constexpr bool held = ONE_HELD<X, SHARE, Q...>;
+    constexpr bool held = RING_HELD<X, SHARE, Q...>;
     ByteHeld own[held ? depth : 1];
-    if constexpr (held) one_hold<SHARE>(own, fragments, from, count, lane);
+    if constexpr (held) ring_hold<SHARE>(own, fragments, from, count, lane);
     int stage = 0;
 #pragma unroll 1
     for (int k = 0; k < n; k++) {

@@ -77,6 +77,8 @@ WIDE = range(96, 321)  # column tiles of weights that come in pieces
 _PIECE = 40 << 10  # bytes of a piece at most, of all weights that meet in it
 _PIECE_RING = 100 << 10  # bytes under way to an SM: twice as many were slower (kernels/README.md)
 _PIECE_MOST = 224 << 10  # bytes of shared memory of a CTA that has an SM for itself
+# Types of so few bits that instructions count, not bytes: more warps, a ring (kernels/README.md).
+_FEW_BITS = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S")
 _PIECE_X = 180  # fragments of x in an SM's warps, the one that asks included: more spill
 
 
@@ -118,6 +120,12 @@ def dense_geometry(ops: Any, ws: Sequence[Weight], blocks: int) -> Geometry:
         warps = max(1, min(8, tiles // 4))
         return Geometry(warps, ahead_of(ws, warps, 4), 2, 2, 2)
     warps = max(1, tiles // 4 if tiles <= 80 else min(16, tiles // 8))
+    total = sum(row_tiles(w.shape[0]) for w in ws)
+    if _few_bits(*ws) and tiles <= 112:
+        if total >= 3 * ops.n_sm and tiles <= 32:
+            return Geometry(warps, ahead_of(ws, warps, 4), 1, max(1, 12 // warps), 2)
+        if total <= ops.n_sm:  # a row tile a CTA
+            warps = max(1, tiles // (2 if tiles <= 32 else 4))
     if 128 < tiles <= STAGED:
         warps = 12  # x of so many columns is staged by all of an SM's warps together
     return Geometry(warps, ahead_of(ws, warps, 4), 1, max(1, 12 // warps))
@@ -130,6 +138,8 @@ def pair_geometry(ops: Any, rows: int, ws: Sequence[Weight], blocks: int) -> Geo
     tiles = col_tiles(ws[0])
     if 80 <= tiles <= 128 and row_tiles(rows) <= 6 * ops.n_sm:  # as many sums fit beside x
         return Geometry(tiles // 8, ahead_of(ws, tiles // 8, 4), 1, 1)
+    if _few_bits(*ws) and warps == 8:
+        return Geometry(8, ahead_of(ws, 8, 4), 1, 1)
     return Geometry(warps, ahead_of(ws, warps, 4), 2 if warps > 4 else 1, max(1, 16 // warps))
 
 
@@ -148,6 +158,10 @@ def down_geometry(down: Weight, shared: Weight | None, n_used: int) -> DownGeome
 
 def _wide(*ws: Weight | None) -> bool:
     return any(w is not None and w.qtype.name in ("F16", "BF16") for w in ws)
+
+
+def _few_bits(*ws: Weight) -> bool:
+    return all(w.qtype.name in _FEW_BITS for w in ws)
 
 
 def ahead_of(ws: Sequence[Weight], warps: int, most: int) -> int:
