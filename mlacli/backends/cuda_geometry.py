@@ -124,8 +124,10 @@ def dense_geometry(ops: Any, ws: Sequence[Weight], blocks: int) -> Geometry:
     if _few_bits(*ws) and tiles <= 112:
         if total >= 3 * ops.n_sm and tiles <= 32:
             return Geometry(warps, ahead_of(ws, warps, 4), 1, max(1, 12 // warps), 2)
-        if total <= ops.n_sm:  # a row tile a CTA
-            warps = max(1, tiles // (2 if tiles <= 32 else 4))
+        if total <= ops.n_sm and tiles > 80:  # a row tile a CTA, all of it under way
+            return Geometry(16, ahead_of(ws, 16, 7), 1, 1)
+        if total <= ops.n_sm and tiles <= 32:
+            warps = max(1, tiles // 2)
     if 128 < tiles <= STAGED:
         warps = 12  # x of so many columns is staged by all of an SM's warps together
     return Geometry(warps, ahead_of(ws, warps, 4), 1, max(1, 12 // warps))

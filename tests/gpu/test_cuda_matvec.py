@@ -153,8 +153,8 @@ def test_route(ops, rng, n, size, routing, bias, imposed) -> None:
 
 def test_experts_of_few_bits(ops, rng) -> None:
     types = ("IQ1_S", "IQ2_XXS", "IQ1_M")
-    case = few.Experts(types, types, d=2048, f=768, fs=768, n_experts=9, first=2, held=5, n_used=8)
-    assert max(few.experts(ops, rng, case)) < BAR
+    case = few.Experts(types, types, d=512, f=768, fs=768, n_experts=9, first=2, held=5, n_used=8)
+    assert max(few.experts(ops, rng, case, Geometry(2, 4, 1, 1))) < BAR
 
 
 def test_twice_the_same_bits(ops) -> None:
