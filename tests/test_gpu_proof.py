@@ -15,7 +15,8 @@ RUN = {"device": "NVIDIA H200", "date": "2026-11-22", "passed": 57}
 def report_of(root: Path, *names: str) -> dict[str, Any]:
     """Of a run that passed one test of each of these files."""
     found = {
-        f"tests/gpu/{name}": {"n_tests": 1, "seconds": {name: 1.0}, "skipped": {}} for name in names
+        f"tests/gpu/{name}": {"n_tests": 1, "seconds": {name: 1.0}, "slow": {}, "skipped": {}}
+        for name in names
     }
     for path, of in found.items():
         of["hash"] = gpu_proof.tests(root)[path]
@@ -70,6 +71,19 @@ def test_runs_on_the_same_sources_add_up(root: Path) -> None:
     (root / "kernels" / "a.cu").write_text("changed")
     after = report_of(root, "test_b.py")
     assert gpu_proof.merged(both, after) == after
+
+
+def test_a_run_of_single_tests_adds_them_and_slow_ones_stand_for_no_other(root: Path) -> None:
+    both = report_of(root, "test_a.py", "test_b.py")
+    one = report_of(root, "test_a.py")
+    both["tests"]["tests/gpu/test_a.py"]["n_tests"] = 2
+    one["tests"]["tests/gpu/test_a.py"] |= {"n_tests": 0, "seconds": {}, "slow": {"long": 9.0}}
+    report = gpu_proof.merged(both, one)
+    assert "no since tests/gpu/test_a.py (" in gpu_proof.verdict(report, root)
+    one["tests"]["tests/gpu/test_a.py"]["seconds"] = {"other": 1.0}
+    assert gpu_proof.verdict(gpu_proof.merged(report, one), root) == (
+        "GPU-proven: yes (NVIDIA H200, 2026-11-22, 4 tests)"
+    )
 
 
 def test_a_report_without_hashes_proves_nothing(root: Path) -> None:

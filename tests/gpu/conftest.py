@@ -27,6 +27,7 @@ class Run:
     failed: list[str] = field(default_factory=list)
     deselected: list[str] = field(default_factory=list)
     selected: list[str] = field(default_factory=list)
+    slow: set[str] = field(default_factory=set)  # of the selected ones, those that may be left out
     written: str = ""
 
 
@@ -104,21 +105,27 @@ def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Iterator[None]:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    run_of(session.config).selected = [item.nodeid for item in session.items if is_ours(item)]
+    ours, run = [item for item in session.items if is_ours(item)], run_of(session.config)
+    run.selected = [item.nodeid for item in ours]
+    run.slow = {item.nodeid for item in ours if LEFT_OUT & set(item.keywords)}
 
 
 def files_run(config: pytest.Config, run: Run) -> dict[str, dict[str, Any]]:
-    """By file, how many tests it has and which of them passed or were skipped for a reason."""
+    """By file, how many tests a whole run has, which passed (slow ones apart), why others did not.
+
+    A run of one test of a file doesn't know how many there are: 0.
+    """
     parts = {Path(config.invocation_params.dir, arg.partition("::")[0]).resolve()
              for arg in config.args if "::" in arg}  # fmt: skip
     files: dict[str, dict[str, Any]] = {}
     for test in (*run.selected, *run.deselected):
-        if (gpu_proof.ROOT / _file(test)) in parts:
-            continue  # how many there are is not known
-        of = files.setdefault(_file(test), {"n_tests": 0, "seconds": {}, "skipped": {}})
-        of["n_tests"] += 1
-        if test in run.failed:
+        empty = {"n_tests": 0, "seconds": {}, "slow": {}, "skipped": {}}
+        of = files.setdefault(_file(test), empty)
+        if test in run.slow:
+            if test in run.seconds:
+                of["slow"][test] = run.seconds[test]
             continue
+        of["n_tests"] += (gpu_proof.ROOT / _file(test)) not in parts
         for kind, found in (("seconds", run.seconds), ("skipped", run.skipped)):
             if test in found:
                 of[kind][test] = found[test]

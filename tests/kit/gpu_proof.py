@@ -44,10 +44,12 @@ def merged(report: dict[str, Any] | None, run: dict[str, Any]) -> dict[str, Any]
         for path, of in report["tests"].items():
             new = found.setdefault(path, of)
             if new["hash"] == of["hash"]:
+                new["n_tests"] = max(of["n_tests"], new["n_tests"])
                 new["seconds"] = of["seconds"] | new["seconds"]
+                new["slow"] = of["slow"] | new["slow"]
                 skipped = of["skipped"] | new["skipped"]
                 new["skipped"] = {x: why for x, why in skipped.items() if x not in new["seconds"]}
-    n_passed = sum(len(of["seconds"]) for of in found.values())
+    n_passed = sum(len(of["seconds"]) + len(of["slow"]) for of in found.values())
     return run | {"tests": dict(sorted(found.items())), "passed": n_passed}
 
 
