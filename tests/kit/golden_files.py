@@ -14,6 +14,7 @@ SPLITS = {
     "2 ranks": {"device": "cpu,cpu", "split_mode": "graph"},
     "3 ranks": {"device": "cpu,cpu,cpu", "split_mode": "graph"},
     "5 ranks": {"device": "cpu,cpu,cpu,cpu,cpu", "split_mode": "graph"},
+    "8 ranks": {"device": ",".join(["cpu"] * 8), "split_mode": "graph"},
     "-ts 3,1": {"device": "cpu,cpu", "split_mode": "graph", "tensor_split": "3,1"},
     "-ts 1,0": {"device": "cpu,cpu", "split_mode": "graph", "tensor_split": "1,0"},
     "experts by id": {"device": "cpu,cpu,cpu", "split_mode": "graph", "expert_split": "id"},
