@@ -1,14 +1,18 @@
 """Every cache row starts as NaN bits: nothing may read a row before it is written.
 
-Without -dev tests run on the CPU, on machines with GPUs too.
+Without -dev tests run on the CPU, on machines with GPUs too; Ctrl-C works, in the background too.
 """
 
+import signal
 from typing import Any
 
 import pytest
 
 from mlacli import devices
 from mlacli.backends import numpy_ops
+
+# A shell has commands that end in & ignore it, and what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
