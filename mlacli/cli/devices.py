@@ -16,18 +16,23 @@ from mlacli.flags import to_params
 if TYPE_CHECKING:
     from mlacli.backends.cuda_probe import Probe
     from mlacli.parallel.advice import Speeds
+    from mlacli.parallel.plan import ShardPlan
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A way to run the model: tokens a second to expect, without context and at its end."""
+    """A way to run the model, its context, tokens a second to expect with nothing cached and deep.
+
+    Deep is at as many rows for all choices of a list.
+    """
 
     mode: str
     devices: tuple[str, ...]
     fits: bool
+    n_ctx: int
     tps: float
     tps_deep: float
-    n_ctx: int
+    n_kv_deep: int
 
 
 def run(line: CommandLine) -> None:
@@ -125,17 +130,17 @@ def _choices(line: CommandLine, probe: Probe | None) -> list[Choice]:
     for count in counts:
         for mode in ("none",) if count == 1 else ("layer", "graph"):
             try:
-                found.append(_choice(line, mode, names[:count], count, speeds_of(probe)))
+                found.append(_planned(line, mode, names[:count], count))
             except MlacliError as e:
                 console.warning(f"-sm {mode} on {count}: {e.message}", e.hint)
-    return found
+    return _priced(found, speeds_of(probe))
 
 
-def _choice(
-    line: CommandLine, mode: str, names: tuple[str, ...], count: int, speeds: Speeds
-) -> Choice:
+def _planned(
+    line: CommandLine, mode: str, names: tuple[str, ...], count: int
+) -> tuple[ShardPlan, Any, bool]:
+    """The plan of a choice, the model's hparams, and whether it fits."""
     from mlacli.loading.synthetic import SyntheticFile
-    from mlacli.parallel.advice import token_us
     from mlacli.parallel.plan import check_memory
     from mlacli.prepare import prepare
 
@@ -144,19 +149,30 @@ def _choice(
     path = SyntheticFile(line["synthetic"]) if line["synthetic"] else line["model"]
     prepared = prepare(path, params, refuse_oversize=False)
     try:
-        plan, hp = prepared.plan, prepared.hparams
-        fits = True
+        plan, fits = prepared.plan, True
         try:
             check_memory(plan)
         except MlacliError:
             fits = False
         # Ranks of --vram count as GPUs, for the bytes that weights take there.
         plan = replace(plan, ranks=tuple(replace(r, kind="cuda") for r in plan.ranks))
-        empty, deep = (1e6 / token_us(plan, hp, speeds, n_kv) for n_kv in (0, plan.n_ctx))
-        used = tuple(rank.device for rank in plan.ranks)
-        return Choice(plan.mode, used, fits, empty, deep, plan.n_ctx)
+        return plan, prepared.hparams, fits
     finally:
         prepared.gguf.close()
+
+
+def _priced(planned: Sequence[tuple[ShardPlan, Any, bool]], speeds: Speeds) -> list[Choice]:
+    """Deep is at the end of the smallest context of those that fit, so that they compare."""
+    from mlacli.parallel.advice import token_us
+
+    sizes = [plan.n_ctx for plan, _, fits in planned if fits]
+    deep = min(sizes or [plan.n_ctx for plan, _, _ in planned], default=0)
+    found = []
+    for plan, hp, fits in planned:
+        tps, tps_deep = (1e6 / token_us(plan, hp, speeds, n_kv) for n_kv in (0, deep))
+        used = tuple(rank.device for rank in plan.ranks)
+        found.append(Choice(plan.mode, used, fits, plan.n_ctx, tps, tps_deep, deep))
+    return found
 
 
 def speeds_of(probe: Probe | None) -> Speeds:
@@ -179,10 +195,10 @@ def _print_advice(choices: Sequence[Choice], probe: Probe | None) -> None:
     measured = probe is not None and any(gpu.memory_rate for gpu in probe.gpus)
     basis = "measured speeds" if measured else "an H200's speeds"
     console.result(f"\ndecode to expect by plan and {basis} (for the order, not the figure):")
-    columns = ("split", "GPUs", "fits", "t/s empty", f"t/s at {choices[0].n_ctx}")
+    columns = ("split", "GPUs", "context", "t/s empty", f"t/s at {choices[0].n_kv_deep}")
     console.table(columns, [
-        (f"-sm {c.mode}", ",".join(c.devices), "yes" if c.fits else "no", f"{c.tps:.0f}",
-         f"{c.tps_deep:.0f}") for c in choices
+        (f"-sm {c.mode}", ",".join(c.devices), str(c.n_ctx) if c.fits else "doesn't fit",
+         f"{c.tps:.0f}", f"{c.tps_deep:.0f}") for c in choices
     ])  # fmt: skip
     chosen = best(choices)
     if chosen is None:

@@ -101,3 +101,15 @@ def test_advice_for_what_fits(mlacli, two_gpus):
     assert found["advice"]["mode"] == "graph" and found["advice"]["devices"] == ["cuda0", "cuda1"]
     done = mlacli("devices", "--synthetic", "v3", "-c", "4096")
     assert done.out.splitlines()[-1].startswith("advice: none fits")
+
+
+def test_speeds_compare_at_one_depth(mlacli, no_gpu):
+    """One GPU holds fewer rows than two; the depth is what all that fit can reach."""
+    done = mlacli("devices", "--synthetic", "v2lite", "--vram", "13G,13G", "--json")
+    choices = json.loads(done.out)["choices"]
+    contexts = [c["n_ctx"] for c in choices]
+    assert all(c["fits"] for c in choices) and contexts[0] < contexts[2]
+    assert {c["n_kv_deep"] for c in choices} == {min(contexts)}
+    done = mlacli("devices", "--synthetic", "v3", "--vram", ",".join(["141G"] * 4))
+    head, *rows = [line.split() for line in done.out.splitlines() if "gpu" in line or "t/s" in line]
+    assert head[-1] == rows[-1][3] == "163840" and rows[0][3:5] == ["doesn't", "fit"]
